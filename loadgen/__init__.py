@@ -1,0 +1,1 @@
+"""loadgen: the load generator, emulated DP deployment and comparison bench that come with brproxy."""

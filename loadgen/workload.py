@@ -1,0 +1,47 @@
+"""A workload: the requests that a trace or a synthetic law describes, in order of arrival."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from brproxy.types import InvalidInputError
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request of a workload.
+
+    ``arrival_s`` counts from the workload's start. Requests with the same ``prompt_key`` send the same
+    prompt text; None means a text of its own. Raises InvalidInputError on counts that no engine could serve.
+    """
+
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    prompt_key: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges here, so that every trace format reports them alike."""
+        if not self.arrival_s >= 0:
+            msg = f"arrival_s must be at least 0, got {self.arrival_s}"
+            raise InvalidInputError(msg)
+        if self.prompt_tokens < 1:
+            msg = f"prompt_tokens must be at least 1, got {self.prompt_tokens}"
+            raise InvalidInputError(msg)
+        if self.output_tokens < 1:
+            msg = f"output_tokens must be at least 1, got {self.output_tokens}"
+            raise InvalidInputError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests sorted by ``arrival_s``, and the name they are reported under. Never empty."""
+
+    name: str
+    requests: tuple[TraceRequest, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could report on."""
+        if not self.requests:
+            msg = f"workload {self.name!r} has no requests; at least one is needed"
+            raise InvalidInputError(msg)
