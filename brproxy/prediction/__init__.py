@@ -1,0 +1,1 @@
+"""Output-length prediction, pure: learns online from what finishes, forecasts each worker's load."""

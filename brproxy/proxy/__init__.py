@@ -1,0 +1,1 @@
+"""The HTTP side: handlers, upstream connections, the relay, and the timer that drives the dispatcher."""

@@ -1,0 +1,17 @@
+"""random: a worker drawn uniformly from those that are eligible."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from brproxy.routing.policy import OneByOnePolicy, PolicyParams, RoundState, register_policy
+from brproxy.routing.view import IntArray
+
+
+@register_policy("random")
+class RandomPolicy(OneByOnePolicy[PolicyParams]):
+    """Uniform random choice; needs no state of the workers. The floor that any router should beat."""
+
+    def choose(self, state: RoundState, eligible: IntArray, rng: np.random.Generator) -> int:
+        """See OneByOnePolicy.choose."""
+        return int(eligible[rng.integers(len(eligible))])

@@ -1,0 +1,77 @@
+"""What a routing policy sees: one barrier group at one instant, as arrays.
+
+A view is a snapshot. Policies never write to it; what a round changes lives in the round's own copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brproxy.types import InvalidInputError
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+KV_UNLIMITED_TOKENS = 1 << 60
+"""Stands for "no known KV capacity": larger than any load, small enough to subtract from without overflow."""
+
+SLOTS_UNLIMITED = 1 << 40
+"""Stands for "as many as you like": what an early-binding policy is shown, since the worker queues."""
+
+NOT_ADMITTED = -1
+"""In a routing decision: the request stays in the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """G workers of one barrier group and N waiting requests, oldest first.
+
+    ``kv_tokens[G]``: booked load L_g, the KV tokens of everything bound to the worker.
+    ``requests[G]``: bound requests, running and queued in the worker.
+    ``slots[G]``: most requests the worker runs at once.
+    ``slots_free[G]``: requests that may still be admitted; 0 for a worker that must not be chosen.
+    ``kv_capacity[G]``, ``kv_free[G]``: KV tokens in all and left; KV_UNLIMITED_TOKENS where unknown.
+    ``prompt_tokens[N]``: s_i of each waiting request.
+    ``passed_over[N]``: decision rounds in which a younger request was admitted instead.
+    ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
+    """
+
+    kv_tokens: IntArray
+    requests: IntArray
+    slots: IntArray
+    slots_free: IntArray
+    kv_capacity: IntArray
+    kv_free: IntArray
+    prompt_tokens: IntArray
+    passed_over: IntArray
+    forecast: FloatArray
+
+    def __post_init__(self) -> None:
+        """Refuse arrays whose shapes do not belong together; every policy relies on that."""
+        workers = len(self.kv_tokens)
+        if workers == 0:
+            msg = "a barrier group needs at least one worker"
+            raise InvalidInputError(msg)
+        per_worker = (self.requests, self.slots, self.slots_free, self.kv_capacity, self.kv_free)
+        if any(array.shape != (workers,) for array in per_worker):
+            msg = f"every per-worker array must have shape ({workers},)"
+            raise InvalidInputError(msg)
+        if self.passed_over.shape != self.prompt_tokens.shape:
+            msg = "passed_over and prompt_tokens must have the same shape (N,)"
+            raise InvalidInputError(msg)
+        if self.forecast.ndim != 2 or len(self.forecast) != workers or self.forecast.shape[1] < 1:
+            msg = f"forecast must have shape ({workers}, H+1), got {self.forecast.shape}"
+            raise InvalidInputError(msg)
+
+    @property
+    def workers(self) -> int:
+        """G, the workers of the group."""
+        return len(self.kv_tokens)
+
+    @property
+    def waiting(self) -> int:
+        """N, the waiting requests that the round may admit."""
+        return len(self.prompt_tokens)
