@@ -45,6 +45,11 @@ class RoutingPolicy(ABC, Generic[P]):
         """H: how many decode steps ahead the view's forecast must reach; 0 needs no predictor."""
         return 0
 
+    @property
+    def lookahead_requests(self) -> int:
+        """How many waiting requests the policy wants to see beyond those it could admit (requests)."""
+        return 0
+
     @abstractmethod
     def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
         """Return int64[N]: the worker of each waiting request, NOT_ADMITTED for those that keep waiting.

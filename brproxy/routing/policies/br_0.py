@@ -33,6 +33,11 @@ class Br0Policy(RoutingPolicy[Br0Params]):
 
     Params: ClassVar[type[PolicyParams]] = Br0Params
 
+    @property
+    def lookahead_requests(self) -> int:
+        """See RoutingPolicy.lookahead_requests."""
+        return self.params.window
+
     def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
         """See RoutingPolicy.route."""
         beta = self.params.beta_per_worker * view.workers

@@ -50,6 +50,11 @@ class BrHPolicy(RoutingPolicy[BrHParams]):
         """See RoutingPolicy.horizon_steps."""
         return self.params.horizon_steps
 
+    @property
+    def lookahead_requests(self) -> int:
+        """See RoutingPolicy.lookahead_requests."""
+        return self.params.window
+
     def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
         """See RoutingPolicy.route."""
         params = self.params

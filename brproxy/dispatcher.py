@@ -1,0 +1,123 @@
+"""The dispatcher of one barrier group: pool -> view -> forecast -> policy -> bindings. Synchronous, no I/O.
+
+The proxy drives it from a timer, the simulator from virtual time; both call the same three methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from brproxy.ledger import BoolArray, Entry, Ledger
+from brproxy.lifecycle import Event
+from brproxy.prediction.predictor import AnyPredictor
+from brproxy.routing.policy import AnyPolicy
+from brproxy.routing.view import NOT_ADMITTED, FloatArray
+from brproxy.types import Assignment, BrproxyError, InvalidInputError, PendingRequest, RequestId, WorkerIndex
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """``requests_max`` wait at once; each waits at most ``wait_s_max`` seconds."""
+
+    requests_max: int = 4096
+    wait_s_max: float = 60.0
+
+
+class PoolFullError(BrproxyError):
+    """The pool holds as many waiting requests as it may."""
+
+
+class PromptTooLongError(InvalidInputError):
+    """The prompt exceeds the KV capacity of every worker: waiting would never help."""
+
+
+class Dispatcher:
+    """Decides, for one barrier group, which waiting request goes to which worker and when."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        policy: AnyPolicy,
+        predictor: AnyPredictor,
+        rng: np.random.Generator,
+        limits: PoolLimits,
+    ) -> None:
+        self.ledger = ledger
+        self.policy = policy
+        self.predictor = predictor
+        self.limits = limits
+        self._rng = rng
+
+    def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
+        """Take a request into the pool; raises PoolFullError or PromptTooLongError."""
+        if request.prompt_tokens > self.ledger.kv_capacity_tokens_max:
+            msg = (
+                f"the prompt has about {request.prompt_tokens} tokens, "
+                f"more than the KV capacity of any worker ({self.ledger.kv_capacity_tokens_max} tokens)"
+            )
+            raise PromptTooLongError(msg)
+        if self.ledger.pending >= self.limits.requests_max:
+            msg = f"{self.ledger.pending} requests are waiting already, the most that the pool holds"
+            raise PoolFullError(msg)
+        return self.ledger.arrive(request, now_s)
+
+    def decide(self, now_s: float, routable: BoolArray) -> list[Assignment]:
+        """Run one decision round over everything that waits and bind what it admits.
+
+        ``routable`` is bool[G]: workers that may be chosen. Requests that a worker failed are placed first,
+        one by one, away from the workers that failed them as long as there are others.
+        """
+        assignments: list[Assignment] = []
+        if not self.ledger.pending or not routable.any():
+            return assignments
+        for entry in self.ledger.retrying():
+            others = routable.copy()
+            others[list(entry.avoid)] = False
+            assignments += self._route([entry], others if others.any() else routable, now_s)
+        waiting = self.ledger.oldest(self._worth_seeing(routable))
+        if waiting:
+            assignments += self._route(waiting, routable, now_s)
+        return assignments
+
+    def expired(self, now_s: float) -> list[RequestId]:
+        """Return the requests that have waited longer than the limit; the caller ends them."""
+        deadline_s = now_s - self.limits.wait_s_max
+        return [e.id for e in self.ledger.oldest_pending() if e.arrived_s < deadline_s]
+
+    def end(self, request_id: RequestId, event: Event) -> Entry:
+        """End a request, return its load, and learn from it if it finished by itself."""
+        entry = self.ledger.end(request_id, event)
+        if event is Event.FINISH and entry.output_tokens:
+            self.predictor.observe(entry.output_tokens)
+        return entry
+
+    def _worth_seeing(self, routable: BoolArray) -> int:
+        """Return how many of the oldest requests a round can make use of."""
+        if not self.policy.params.late_binding:
+            return self.limits.requests_max
+        slots_free = self.ledger.slots_free(routable)
+        return slots_free + self.policy.lookahead_requests if slots_free else 0
+
+    def _route(self, waiting: Sequence[Entry], routable: BoolArray, now_s: float) -> list[Assignment]:
+        view = self.ledger.view(
+            waiting, routable, late_binding=self.policy.params.late_binding, forecast=self._forecast()
+        )
+        decision = self.policy.route(view, self._rng)
+        admitted: list[int] = np.flatnonzero(decision != NOT_ADMITTED).tolist()
+        if not admitted:
+            return []
+        passed_over = set(range(admitted[-1])).difference(admitted)
+        self.ledger.pass_over([waiting[i] for i in passed_over])
+        assignments = [Assignment(waiting[i].id, WorkerIndex(int(decision[i]))) for i in admitted]
+        for assignment in assignments:
+            self.ledger.bind(assignment.request_id, assignment.worker, now_s)
+        return assignments
+
+    def _forecast(self) -> FloatArray | None:
+        horizon_steps = self.policy.horizon_steps
+        if horizon_steps == 0:
+            return None
+        return self.predictor.forecast(self.ledger.active(), self.ledger.workers, horizon_steps)

@@ -1,0 +1,302 @@
+"""The ledger of one barrier group: who is bound where, and how many KV tokens that is. Pure.
+
+The ledger is the only writer of load. Every booking is an integer that stays on the request until the
+request ends, and ending returns exactly what is booked, on every path: the sum over a worker's requests is
+its load at all times, and an idle group's load is exactly zero.
+
+Bound requests live in parallel arrays without holes (ending one moves the last into its row), so that
+forecasting over thousands of them is array arithmetic, while booking a token stays a few integer additions.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brproxy.lifecycle import TERMINAL, Event, LifecycleError, State, after
+from brproxy.prediction.predictor import ActiveRequests
+from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, ClusterView, FloatArray, IntArray
+from brproxy.types import InvalidInputError, PendingRequest, RequestId, WorkerIndex
+
+BoolArray = NDArray[np.bool_]
+
+NO_WORKER = WorkerIndex(-1)
+NO_ROW = -1
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """What a worker holds: ``slots`` requests at once, ``kv_capacity_tokens`` (None: unknown)."""
+
+    slots: int
+    kv_capacity_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request in the ledger. Times are the caller's clock in seconds; None: has not happened."""
+
+    id: RequestId
+    request: PendingRequest
+    arrived_s: float
+    state: State = State.PENDING
+    worker: WorkerIndex = NO_WORKER
+    row: int = NO_ROW
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    passed_over: int = 0
+    bound_s: float | None = None
+    first_token_s: float | None = None
+    avoid: set[WorkerIndex] = field(default_factory=set)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Load booked for this request while it is bound: prompt and streamed tokens."""
+        return self.prompt_tokens + self.output_tokens
+
+
+class Ledger:
+    """Sticky bindings and KV tokens of the workers of one barrier group."""
+
+    def __init__(self, workers: Sequence[WorkerLimits]) -> None:
+        if not workers:
+            msg = "a barrier group needs at least one worker"
+            raise InvalidInputError(msg)
+        capacity = [
+            KV_UNLIMITED_TOKENS if w.kv_capacity_tokens is None else w.kv_capacity_tokens for w in workers
+        ]
+        self._slots = np.array([w.slots for w in workers], dtype=np.int64)
+        self._kv_capacity = np.array(capacity, dtype=np.int64)
+        self._kv_tokens = [0] * len(workers)
+        self._requests = [0] * len(workers)
+        self._ids = count()
+        self._entries: dict[RequestId, Entry] = {}
+        self._pending: dict[RequestId, Entry] = {}
+        self._retrying: dict[RequestId, Entry] = {}
+        self._rows: list[Entry] = []
+        self._row_worker = array("q")
+        self._row_kv_tokens = array("q")
+        self._row_output_tokens = array("q")
+
+    def __repr__(self) -> str:
+        """Show the state in one line, for tests and logs."""
+        return (
+            f"<Ledger pending={self.pending} bound={self.bound} kv_tokens={self._kv_tokens} "
+            f"requests={self._requests}>"
+        )
+
+    # What is there.
+
+    @property
+    def workers(self) -> int:
+        """G, the workers of the group."""
+        return len(self._slots)
+
+    @property
+    def pending(self) -> int:
+        """Requests waiting for a worker, retries included."""
+        return len(self._pending) + len(self._retrying)
+
+    @property
+    def bound(self) -> int:
+        """Requests bound to a worker."""
+        return len(self._rows)
+
+    @property
+    def kv_tokens(self) -> tuple[int, ...]:
+        """Booked load of each worker, in KV tokens."""
+        return tuple(self._kv_tokens)
+
+    @property
+    def requests(self) -> tuple[int, ...]:
+        """Bound requests of each worker."""
+        return tuple(self._requests)
+
+    @property
+    def kv_capacity_tokens_max(self) -> int:
+        """KV capacity of the largest worker; a longer prompt can never be served."""
+        return int(self._kv_capacity.max())
+
+    @property
+    def slots_total(self) -> int:
+        """Slots of all workers together."""
+        return int(self._slots.sum())
+
+    def slots_free(self, routable: BoolArray) -> int:
+        """Return the slots that the ``routable`` workers (bool[G]) have free together."""
+        free = np.maximum(self._slots - np.array(self._requests, dtype=np.int64), 0)
+        return int(free[routable].sum())
+
+    def entry(self, request_id: RequestId) -> Entry:
+        """Return the request's entry; raises LifecycleError once it has ended."""
+        try:
+            return self._entries[request_id]
+        except KeyError:
+            msg = f"request {request_id} is not in the ledger: it has ended or never arrived"
+            raise LifecycleError(msg) from None
+
+    def oldest_pending(self) -> Iterator[Entry]:
+        """Iterate over the waiting requests, oldest first, those that are retried before all others."""
+        yield from self._retrying.values()
+        yield from self._pending.values()
+
+    def retrying(self) -> tuple[Entry, ...]:
+        """Return the requests that a worker failed and that wait for another."""
+        return tuple(self._retrying.values())
+
+    def active(self) -> ActiveRequests:
+        """Return the bound requests as arrays (copies)."""
+        return ActiveRequests(
+            worker=np.array(self._row_worker, dtype=np.int64),
+            kv_tokens=np.array(self._row_kv_tokens, dtype=np.int64),
+            output_tokens=np.array(self._row_output_tokens, dtype=np.int64),
+        )
+
+    def view(
+        self,
+        waiting: Sequence[Entry],
+        routable: BoolArray,
+        *,
+        late_binding: bool,
+        forecast: FloatArray | None = None,
+    ) -> ClusterView:
+        """Return what a policy sees when it decides over ``waiting``.
+
+        ``routable[G]`` masks workers that must not be chosen: they get no free slots, while their load still
+        counts for the envelope. Without ``late_binding`` slots and KV room are unlimited, because the
+        worker queues what it cannot run. ``forecast`` is float64[G, H+1]; None: the load now is all there is.
+        """
+        kv_tokens = np.array(self._kv_tokens, dtype=np.int64)
+        requests = np.array(self._requests, dtype=np.int64)
+        if late_binding:
+            slots_free = np.maximum(self._slots - requests, 0)
+            kv_free = np.maximum(self._kv_capacity - kv_tokens, 0)
+        else:
+            slots_free = np.full(self.workers, SLOTS_UNLIMITED, dtype=np.int64)
+            kv_free = np.full(self.workers, KV_UNLIMITED_TOKENS, dtype=np.int64)
+        return ClusterView(
+            kv_tokens=kv_tokens,
+            requests=requests,
+            slots=self._slots,
+            slots_free=np.where(routable, slots_free, 0),
+            kv_capacity=self._kv_capacity,
+            kv_free=kv_free,
+            prompt_tokens=_column(e.prompt_tokens for e in waiting),
+            passed_over=_column(e.passed_over for e in waiting),
+            forecast=kv_tokens.astype(np.float64)[:, None] if forecast is None else forecast,
+        )
+
+    def oldest(self, requests_max: int) -> list[Entry]:
+        """Return up to ``requests_max`` of the waiting requests that are not retries, oldest first."""
+        return list(islice(self._pending.values(), requests_max))
+
+    # What happens.
+
+    def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
+        """Enter a request into the pool."""
+        request_id = RequestId(next(self._ids))
+        entry = Entry(request_id, request, now_s, prompt_tokens=request.prompt_tokens)
+        self._entries[request_id] = entry
+        self._pending[request_id] = entry
+        return request_id
+
+    def bind(self, request_id: RequestId, worker: WorkerIndex, now_s: float) -> None:
+        """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it."""
+        entry = self.entry(request_id)
+        if not 0 <= worker < self.workers:
+            msg = f"there is no worker {worker} among {self.workers}"
+            raise LifecycleError(msg)
+        entry.state = after(entry.state, Event.BIND)
+        self._leave_pool(request_id)
+        entry.worker, entry.bound_s, entry.row = worker, now_s, len(self._rows)
+        self._rows.append(entry)
+        self._row_worker.append(worker)
+        self._row_kv_tokens.append(entry.kv_tokens)
+        self._row_output_tokens.append(entry.output_tokens)
+        self._kv_tokens[worker] += entry.kv_tokens
+        self._requests[worker] += 1
+
+    def first_token(self, request_id: RequestId, now_s: float) -> None:
+        """Note that prefill is over."""
+        entry = self.entry(request_id)
+        entry.state = after(entry.state, Event.FIRST_TOKEN)
+        entry.first_token_s = now_s
+
+    def grow(self, request_id: RequestId, tokens: int) -> None:
+        """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output."""
+        entry = self.entry(request_id)
+        if entry.row == NO_ROW:
+            msg = f"request {request_id} is not bound and cannot grow"
+            raise LifecycleError(msg)
+        change = max(tokens, -entry.output_tokens)
+        entry.output_tokens += change
+        self._row_output_tokens[entry.row] += change
+        self._row_kv_tokens[entry.row] += change
+        self._kv_tokens[entry.worker] += change
+
+    def correct_prompt(self, request_id: RequestId, prompt_tokens: int) -> None:
+        """Replace the prompt estimate by what the worker reports (>= 0)."""
+        entry = self.entry(request_id)
+        if entry.row == NO_ROW:
+            msg = f"request {request_id} is not bound: nothing can have reported its prompt"
+            raise LifecycleError(msg)
+        change = max(prompt_tokens, 0) - entry.prompt_tokens
+        entry.prompt_tokens += change
+        self._row_kv_tokens[entry.row] += change
+        self._kv_tokens[entry.worker] += change
+
+    def pass_over(self, entries: Sequence[Entry]) -> None:
+        """Count a decision round in which younger requests were admitted instead of ``entries``."""
+        for entry in entries:
+            entry.passed_over += 1
+
+    def retry(self, request_id: RequestId) -> None:
+        """Return a request to the pool, before all others, and remember the worker that failed it."""
+        entry = self.entry(request_id)
+        entry.state = after(entry.state, Event.RETRY)
+        entry.avoid.add(entry.worker)
+        self._unbind(entry)
+        entry.worker, entry.output_tokens = NO_WORKER, 0
+        self._retrying[request_id] = entry
+
+    def end(self, request_id: RequestId, event: Event) -> Entry:
+        """End a request by FINISH, FAIL, CANCEL or EXPIRE: return its load and forget it."""
+        entry = self.entry(request_id)
+        state = after(entry.state, event)
+        if state not in TERMINAL:
+            msg = f"{event.name} does not end a request"
+            raise LifecycleError(msg)
+        if entry.row == NO_ROW:
+            self._leave_pool(request_id)
+        else:
+            self._unbind(entry)
+        entry.state = state
+        del self._entries[request_id]
+        return entry
+
+    def _leave_pool(self, request_id: RequestId) -> None:
+        if self._pending.pop(request_id, None) is None:
+            del self._retrying[request_id]
+
+    def _unbind(self, entry: Entry) -> None:
+        """Return the entry's load and close its row with the last one."""
+        self._kv_tokens[entry.worker] -= entry.kv_tokens
+        self._requests[entry.worker] -= 1
+        last = self._rows.pop()
+        columns = (self._row_worker, self._row_kv_tokens, self._row_output_tokens)
+        moved = [column.pop() for column in columns]
+        if last is not entry:
+            self._rows[entry.row] = last
+            last.row = entry.row
+            for column, value in zip(columns, moved, strict=True):
+                column[entry.row] = value
+        entry.row = NO_ROW
+
+
+def _column(values: Iterator[int]) -> IntArray:
+    return np.fromiter(values, dtype=np.int64)
