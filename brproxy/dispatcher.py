@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 import numpy as np
 
@@ -77,7 +78,7 @@ class Dispatcher:
             others = routable.copy()
             others[list(entry.avoid)] = False
             assignments += self._route([entry], others if others.any() else routable, now_s)
-        waiting = self.ledger.oldest(self._worth_seeing(routable))
+        waiting = list(islice(self.ledger.pending_by_age(), self._worth_seeing(routable)))
         if waiting:
             assignments += self._route(waiting, routable, now_s)
         return assignments
@@ -85,7 +86,12 @@ class Dispatcher:
     def expired(self, now_s: float) -> list[RequestId]:
         """Return the requests that have waited longer than the limit; the caller ends them."""
         deadline_s = now_s - self.limits.wait_s_max
-        return [e.id for e in self.ledger.oldest_pending() if e.arrived_s < deadline_s]
+        late = [e.id for e in self.ledger.retrying() if e.waiting_since_s < deadline_s]
+        # The rest are in order of arrival: a scan that finds nothing must not cost the whole pool.
+        late += [
+            e.id for e in takewhile(lambda e: e.waiting_since_s < deadline_s, self.ledger.pending_by_age())
+        ]
+        return late
 
     def end(self, request_id: RequestId, event: Event) -> Entry:
         """End a request, return its load, and learn from it if it finished by itself."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,11 +39,15 @@ class WorkerLimits:
 
 @dataclass(slots=True)
 class Entry:
-    """One request in the ledger. Times are the caller's clock in seconds; None: has not happened."""
+    """One request in the ledger. Times are the caller's clock in seconds; None: has not happened.
+
+    ``waiting_since_s`` is when it last entered the pool: on arrival, or when a worker failed it.
+    """
 
     id: RequestId
     request: PendingRequest
     arrived_s: float
+    waiting_since_s: float
     state: State = State.PENDING
     worker: WorkerIndex = NO_WORKER
     row: int = NO_ROW
@@ -140,10 +144,9 @@ class Ledger:
             msg = f"request {request_id} is not in the ledger: it has ended or never arrived"
             raise LifecycleError(msg) from None
 
-    def oldest_pending(self) -> Iterator[Entry]:
-        """Iterate over the waiting requests, oldest first, those that are retried before all others."""
-        yield from self._retrying.values()
-        yield from self._pending.values()
+    def pending_by_age(self) -> Iterator[Entry]:
+        """Iterate over the waiting requests that are not retries, oldest first."""
+        return iter(self._pending.values())
 
     def retrying(self) -> tuple[Entry, ...]:
         """Return the requests that a worker failed and that wait for another."""
@@ -191,16 +194,12 @@ class Ledger:
             forecast=kv_tokens.astype(np.float64)[:, None] if forecast is None else forecast,
         )
 
-    def oldest(self, requests_max: int) -> list[Entry]:
-        """Return up to ``requests_max`` of the waiting requests that are not retries, oldest first."""
-        return list(islice(self._pending.values(), requests_max))
-
     # What happens.
 
     def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
         """Enter a request into the pool."""
         request_id = RequestId(next(self._ids))
-        entry = Entry(request_id, request, now_s, prompt_tokens=request.prompt_tokens)
+        entry = Entry(request_id, request, now_s, now_s, prompt_tokens=request.prompt_tokens)
         self._entries[request_id] = entry
         self._pending[request_id] = entry
         return request_id
@@ -255,13 +254,13 @@ class Ledger:
         for entry in entries:
             entry.passed_over += 1
 
-    def retry(self, request_id: RequestId) -> None:
+    def retry(self, request_id: RequestId, now_s: float) -> None:
         """Return a request to the pool, before all others, and remember the worker that failed it."""
         entry = self.entry(request_id)
         entry.state = after(entry.state, Event.RETRY)
         entry.avoid.add(entry.worker)
         self._unbind(entry)
-        entry.worker, entry.output_tokens = NO_WORKER, 0
+        entry.worker, entry.output_tokens, entry.waiting_since_s = NO_WORKER, 0, now_s
         self._retrying[request_id] = entry
 
     def end(self, request_id: RequestId, event: Event) -> Entry:

@@ -1,0 +1,1 @@
+"""What inference engines say on the wire, one dialect each. Pure: bytes in, facts out."""

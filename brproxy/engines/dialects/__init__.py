@@ -1,0 +1,1 @@
+"""One module for each engine; importing the folder registers them all."""

@@ -1,0 +1,1 @@
+"""One module for each trace format; importing the folder registers them all."""

@@ -1,0 +1,203 @@
+"""From a configuration to a running proxy: builds the parts, listens, and stops in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import numpy as np
+from aiohttp import web
+
+from brproxy.clock import MonotonicClock
+from brproxy.config import Config, Worker
+from brproxy.dispatcher import Dispatcher, PoolLimits
+from brproxy.engines.dialect import make_dialect
+from brproxy.estimate import TokenEstimator
+from brproxy.fleet import Fleet, Group
+from brproxy.health import GroupHealth, HealthThresholds
+from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.prediction.predictor import make_predictor
+from brproxy.proxy.driver import GroupDriver
+from brproxy.proxy.handlers import Handlers
+from brproxy.proxy.prober import Prober, ProbeSettings
+from brproxy.proxy.relay import RelayLimits
+from brproxy.proxy.service import GroupService, Service, ServiceLimits
+from brproxy.proxy.upstream import Upstream, UpstreamTimeouts
+from brproxy.routing.policy import make_policy
+from brproxy.telemetry.metrics import Metrics
+from brproxy.types import InvalidInputError
+
+log = logging.getLogger(__name__)
+
+
+class ListenError(InvalidInputError):
+    """The proxy cannot listen where the configuration says."""
+
+
+def build_group(config: Config, name: str, workers: list[Worker], seed: np.random.SeedSequence) -> Group:
+    """Build the decision core of one barrier group."""
+    ledger = Ledger([WorkerLimits(w.slots, w.kv_capacity_tokens) for w in workers])
+    dispatcher = Dispatcher(
+        ledger,
+        make_policy(config.routing.policy, config.policy_params()),
+        make_predictor(config.prediction.predictor, config.predictor_params()),
+        np.random.default_rng(seed),
+        PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
+    )
+    checks = config.health
+    thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
+    health = GroupHealth(len(workers), thresholds, checked=checks.enabled)
+    return Group(name, tuple(w.label for w in workers), workers[0].models, dispatcher, health)
+
+
+def build_service(config: Config) -> Service:
+    """Build everything behind the handlers; needs a running event loop."""
+    seeds = np.random.SeedSequence(config.routing.seed).spawn(len(config.groups))
+    clock = MonotonicClock()
+    fleet = Fleet(
+        [
+            build_group(config, name, workers, seed)
+            for (name, workers), seed in zip(config.groups.items(), seeds, strict=True)
+        ]
+    )
+    metrics = Metrics(fleet)
+    services = [
+        GroupService(
+            group,
+            GroupDriver(
+                group,
+                clock,
+                config.routing.tick_ms / 1000,
+                on_round=partial(metrics.round, group.name),
+                on_end=partial(metrics.ended, group.name),
+            ),
+            tuple(w.url for w in config.groups[group.name]),
+            make_dialect(config.groups[group.name][0].engine),
+        )
+        for group in fleet.groups
+    ]
+    limits, timeouts = config.limits, config.timeouts
+    return Service(
+        groups=services,
+        fleet=fleet,
+        upstream=Upstream(
+            UpstreamTimeouts(timeouts.connect_s, timeouts.keepalive_s), limits.header_bytes_max
+        ),
+        estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
+        metrics=metrics,
+        clock=clock,
+        limits=ServiceLimits(
+            requests_max=limits.requests_max,
+            retries_max=limits.retries_max,
+            retry_after_s=limits.retry_after_s,
+            body_bytes_max=limits.body_bytes_max,
+            control_timeout_s=config.health.timeout_s,
+        ),
+        relay_limits=RelayLimits(
+            first_byte_s=timeouts.first_byte_s,
+            stall_s=timeouts.stall_s,
+            event_bytes_max=limits.event_bytes_max,
+            response_parse_bytes_max=limits.response_parse_bytes_max,
+        ),
+        ask_usage=config.estimate.ask_usage,
+        health_checks=config.health.enabled,
+    )
+
+
+class RunningProxy:
+    """A proxy that listens: its service, and the port it was given."""
+
+    def __init__(self, service: Service, handlers: Handlers, port: int) -> None:
+        self.service = service
+        self.handlers = handlers
+        self.port = port
+
+
+@asynccontextmanager
+async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
+    """Listen for as long as the block runs; then drain. Raises ListenError.
+
+    Leaving the block stops accepting, lets running requests finish for ``timeouts.drain_s`` and cancels the
+    rest.
+    """
+    service = build_service(config)
+    handlers = Handlers(service)
+    settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
+    prober = Prober(list(service.groups), service.upstream, service.clock, settings)
+    runner = web.AppRunner(
+        handlers.application(),
+        handler_cancellation=True,
+        auto_decompress=False,
+        access_log=None,
+        keepalive_timeout=config.timeouts.client_keepalive_s,
+        max_line_size=config.limits.header_bytes_max,
+        max_field_size=config.limits.header_bytes_max,
+        shutdown_timeout=config.timeouts.drain_s,
+    )
+    try:
+        await runner.setup()
+        if config.health.enabled:
+            await prober.start()
+        port = await _listen(runner, config)
+        yield RunningProxy(service, handlers, port)
+        handlers.draining = True
+    finally:
+        await runner.cleanup()
+        await prober.stop()
+        for group in service.groups:
+            group.driver.close()
+        await service.upstream.close()
+
+
+async def _listen(runner: web.AppRunner, config: Config) -> int:
+    listen = config.listen
+    try:
+        await web.TCPSite(runner, listen.host, listen.port, backlog=listen.backlog).start()
+    except OSError as error:
+        msg = f"listen: cannot listen on {listen.host}:{listen.port}: {error.strerror}; choose a free port"
+        raise ListenError(msg) from error
+    port: int = runner.addresses[0][1]
+    return port
+
+
+async def serve(config: Config) -> None:
+    """Run the proxy until SIGTERM or SIGINT; a second signal ends it without waiting for requests."""
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            stop_now.set()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    run = asyncio.create_task(_run_until(config, stop))
+    hurry = asyncio.create_task(stop_now.wait())
+    await asyncio.wait((run, hurry), return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
+    if not run.done():
+        log.warning("second signal: leaving without waiting for running requests")
+        run.cancel()
+        await asyncio.wait((run,), timeout=1.0)
+        return
+    run.result()
+
+
+async def _run_until(config: Config, stop: asyncio.Event) -> None:
+    async with running_proxy(config) as proxy:
+        groups = ", ".join(f"{name} ({len(workers)} workers)" for name, workers in config.groups.items())
+        log.info(
+            "brproxy listens on http://%s:%d, policy %s, groups: %s",
+            config.listen.host,
+            proxy.port,
+            config.routing.policy,
+            groups,
+        )
+        await stop.wait()
+        log.info("stopping: running requests have %g s to finish", config.timeouts.drain_s)
+    log.info("stopped")

@@ -1,0 +1,112 @@
+"""The ``brproxy`` command."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+import uvloop
+
+from brproxy.app import serve as serve_until_stopped
+from brproxy.config import Config, Worker, load_config
+from brproxy.engines.dialect import make_dialect
+from brproxy.logs import configure_logging
+from brproxy.proxy.prober import probe
+from brproxy.proxy.upstream import Upstream, UpstreamTimeouts, WorkerFailedError
+from brproxy.types import BrproxyError
+
+USAGE_ERROR = 2
+
+app = typer.Typer(
+    help="A load balancer for barrier-synchronised data-parallel LLM serving.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="TOML configuration file.", show_default=False)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"brproxy {version('brproxy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(config: ConfigFile) -> None:
+    """Run the proxy until SIGTERM or Ctrl-C."""
+    settings = load_config(config)
+    configure_logging(settings.log.level, settings.log.format)
+    uvloop.run(serve_until_stopped(settings))
+
+
+@app.command()
+def check(config: ConfigFile) -> None:
+    """Validate the configuration and probe each worker, a line each; exit code 2 if any does not answer."""
+    settings = load_config(config)
+    groups = ", ".join(f"{name} ({len(workers)})" for name, workers in settings.groups.items())
+    typer.echo(f"{config}: valid; policy {settings.routing.policy}; workers by group: {groups}")
+    if not asyncio.run(_probe_all(settings)):
+        raise typer.Exit(USAGE_ERROR)
+
+
+async def _probe_all(config: Config) -> bool:
+    """Print a line for each worker; return whether all answered."""
+    upstream = Upstream(
+        UpstreamTimeouts(config.timeouts.connect_s, config.timeouts.keepalive_s),
+        config.limits.header_bytes_max,
+    )
+    try:
+        results = await asyncio.gather(*(_probe(upstream, config, worker) for worker in config.worker))
+    finally:
+        await upstream.close()
+    return all(results)
+
+
+async def _probe(upstream: Upstream, config: Config, worker: Worker) -> bool:
+    dialect = make_dialect(worker.engine)
+    path, timeout_s = config.health.path or dialect.HEALTH_PATH, config.health.timeout_s
+    started_s = time.perf_counter()
+    result = await probe(upstream, worker.url, path, timeout_s)
+    duration_ms = (time.perf_counter() - started_s) * 1000
+    if not result.ok:
+        typer.echo(f"worker {worker.label} [{worker.group}]: FAILED: {result.reason}")
+        return False
+    models = await _models(upstream, worker.url, dialect.MODELS_PATH, timeout_s)
+    missing = sorted(worker.models - set(models)) if models else []
+    note = f"; configured but not served: {', '.join(missing)}" if missing else ""
+    served = ", ".join(models) or "none reported"
+    typer.echo(f"worker {worker.label} [{worker.group}]: ok, {duration_ms:.0f} ms; models: {served}{note}")
+    return True
+
+
+async def _models(upstream: Upstream, origin: str, path: str, timeout_s: float) -> list[str]:
+    try:
+        _, body = await upstream.get(origin, path, timeout_s)
+        return [str(entry["id"]) for entry in orjson.loads(body)["data"]]
+    except (WorkerFailedError, orjson.JSONDecodeError, KeyError, TypeError):
+        return []
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        app()
+    except BrproxyError as error:
+        typer.echo(f"brproxy: {error}", err=True)
+        raise SystemExit(USAGE_ERROR) from None

@@ -1,0 +1,418 @@
+"""The TOML configuration: every key with its type, range, unit and default, and one-line errors.
+
+The models below are the reference: the shipped file, the Markdown table in the README and the messages are
+all checked against or made from them.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from brproxy.engines.dialect import DIALECTS
+from brproxy.prediction.predictor import PREDICTORS, PredictorParams
+from brproxy.registry import Registry, UnknownNameError
+from brproxy.routing.policy import POLICIES, PolicyParams
+from brproxy.types import InvalidInputError
+
+MIB = 1 << 20
+
+
+class ConfigError(InvalidInputError):
+    """The configuration is not usable; the text names file, key path, what is wrong and what is allowed."""
+
+
+class Section(BaseModel):
+    """A table of the configuration: unknown keys and lax types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, strict=False)]
+
+
+class Listen(Section):
+    """Where the proxy listens."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(default=8080, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    backlog: int = Field(
+        default=1024, ge=1, description="Connections that may wait to be accepted (connections)."
+    )
+
+
+def _known(registry: Registry[Any]) -> AfterValidator:
+    """Return a validator that takes the names of ``registry`` only."""
+
+    def check(name: str) -> str:
+        try:
+            registry.get(name)
+        except UnknownNameError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    return AfterValidator(check)
+
+
+class RoutingBase(Section):
+    """Which policy decides, and how often; each policy has a table of its own beside these keys."""
+
+    policy: Annotated[str, _known(POLICIES)] = Field(
+        default="br-0", description="Name of the routing policy."
+    )
+    tick_ms: float = Field(
+        default=5.0,
+        gt=0,
+        le=1000,
+        strict=False,
+        description="Time between decision rounds while requests wait (milliseconds).",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the random choices that break ties.")
+
+
+class PredictionBase(Section):
+    """Which predictor forecasts load for policies that look ahead; each has a table of its own."""
+
+    predictor: Annotated[str, _known(PREDICTORS)] = Field(
+        default="survival", description="Name of the predictor."
+    )
+
+
+def _table(name: str, base: type[Section], tables: dict[str, type[BaseModel]]) -> type[Any]:
+    """Return ``base`` with a sub-table for each of ``tables``, under its own name."""
+    fields: dict[str, Any] = {
+        key.replace("-", "_"): (
+            params,
+            Field(default_factory=params, alias=key, description=(params.__doc__ or "").strip()),
+        )
+        for key, params in tables.items()
+    }
+    return create_model(name, __base__=base, __doc__=base.__doc__, **fields)
+
+
+if TYPE_CHECKING:
+    # The sub-tables come from the registries, which a type checker cannot see into.
+    Routing = RoutingBase
+    Prediction = PredictionBase
+else:
+    Routing = _table("Routing", RoutingBase, {name: POLICIES.get(name).Params for name in POLICIES.names()})
+    Prediction = _table(
+        "Prediction", PredictionBase, {name: PREDICTORS.get(name).Params for name in PREDICTORS.names()}
+    )
+
+
+def _origin(url: str) -> str:
+    """Check a worker's URL and return it without a trailing slash."""
+    parts = urlsplit(url)
+    try:
+        port_is_valid = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_valid = False
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not port_is_valid:
+        msg = 'must be like "http://host:port"'
+        raise ValueError(msg)
+    if parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username:
+        msg = 'must be only "http://host:port", without path, query or user'
+        raise ValueError(msg)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+class Worker(Section):
+    """One DP rank behind a port of its own."""
+
+    url: Annotated[str, AfterValidator(_origin)] = Field(
+        description='Where the worker listens, as "http://host:port".'
+    )
+    name: str = Field(
+        default="",
+        max_length=128,
+        description="Name in logs and metrics; the URL's host and port when empty.",
+    )
+    group: str = Field(
+        default="default",
+        min_length=1,
+        max_length=128,
+        description="Barrier group: workers of the same name run in lockstep.",
+    )
+    model: str | list[str] = Field(
+        default_factory=list,
+        description="Model or list of models that the worker serves; empty: whatever a request names.",
+    )
+    slots: int = Field(
+        default=64, ge=1, le=1 << 20, description="Most requests that it runs at once (vLLM: --max-num-seqs)."
+    )
+    kv_capacity_tokens: int | None = Field(
+        default=None, ge=1, description="KV cache size (tokens); unknown and not watched when left out."
+    )
+    engine: Annotated[str, _known(DIALECTS)] = Field(default="vllm", description="What the worker speaks.")
+
+    @property
+    def label(self) -> str:
+        """The name, or host and port."""
+        return self.name or urlsplit(self.url).netloc
+
+    @property
+    def models(self) -> frozenset[str]:
+        """The models as a set; empty for any."""
+        return frozenset([self.model] if isinstance(self.model, str) else self.model) - {""}
+
+
+class Limits(Section):
+    """What bounds memory and work."""
+
+    requests_max: int = Field(default=65_536, ge=1, description="Requests in the proxy at once (requests).")
+    pool_requests_max: int = Field(
+        default=4096, ge=1, description="Requests that wait in a group's pool; beyond: 429 (requests)."
+    )
+    pool_wait_s_max: Seconds = Field(default=60.0, description="Time in the pool; beyond: 503 (seconds).")
+    retry_after_s: int = Field(
+        default=1, ge=0, le=3600, description="Retry-After of the proxy's own 429 and 503 (seconds)."
+    )
+    retries_max: int = Field(
+        default=2,
+        ge=0,
+        le=64,
+        description="Other workers tried when one fails before its first byte (workers).",
+    )
+    body_bytes_max: int = Field(default=64 * MIB, ge=1024, description="Request body; beyond: 413 (bytes).")
+    header_bytes_max: int = Field(
+        default=32_768, ge=1024, le=MIB, description="Header line, of requests and responses (bytes)."
+    )
+    event_bytes_max: int = Field(
+        default=MIB, ge=1024, description="Server-sent event; a longer one passes without being read (bytes)."
+    )
+    response_parse_bytes_max: int = Field(
+        default=8 * MIB, ge=1024, description="JSON reply; a longer one passes without being read (bytes)."
+    )
+    models_max: int = Field(
+        default=64, ge=1, description="Models whose token ratios are remembered (models)."
+    )
+
+
+class Timeouts(Section):
+    """How long the proxy waits for others."""
+
+    connect_s: Seconds = Field(default=2.0, description="For a connection to a worker (seconds).")
+    first_byte_s: Seconds = Field(
+        default=600.0, description="For a worker's response to begin, prefill included (seconds)."
+    )
+    stall_s: Seconds = Field(default=120.0, description="Between two reads of a response (seconds).")
+    keepalive_s: Seconds = Field(
+        default=3.0,
+        description="That an idle worker connection is kept; engines close theirs at 5 (seconds).",
+    )
+    client_keepalive_s: Seconds = Field(
+        default=75.0, description="That an idle client connection is kept (seconds)."
+    )
+    drain_s: Seconds = Field(
+        default=30.0, description="For running requests to finish after SIGTERM (seconds)."
+    )
+
+
+class HealthChecks(Section):
+    """Active health checks of every worker."""
+
+    enabled: bool = Field(default=True, description="Check workers; when off, all count as healthy.")
+    path: str = Field(
+        default="", pattern=r"^(/.*)?$", description="Path that must answer 2xx; empty: the engine's own."
+    )
+    interval_s: Seconds = Field(default=2.0, description="Between two checks of a worker (seconds).")
+    timeout_s: Seconds = Field(default=2.0, description="For one check (seconds).")
+    unhealthy_after: int = Field(
+        default=3, ge=1, le=1000, description="Failures in a row that take a worker out."
+    )
+    healthy_after: int = Field(
+        default=1, ge=1, le=1000, description="Successes in a row that bring a worker back."
+    )
+
+
+class Estimate(Section):
+    """How load is estimated before and between reports of usage."""
+
+    bytes_per_token: float = Field(
+        default=4.0,
+        ge=0.5,
+        le=16,
+        strict=False,
+        description="UTF-8 bytes of a prompt token before a model's ratio is learnt (bytes).",
+    )
+    ask_usage: bool = Field(
+        default=True,
+        description="Ask workers for usage in streams whose client did not; the extra chunk is taken out.",
+    )
+
+
+class Log(Section):
+    """Logging, to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level.")
+    format: Literal["text", "json"] = Field(
+        default="text", description="One line of text or one JSON object each."
+    )
+
+
+class Config(Section):
+    """The whole file."""
+
+    listen: Listen = Field(default_factory=Listen)
+    routing: Routing = Field(default_factory=Routing)
+    prediction: Prediction = Field(default_factory=Prediction)
+    worker: list[Worker] = Field(min_length=1, max_length=4096)
+    limits: Limits = Field(default_factory=Limits)
+    timeouts: Timeouts = Field(default_factory=Timeouts)
+    health: HealthChecks = Field(default_factory=HealthChecks)
+    estimate: Estimate = Field(default_factory=Estimate)
+    log: Log = Field(default_factory=Log)
+
+    @model_validator(mode="after")
+    def _workers_agree(self) -> Config:
+        for what, values in (("url", [w.url for w in self.worker]), ("name", [w.label for w in self.worker])):
+            value, times = Counter(values).most_common(1)[0]
+            if times > 1:
+                places = ", ".join(f"worker[{i}]" for i, v in enumerate(values) if v == value)
+                msg = f"{places}: the same {what} {value!r}; each worker must have its own"
+                raise ValueError(msg)
+        for i, worker in enumerate(self.worker):
+            first = next(w for w in self.worker if w.group == worker.group)
+            if worker.models != first.models or worker.engine != first.engine:
+                msg = (
+                    f"worker[{i}]: group {worker.group!r} has workers with different models or engines; "
+                    "the workers of a group must agree, others belong in a group of their own"
+                )
+                raise ValueError(msg)
+        return self
+
+    @property
+    def groups(self) -> dict[str, list[Worker]]:
+        """The workers of each barrier group, in order of the file."""
+        groups: dict[str, list[Worker]] = {}
+        for worker in self.worker:
+            groups.setdefault(worker.group, []).append(worker)
+        return groups
+
+    def policy_params(self) -> PolicyParams:
+        """Return the table of the chosen policy."""
+        params: PolicyParams = getattr(self.routing, self.routing.policy.replace("-", "_"))
+        return params
+
+    def predictor_params(self) -> PredictorParams:
+        """Return the table of the chosen predictor."""
+        params: PredictorParams = getattr(self.prediction, self.prediction.predictor.replace("-", "_"))
+        return params
+
+
+# What pydantic says, and how the rest of brproxy says it.
+_PLAIN_WORDS = (
+    ("Input should be", "must be"),
+    ("greater than or equal to", "at least"),
+    ("less than or equal to", "at most"),
+    ("a valid ", "a "),
+    ("a integer", "an integer"),
+)
+# "model" takes a string or a list: pydantic adds the alternative that it tried to the key path.
+_UNION_TAGS = ("str", "list[str]")
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a configuration file; raises ConfigError, whose text is one line."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise ConfigError(msg) from error
+    except UnicodeDecodeError as error:
+        msg = f"{path}: must be UTF-8 text: byte {error.start} is not"
+        raise ConfigError(msg) from error
+    except tomllib.TOMLDecodeError as error:
+        msg = f"{path}: not valid TOML: {error}"
+        raise ConfigError(msg) from error
+    return parse_config(document, str(path))
+
+
+def parse_config(document: dict[str, Any], source: str) -> Config:
+    """Check a parsed document; ``source`` is what the messages call it. Raises ConfigError."""
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        errors = error.errors()
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        msg = f"{source}: {_one_line(errors[0])}{more}"
+        raise ConfigError(msg) from error
+
+
+def _one_line(error: ErrorDetails) -> str:
+    """Return ``key.path: what is wrong`` for the first error that pydantic found."""
+    keys = list(error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(keys[:-1])
+        close = get_close_matches(str(keys[-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
+        return f"{_path(keys)}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{_path(keys)}: is missing; it must be given"
+    text = error["msg"].removeprefix("Value error, ")
+    for pydantic_words, plain_words in _PLAIN_WORDS:
+        text = text.replace(pydantic_words, plain_words)
+    if error["type"] == "model_type":
+        text = "must be a table"
+    if keys and keys[-1] in _UNION_TAGS:
+        keys, text = keys[: keys.index("model") + 1], "must be a string or a list of strings"
+    value = error["input"]
+    named = text.startswith("unknown") or not isinstance(value, str | int | float)
+    return (f"{_path(keys)}: " if keys else "") + text + ("" if named else f", got {value!r}")
+
+
+def _path(keys: list[int | str]) -> str:
+    text = ""
+    for key in keys:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}"
+    return text.removeprefix(".")
+
+
+def _keys_at(keys: list[int | str]) -> list[str]:
+    """Return the keys that the table at ``keys`` may have."""
+    model: Any = Config
+    for key in keys:
+        if isinstance(key, int):
+            continue
+        by_key = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+        model = Worker if key == "worker" else by_key[str(key)]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def reference_rows() -> list[tuple[str, str, str]]:
+    """Return (key path, default, description) of every key, in order: the configuration reference."""
+    return list(_rows(Config, ""))
+
+
+def _rows(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        nested = Worker if key == "worker" and model is Config else field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            rows += _rows(nested, f"[[{key}]] " if nested is Worker else f"{prefix}{key}.")
+            continue
+        default = field.get_default(call_default_factory=True, validated_data={})
+        shown = "required" if field.is_required() else "not set" if default is None else repr(default)
+        rows.append((f"{prefix}{key}", _toml(shown), field.description or ""))
+    return rows
+
+
+def _toml(shown: str) -> str:
+    return {"True": "true", "False": "false"}.get(shown, shown.replace("'", '"'))

@@ -1,0 +1,113 @@
+"""The interface of a dialect: what the proxy must understand of an engine's requests and answers.
+
+A dialect only reads. It never raises on what clients or engines send: what it cannot read it reports as
+unknown, the bytes pass unchanged, and the engine has the last word on them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, TypeVar
+
+from brproxy.registry import Registry
+
+SEQUENCES_MAX = 1024
+"""Most sequences that one request counts as, whatever its ``n`` says."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What a request's body says about the load that it will be.
+
+    ``prompt_tokens`` is exact for token-id prompts and None otherwise; ``prompt_bytes`` is the UTF-8 length
+    of its text. ``sequences`` are decoded side by side. ``usage_can_be_asked`` tells that a stream could
+    report usage if the proxy asked, and that the client has not said anything about it.
+    """
+
+    model: str = ""
+    stream: bool = False
+    prompt_tokens: int | None = None
+    prompt_bytes: int = 0
+    sequences: int = 1
+    output_tokens_max: int | None = None
+    usage_can_be_asked: bool = False
+
+
+class Usage(NamedTuple):
+    """Token counts as the engine reports them; None where it does not."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EventFacts:
+    """What one server-sent event of a generation says.
+
+    ``has_tokens``: it carries output. ``usage_only``: it carries nothing but usage. ``refused``: the engine
+    says that it did not take the request. ``error``: it reports an error of any kind. ``done``: the last.
+    """
+
+    has_tokens: bool = False
+    usage: Usage | None = None
+    usage_only: bool = False
+    error: bool = False
+    refused: bool = False
+    done: bool = False
+
+
+PLAIN_TOKENS = EventFacts(has_tokens=True)
+"""The ordinary event: output and nothing else."""
+
+
+class Dialect(ABC):
+    """What one engine speaks."""
+
+    HEALTH_PATH: ClassVar[str]
+    MODELS_PATH: ClassVar[str] = "/v1/models"
+
+    @abstractmethod
+    def read_request(self, path: str, content_type: str, body: bytes) -> RequestFacts:
+        """Return what ``body`` says; never raises."""
+
+    @abstractmethod
+    def ask_usage(self, body: bytes) -> bytes:
+        """Return ``body`` with usage asked for; only for requests whose ``usage_can_be_asked``."""
+
+    @abstractmethod
+    def ends_with_done(self, path: str) -> bool:
+        """Tell whether a complete stream of ``path`` ends with a ``[DONE]`` event."""
+
+    @abstractmethod
+    def read_event(self, data: bytes) -> EventFacts:
+        """Return what the data of one event says; never raises, and is cheap for the ordinary event."""
+
+    @abstractmethod
+    def read_reply(self, body: bytes) -> Usage | None:
+        """Return the usage in a complete JSON reply, None without one; never raises."""
+
+    @abstractmethod
+    def is_refusal(self, status: int) -> bool:
+        """Tell whether a response with ``status`` means that the engine did not take the request."""
+
+
+DIALECTS: Registry[type[Dialect]] = Registry("engine", "brproxy.engines.dialects")
+
+D = TypeVar("D", bound=Dialect)
+
+
+def register_dialect(name: str) -> Callable[[type[D]], type[D]]:
+    """Return a class decorator that files a dialect under ``name``."""
+
+    def add(dialect: type[D]) -> type[D]:
+        DIALECTS.register(name)(dialect)
+        return dialect
+
+    return add
+
+
+def make_dialect(name: str) -> Dialect:
+    """Build the dialect called ``name``; raises UnknownNameError."""
+    return DIALECTS.get(name)()

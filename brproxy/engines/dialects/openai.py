@@ -1,0 +1,163 @@
+"""openai: the OpenAI API as any compatible server speaks it; the engines' dialects build on it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import orjson
+
+from brproxy.engines.dialect import (
+    PLAIN_TOKENS,
+    SEQUENCES_MAX,
+    Dialect,
+    EventFacts,
+    RequestFacts,
+    Usage,
+    register_dialect,
+)
+from brproxy.engines.prompt import prompt_size
+
+_DONE = b"[DONE]"
+_DONE_FACTS = EventFacts(done=True)
+_SILENT = EventFacts()
+_ASKING_FOR_USAGE = b'"stream_options":{"include_usage":true},'
+_STREAMS_WITH_DONE = ("/chat/completions", "/completions")
+_OUTPUT_LIMIT_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_TEXT_KEYS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
+_FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+_FORM_BYTES_MAX = 1 << 16
+
+
+@register_dialect("openai")
+class OpenAIDialect(Dialect):
+    """Chat and text completions in full; of every other API the prompt, the model and the usage report."""
+
+    HEALTH_PATH: ClassVar[str] = "/v1/models"
+
+    def read_request(self, path: str, content_type: str, body: bytes) -> RequestFacts:
+        """See Dialect.read_request."""
+        if content_type == "multipart/form-data":
+            return RequestFacts(model=_form_model(body))
+        document = _parse(body)
+        if document is None:
+            return RequestFacts()
+        size = prompt_size(document)
+        stream = document.get("stream") is True
+        choices = _count(document.get("n")) or 1
+        return RequestFacts(
+            model=_text(document.get("model")),
+            stream=stream,
+            prompt_tokens=size.tokens if size.tokens and not size.text_bytes else None,
+            prompt_bytes=size.text_bytes,
+            sequences=min(size.prompts * choices, SEQUENCES_MAX),
+            output_tokens_max=next(
+                (n for key in _OUTPUT_LIMIT_KEYS if (n := _count(document.get(key))) is not None), None
+            ),
+            usage_can_be_asked=stream and self.ends_with_done(path) and "stream_options" not in document,
+        )
+
+    def ask_usage(self, body: bytes) -> bytes:
+        """See Dialect.ask_usage. Adds one key and leaves every other byte as the client wrote it."""
+        after_brace = body.index(b"{") + 1
+        return body[:after_brace] + _ASKING_FOR_USAGE + body[after_brace:]
+
+    def ends_with_done(self, path: str) -> bool:
+        """See Dialect.ends_with_done."""
+        return path.endswith(_STREAMS_WITH_DONE)
+
+    def read_event(self, data: bytes) -> EventFacts:
+        """See Dialect.read_event.
+
+        Text inside JSON cannot hold an unescaped quote, so the absence of these keys is certain; their
+        presence only means that the event has to be parsed.
+        """
+        if data == _DONE:
+            return _DONE_FACTS
+        # Events of the newer APIs name their type, and most of those carry no output.
+        if (
+            b'"error"' not in data
+            and b'"type"' not in data
+            and b'"role":"' not in data
+            and (b'"usage"' not in data or b'"usage":null' in data)
+        ):
+            return PLAIN_TOKENS
+        document = _parse(data)
+        return _SILENT if document is None else self._read_document(document)
+
+    def _read_document(self, document: dict[str, Any]) -> EventFacts:
+        error = document.get("error")
+        if error is not None:
+            return EventFacts(error=True, refused=self.is_refusal_error(error))
+        usage = _find_usage(document)
+        choices = document.get("choices")
+        if isinstance(choices, list):
+            return EventFacts(
+                has_tokens=any(_has_output(choice) for choice in choices),
+                usage=usage,
+                usage_only=not choices and usage is not None,
+            )
+        kind = _text(document.get("type"))
+        return EventFacts(has_tokens=kind.endswith("delta") and "delta" in document, usage=usage)
+
+    def read_reply(self, body: bytes) -> Usage | None:
+        """See Dialect.read_reply."""
+        document = _parse(body)
+        return None if document is None else _find_usage(document)
+
+    def is_refusal(self, status: int) -> bool:
+        """See Dialect.is_refusal."""
+        return status == 503
+
+    def is_refusal_error(self, error: object) -> bool:
+        """Tell whether an error object in an event says that the engine's queue is full."""
+        return isinstance(error, dict) and error.get("code") in {503, "503"}
+
+
+def _parse(data: bytes) -> dict[str, Any] | None:
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and value >= 0 else None
+
+
+def _has_output(choice: object) -> bool:
+    """Tell whether a choice of a chunk carries output: not the first one, which only names the role."""
+    if not isinstance(choice, dict):
+        return False
+    if choice.get("text") or choice.get("finish_reason"):
+        return True
+    delta = choice.get("delta")
+    return isinstance(delta, dict) and any(delta.get(key) for key in _TEXT_KEYS)
+
+
+def _find_usage(document: dict[str, Any]) -> Usage | None:
+    """Return the usage report: at the top, or in the object that responses and messages wrap it in."""
+    for holder in (document, document.get("response"), document.get("message")):
+        usage = holder.get("usage") if isinstance(holder, dict) else None
+        if isinstance(usage, dict):
+            prompt = _first_count(usage, "prompt_tokens", "input_tokens")
+            return Usage(prompt, _first_count(usage, "completion_tokens", "output_tokens"))
+    return None
+
+
+def _first_count(usage: dict[str, Any], *keys: str) -> int | None:
+    return next((n for key in keys if (n := _count(usage.get(key))) is not None), None)
+
+
+def _form_model(body: bytes) -> str:
+    """Return the ``model`` field of a form (audio uploads name it there), "" without one."""
+    for part in (body[:_FORM_BYTES_MAX], body[-_FORM_BYTES_MAX:]):
+        found = _FORM_MODEL.search(part)
+        if found is not None:
+            return found[1].decode("utf-8", "replace").strip()
+    return ""

@@ -1,0 +1,73 @@
+"""The size of a prompt, read from a JSON document of any of the OpenAI-like APIs. Pure, and never raises.
+
+Texts count by their UTF-8 bytes. Images, audio and other data in a prompt are not text and count nothing
+here: what they cost in KV tokens depends on the model, and the engine's usage report corrects it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# Where prompts are, in /v1/completions, chat, responses, messages, embeddings, rerank, score and tokenize.
+_PROMPT_KEYS = (
+    "prompt",
+    "messages",
+    "input",
+    "instructions",
+    "system",
+    "tools",
+    "query",
+    "documents",
+    "text_1",
+    "text_2",
+)
+# Inside a prompt: what is no text of the conversation.
+_NOT_TEXT = frozenset(
+    {"image_url", "input_audio", "video_url", "audio_url", "image", "audio", "source", "type"}
+)
+
+
+class PromptSize(NamedTuple):
+    """``tokens``: token ids, exact. ``text_bytes``: UTF-8 bytes of the rest. ``prompts``: their number."""
+
+    tokens: int
+    text_bytes: int
+    prompts: int
+
+
+def prompt_size(document: dict[str, Any]) -> PromptSize:
+    """Return the size of everything in ``document`` that the model reads."""
+    tokens = text_bytes = 0
+    prompts = 1
+    for key in _PROMPT_KEYS:
+        value = document.get(key)
+        if value is None:
+            continue
+        more_tokens, more_bytes = _measure(value)
+        tokens += more_tokens
+        text_bytes += more_bytes
+        if key == "prompt" and isinstance(value, list) and value and not _is_token(value[0]):
+            prompts = len(value)
+    return PromptSize(tokens, text_bytes, prompts)
+
+
+def _measure(value: object) -> tuple[int, int]:
+    # A stack and not recursion: a request may nest as deeply as the JSON parser allows.
+    tokens = text_bytes = 0
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            text_bytes += len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
+        elif isinstance(item, list):
+            if item and _is_token(item[0]):
+                tokens += len(item)
+            else:
+                stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(part for key, part in item.items() if key not in _NOT_TEXT)
+    return tokens, text_bytes
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int

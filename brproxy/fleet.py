@@ -1,0 +1,63 @@
+"""The barrier groups, and which of them serves a request. Pure.
+
+Envelope, margin and pool exist per group; a request enters exactly one. Which one, when several serve its
+model, is decided on arrival: the group with the least load for its slots among those that can take anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from brproxy.dispatcher import Dispatcher
+from brproxy.health import GroupHealth
+from brproxy.types import InvalidInputError
+
+
+class UnknownModelError(InvalidInputError):
+    """No barrier group serves the requested model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One barrier group: its dispatcher, its workers' names and health, and its models (empty: any)."""
+
+    name: str
+    worker_names: tuple[str, ...]
+    models: frozenset[str]
+    dispatcher: Dispatcher
+    health: GroupHealth
+
+    def serves(self, model: str) -> bool:
+        """Tell whether a request for ``model`` may come here; "" is a request that names none."""
+        return not self.models or not model or model in self.models
+
+    @property
+    def pressure(self) -> float:
+        """Requests, bound and waiting, for each slot."""
+        ledger = self.dispatcher.ledger
+        return (ledger.bound + ledger.pending) / ledger.slots_total
+
+
+class Fleet:
+    """All barrier groups behind one proxy."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+
+    @property
+    def ready(self) -> bool:
+        """Tell whether any worker of any group may be chosen."""
+        return any(group.health.routable().any() for group in self.groups)
+
+    def choose(self, model: str) -> Group:
+        """Return the group for a request; raises UnknownModelError, which lists the models served.
+
+        A group without a routable worker is the last resort: the request then waits for one to return.
+        """
+        serving = [group for group in self.groups if group.serves(model)]
+        if not serving:
+            known = ", ".join(sorted({name for group in self.groups for name in group.models}))
+            msg = f"The model `{model}` does not exist. Models served here: {known}."
+            raise UnknownModelError(msg)
+        return min(serving, key=lambda group: (not group.health.routable().any(), group.pressure))

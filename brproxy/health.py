@@ -1,0 +1,93 @@
+"""The health of workers, from consecutive results. Pure: results and time come in, states come out.
+
+A worker starts UNKNOWN and may not be chosen before its first success, so that a proxy which starts before
+its workers does not send traffic into nothing. ``unhealthy_after`` failures in a row take a HEALTHY worker
+out, ``healthy_after`` successes in a row bring one back. Only active checks and connections that could not
+be opened count: a worker that answers an error is alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brproxy.types import WorkerIndex
+
+
+class Health(Enum):
+    """What is known of a worker."""
+
+    UNKNOWN = "unknown"
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+
+
+@dataclass(frozen=True, slots=True)
+class HealthThresholds:
+    """Consecutive results that change a state: failures to take out, successes to bring back."""
+
+    unhealthy_after: int = 3
+    healthy_after: int = 1
+
+
+class HealthTracker:
+    """One worker's state, when it last changed (seconds), and why."""
+
+    def __init__(self, thresholds: HealthThresholds) -> None:
+        self._thresholds = thresholds
+        self._successes = 0
+        self._failures = 0
+        self.state = Health.UNKNOWN
+        self.since_s: float | None = None
+        self.reason = "not checked yet"
+
+    def record(self, *, ok: bool, reason: str, now_s: float) -> bool:
+        """Take in one result with its reason; return whether the state changed."""
+        self._successes = self._successes + 1 if ok else 0
+        self._failures = 0 if ok else self._failures + 1
+        state = self._after()
+        changed = state is not self.state
+        if changed:
+            self.state, self.since_s, self.reason = state, now_s, reason
+        return changed
+
+    def _after(self) -> Health:
+        if self._failures >= self._thresholds.unhealthy_after:
+            return Health.UNHEALTHY
+        # A worker that has never failed is trusted on its first success.
+        needed = 1 if self.state is Health.UNKNOWN else self._thresholds.healthy_after
+        return Health.HEALTHY if self._successes >= needed else self.state
+
+
+class GroupHealth:
+    """The health of a barrier group's G workers. Without active checks every worker starts HEALTHY."""
+
+    def __init__(self, workers: int, thresholds: HealthThresholds, *, checked: bool = True) -> None:
+        self._trackers = [HealthTracker(thresholds) for _ in range(workers)]
+        if not checked:
+            for tracker in self._trackers:
+                tracker.record(ok=True, reason="health checks are off", now_s=0.0)
+        self._routable = self._mask()
+
+    @property
+    def trackers(self) -> Sequence[HealthTracker]:
+        """The workers' trackers, by index."""
+        return self._trackers
+
+    def record(self, worker: WorkerIndex, *, ok: bool, reason: str, now_s: float) -> bool:
+        """Take in one result for ``worker``; return whether its state changed."""
+        changed = self._trackers[worker].record(ok=ok, reason=reason, now_s=now_s)
+        if changed:
+            self._routable = self._mask()
+        return changed
+
+    def routable(self) -> NDArray[np.bool_]:
+        """Return bool[G]: the workers that may be chosen. Do not write to it."""
+        return self._routable
+
+    def _mask(self) -> NDArray[np.bool_]:
+        return np.array([tracker.state is Health.HEALTHY for tracker in self._trackers], dtype=bool)

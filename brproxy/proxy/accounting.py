@@ -1,0 +1,81 @@
+"""What a response means for the ledger: tokens booked as they stream, estimates corrected by usage."""
+
+from __future__ import annotations
+
+from brproxy.engines.dialect import Dialect, EventFacts, RequestFacts, Usage
+from brproxy.estimate import StreamCounter, TokenEstimator
+from brproxy.proxy.driver import Lease
+from brproxy.proxy.sse import SseEvent
+
+_NO_DATA = EventFacts()
+
+
+class Account:
+    """Reads one worker's response to one request and keeps its lease up to date; never changes a byte.
+
+    ``usage_was_added``: the proxy asked for usage and the client did not.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        dialect: Dialect,
+        facts: RequestFacts,
+        estimator: TokenEstimator,
+        *,
+        usage_was_added: bool,
+    ) -> None:
+        self.dialect = dialect
+        self._lease = lease
+        self._facts = facts
+        self._estimator = estimator
+        self.usage_was_added = usage_was_added
+        self._counter = StreamCounter(estimator.tokens_per_chunk(facts.model))
+        self._usage: Usage | None = None
+        self.done = False
+
+    def look(self, event: SseEvent) -> EventFacts:
+        """Book what one event says and return it."""
+        if event.data is None:
+            return _NO_DATA
+        facts = self.dialect.read_event(event.data)
+        if facts.has_tokens:
+            self._lease.first_token()
+            self._lease.tokens(self._counter.count())
+        if facts.usage is not None:
+            self._settle(facts.usage)
+        if facts.done:
+            self.done = True
+        return facts
+
+    def hides(self, facts: EventFacts) -> bool:
+        """Tell whether the client must not see an event: it exists only because the proxy asked for it."""
+        return facts.usage_only and self.usage_was_added
+
+    def reply(self, body: bytes) -> None:
+        """Book what a complete JSON reply reports."""
+        usage = self.dialect.read_reply(body)
+        if usage is not None:
+            self._settle(usage)
+
+    def learn(self) -> None:
+        """Learn both ratios from what the complete response reported."""
+        if self._usage is None:
+            return
+        model, usage = self._facts.model, self._usage
+        if usage.prompt_tokens is not None and self._facts.prompt_tokens is None:
+            self._estimator.learn_prompt(model, self._facts.prompt_bytes, usage.prompt_tokens)
+        if usage.completion_tokens is not None:
+            self._estimator.learn_chunks(model, self._counter.chunks, usage.completion_tokens)
+
+    def _settle(self, usage: Usage) -> None:
+        before = self._usage or Usage(None, None)
+        # Some APIs report the prompt in their first event and the output in the last.
+        self._usage = Usage(
+            before.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens,
+            before.completion_tokens if usage.completion_tokens is None else usage.completion_tokens,
+        )
+        if usage.prompt_tokens is not None:
+            self._lease.correct_prompt(usage.prompt_tokens)
+        if usage.completion_tokens is not None:
+            self._lease.tokens(self._counter.settle(usage.completion_tokens))

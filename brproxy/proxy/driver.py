@@ -1,0 +1,167 @@
+"""What drives a group's dispatcher in the proxy: arrivals, a tick, and the futures that handlers wait on.
+
+The dispatcher decides; the driver only says when. With an empty pool an arrival is decided at once. While
+anything waits, a tick every ``tick_s`` runs one decision round over all of it, so that a burst is one round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from brproxy.clock import Clock
+from brproxy.fleet import Group
+from brproxy.ledger import Entry
+from brproxy.lifecycle import TERMINAL, Event, State
+from brproxy.proxy.errors import ClientGoneError
+from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
+
+
+class WaitExpiredError(BrproxyError):
+    """A request waited in the pool for longer than the limit."""
+
+
+class GroupDriver:
+    """Runs one group's dispatcher on the event loop.
+
+    ``on_round(duration_s, admitted)`` and ``on_end(entry)`` are told about each decision round that admitted
+    something and each request that ends; they must not block.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        clock: Clock,
+        tick_s: float,
+        on_round: Callable[[float, int], None],
+        on_end: Callable[[Entry], None],
+    ) -> None:
+        self.group = group
+        self.clock = clock
+        self._dispatcher = group.dispatcher
+        self._tick_s = tick_s
+        self._on_round = on_round
+        self._on_end = on_end
+        self._waiters: dict[RequestId, asyncio.Future[WorkerIndex]] = {}
+        self._tick: asyncio.TimerHandle | None = None
+
+    def admit(self, request: PendingRequest) -> Lease:
+        """Put a request into the pool; raises PoolFullError or PromptTooLongError."""
+        request_id = self._dispatcher.arrive(request, self.clock.now_s())
+        return Lease(self, self._dispatcher.ledger.entry(request_id))
+
+    async def wait(self, entry: Entry) -> WorkerIndex:
+        """Wait until ``entry`` is bound; raises WaitExpiredError."""
+        waiter: asyncio.Future[WorkerIndex] = asyncio.get_running_loop().create_future()
+        self._waiters[entry.id] = waiter
+        try:
+            if self._tick is None:
+                self._run_round()
+            return await waiter
+        finally:
+            del self._waiters[entry.id]
+
+    def retry(self, entry: Entry) -> None:
+        """Take ``entry`` away from the worker that failed it; the next ``wait`` gives it another."""
+        self._dispatcher.ledger.retry(entry.id, self.clock.now_s())
+
+    def end(self, entry: Entry, event: Event) -> None:
+        """End a request; what it held goes to those that wait, on the next tick."""
+        self._dispatcher.end(entry.id, event)
+        self._on_end(entry)
+
+    def close(self) -> None:
+        """Stop ticking; whatever still waits is left to its handlers."""
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+
+    def _run_round(self) -> None:
+        """Decide, wake those that were bound or have waited too long, and tick again while any wait."""
+        now_s = self.clock.now_s()
+        started_s = time.perf_counter()
+        assignments = self._dispatcher.decide(now_s, self.group.health.routable())
+        if assignments:
+            self._on_round(time.perf_counter() - started_s, len(assignments))
+        for assignment in assignments:
+            self._wake(assignment.request_id, assignment.worker)
+        for request_id in self._dispatcher.expired(now_s):
+            entry = self._dispatcher.ledger.entry(request_id)
+            self.end(entry, Event.EXPIRE)
+            self._wake(request_id, None)
+        pending = self._dispatcher.ledger.pending
+        self._tick = asyncio.get_running_loop().call_later(self._tick_s, self._run_round) if pending else None
+
+    def _wake(self, request_id: RequestId, worker: WorkerIndex | None) -> None:
+        # A waiter may be gone or cancelled already: its handler is about to end the request itself.
+        waiter = self._waiters.get(request_id)
+        if waiter is None or waiter.done():
+            return
+        if worker is None:
+            limit_s = self._dispatcher.limits.wait_s_max
+            waiter.set_exception(
+                WaitExpiredError(f"no worker had a free slot and KV room within {limit_s:g} s")
+            )
+        else:
+            waiter.set_result(worker)
+
+
+class Lease:
+    """One request's place in its group: a context manager that returns its load on every path.
+
+    Leaving the block normally is FINISH, or FAIL after ``fail()``; a cancelled handler or a client that has
+    left is CANCEL; any other exception is FAIL. A request that expired while it waited has ended already.
+    """
+
+    def __init__(self, driver: GroupDriver, entry: Entry) -> None:
+        self._driver = driver
+        self._ledger = driver.group.dispatcher.ledger
+        self._outcome = Event.FINISH
+        self.entry = entry
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.entry.state in TERMINAL:
+            return
+        if exc_type is None:
+            # A handler can only leave before a worker was found by failing.
+            event = Event.FAIL if self.entry.state is State.PENDING else self._outcome
+        else:
+            gone = issubclass(exc_type, asyncio.CancelledError | ClientGoneError)
+            event = Event.CANCEL if gone else Event.FAIL
+        self._driver.end(self.entry, event)
+
+    async def worker(self) -> WorkerIndex:
+        """Wait for a worker; raises WaitExpiredError."""
+        return await self._driver.wait(self.entry)
+
+    def retry(self) -> None:
+        """Give the worker back: it failed before the client saw anything."""
+        self._driver.retry(self.entry)
+
+    def fail(self) -> None:
+        """Have the request end as FAILED, although its handler leaves in good order."""
+        self._outcome = Event.FAIL
+
+    def tokens(self, tokens: int) -> None:
+        """Book ``tokens`` more output tokens, fewer than zero to take back."""
+        self._ledger.grow(self.entry.id, tokens)
+
+    def first_token(self) -> None:
+        """Note that prefill is over; later calls do nothing."""
+        if self.entry.state is State.PREFILL:
+            self._ledger.first_token(self.entry.id, self._driver.clock.now_s())
+
+    def correct_prompt(self, prompt_tokens: int) -> None:
+        """Replace the prompt estimate by what the worker reports."""
+        self._ledger.correct_prompt(self.entry.id, prompt_tokens)

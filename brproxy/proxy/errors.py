@@ -1,0 +1,103 @@
+"""Errors that the proxy itself answers, in the format of the OpenAI API.
+
+A worker's own errors never come through here: they reach the client as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import orjson
+from aiohttp import web
+
+from brproxy.types import BrproxyError
+
+
+class ClientGoneError(BrproxyError):
+    """The client closed its connection, or has stopped reading for too long."""
+
+
+@dataclass
+class ProxyError(Exception):
+    """An answer of the proxy's own: HTTP status, message, OpenAI error type, Retry-After in seconds."""
+
+    status: int
+    message: str
+    type: str
+    retry_after_s: int | None = None
+
+    def body(self) -> bytes:
+        """Return the JSON body ``{"error": {...}}``."""
+        error = {"message": self.message, "type": self.type, "param": None, "code": self.status}
+        return orjson.dumps({"error": error})
+
+    def event(self) -> bytes:
+        """Return the same as a server-sent event, for a stream that has begun."""
+        return b"data: " + self.body() + b"\n\n"
+
+    def response(self) -> web.Response:
+        """Return the error as a response."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return web.Response(
+            status=self.status, body=self.body(), content_type="application/json", headers=headers
+        )
+
+
+def bad_request(message: str) -> ProxyError:
+    """Return 400: the request could never be served here."""
+    return ProxyError(HTTPStatus.BAD_REQUEST, message, "invalid_request_error")
+
+
+def unknown_model(message: str) -> ProxyError:
+    """Return 404, as an engine does for a model that it does not serve."""
+    return ProxyError(HTTPStatus.NOT_FOUND, message, "NotFoundError")
+
+
+def body_too_large(limit_bytes: int) -> ProxyError:
+    """Return 413: the body exceeds ``limits.body_bytes_max``."""
+    return ProxyError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"The request body is larger than {limit_bytes} bytes, the most that this proxy accepts.",
+        "invalid_request_error",
+    )
+
+
+def pool_full(message: str, retry_after_s: int) -> ProxyError:
+    """Return 429: too many requests wait already."""
+    return ProxyError(
+        HTTPStatus.TOO_MANY_REQUESTS, f"Overloaded: {message}.", "rate_limit_error", retry_after_s
+    )
+
+
+def waited_too_long(message: str, retry_after_s: int) -> ProxyError:
+    """Return 503: no worker became free in time."""
+    return ProxyError(
+        HTTPStatus.SERVICE_UNAVAILABLE, f"Overloaded: {message}.", "overloaded_error", retry_after_s
+    )
+
+
+def workers_failed(message: str) -> ProxyError:
+    """Return 502: every worker that was tried failed before its first byte."""
+    return ProxyError(HTTPStatus.BAD_GATEWAY, message, "upstream_error")
+
+
+def worker_silent(seconds: float) -> ProxyError:
+    """Return 504: the worker took the request and then sent nothing."""
+    return ProxyError(
+        HTTPStatus.GATEWAY_TIMEOUT, f"The worker sent nothing for {seconds:g} s.", "upstream_timeout"
+    )
+
+
+def stream_broke_off() -> ProxyError:
+    """Return 502: the worker's connection ended before its response was complete."""
+    return ProxyError(
+        HTTPStatus.BAD_GATEWAY, "The worker's response broke off before it was complete.", "upstream_error"
+    )
+
+
+def draining(retry_after_s: int) -> ProxyError:
+    """Return 503: the proxy is about to stop."""
+    return ProxyError(
+        HTTPStatus.SERVICE_UNAVAILABLE, "This proxy is shutting down.", "overloaded_error", retry_after_s
+    )
