@@ -18,7 +18,7 @@ from aiohttp import web
 from brproxy.proxy.accounting import Account
 from brproxy.proxy.errors import ClientGoneError, ProxyError, stream_broke_off, worker_silent
 from brproxy.proxy.headers import Headers, response_headers
-from brproxy.proxy.sse import SseSplitter
+from brproxy.proxy.sse import SseEvent, SseSplitter, event_data
 from brproxy.proxy.upstream import Upstream, WorkerFailedError, WorkerRequest
 from brproxy.types import BrproxyError
 
@@ -175,6 +175,7 @@ class Relay:
             if held and self._client is not None:
                 await self._write(self._client, held)
                 held = b""
+        self._account.look(SseEvent(splitter.tail, event_data(splitter.tail)))
         if self._must_end_with_done(response) and not self._account.done:
             msg = "the stream ended without [DONE]"
             raise aiohttp.ClientPayloadError(msg)
@@ -183,7 +184,7 @@ class Relay:
         return client
 
     def _must_end_with_done(self, response: aiohttp.ClientResponse) -> bool:
-        """Tell whether only [DONE] can show that the stream is whole: it is framed by the connection's end."""
+        """Tell whether only [DONE] shows that the stream is whole: the connection's end frames it."""
         framed = response.headers.get("Content-Length") or "Transfer-Encoding" in response.headers
         return not framed and self._account.dialect.ends_with_done(self._request.path)
 

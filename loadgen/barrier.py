@@ -1,0 +1,65 @@
+"""What the barrier costs: statistics over the steps of a deployment, for any window of time. Pure."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+
+from brproxy.types import InvalidInputError
+from loadgen.cluster import IntArray
+
+STEPS_MAX = 10_000_000
+"""Most steps that are kept: at 10 ms each, more than a day."""
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierStats:
+    """Over the steps that began in a window.
+
+    ``imbalance_kv_tokens``: time-average of max - min load. ``idle_fraction``: the KV work that the workers
+    could have done while they waited at the barrier, ``1 - Σ mean·dt / Σ max·dt``. ``output_tokens`` were
+    decoded in ``busy_s`` seconds of steps.
+    """
+
+    steps: int
+    busy_s: float
+    output_tokens: int
+    imbalance_kv_tokens: float | None
+    idle_fraction: float | None
+
+
+class BarrierRecord:
+    """The load extremes of every step so far."""
+
+    def __init__(self) -> None:
+        self._columns = {
+            name: array("d") for name in ("start_s", "duration_s", "max", "mean", "min", "tokens")
+        }
+
+    def add(self, start_s: float, duration_s: float, kv_tokens: IntArray, output_tokens: int) -> None:
+        """Record a step; raises InvalidInputError beyond STEPS_MAX of them."""
+        if len(self._columns["start_s"]) >= STEPS_MAX:
+            msg = f"more than {STEPS_MAX} steps; reset the statistics"
+            raise InvalidInputError(msg)
+        values = (start_s, duration_s, kv_tokens.max(), kv_tokens.mean(), kv_tokens.min(), output_tokens)
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(float(value))
+
+    def stats(self, from_s: float, to_s: float) -> BarrierStats:
+        """Return the statistics of the steps with ``from_s <= start < to_s``."""
+        columns = {name: np.array(column) for name, column in self._columns.items()}
+        inside = (columns["start_s"] >= from_s) & (columns["start_s"] < to_s)
+        duration_s, highest, mean, lowest, tokens = (
+            columns[name][inside] for name in ("duration_s", "max", "mean", "min", "tokens")
+        )
+        busy_s = float(duration_s.sum())
+        envelope = float((highest * duration_s).sum())
+        return BarrierStats(
+            steps=int(inside.sum()),
+            busy_s=busy_s,
+            output_tokens=int(tokens.sum()),
+            imbalance_kv_tokens=float(((highest - lowest) * duration_s).sum()) / busy_s if busy_s else None,
+            idle_fraction=1 - float((mean * duration_s).sum()) / envelope if envelope else None,
+        )

@@ -1,0 +1,304 @@
+"""The ``loadgen`` command."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Self
+
+import typer
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from brproxy.types import BrproxyError
+from loadgen.client import ClientSettings, Lengths, Outcome
+from loadgen.cluster import ClusterSettings
+from loadgen.commands import demo as demonstration
+from loadgen.commands.compare import ComparisonSettings
+from loadgen.commands.compare import compare as run_comparison
+from loadgen.commands.emulate import emulate as run_emulator
+from loadgen.commands.run import run as run_replay
+from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
+from loadgen.emulator.server import EmulatorSettings
+from loadgen.report.schema import Report
+from loadgen.report.statistics import Slo
+from loadgen.report.tables import comparison_table, latency_table, outcome_table
+
+USAGE_ERROR = 2
+
+app = typer.Typer(
+    help="The load generator of brproxy: emulate, replay, compare.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Workers = Annotated[int, typer.Option(help="DP workers of the emulated deployment.")]
+Slots = Annotated[int, typer.Option(help="Requests that a worker runs at once.")]
+KvCapacity = Annotated[int | None, typer.Option(help="KV cache of a worker (tokens); left out: unlimited.")]
+StepBase = Annotated[float, typer.Option(help="t0: what a step takes without KV load (ms).")]
+StepPerKv = Annotated[float, typer.Option(help="a: what each KV token of the heaviest worker adds (ns).")]
+Prefill = Annotated[float, typer.Option(help="What a prompt token adds to the step that prefills it (µs).")]
+Speed = Annotated[float, typer.Option(help="Run so many times as fast as real time.")]
+Name = Annotated[
+    str, typer.Option("--workload", help="Synthetic workload: proprietary, azure-2024 or short.")
+]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Trace instead: Azure CSV, Mooncake JSONL, BurstGPT CSV or ShareGPT JSON, told by content."
+    ),
+]
+Requests = Annotated[int | None, typer.Option(help="Requests; of a trace the first so many, by default all.")]
+Rate = Annotated[float | None, typer.Option(help="Arrivals a second, in the deployment's time.")]
+Cv = Annotated[float, typer.Option(help="Burstiness of arrivals: 1 Poisson, more is bursty, 0 uniform.")]
+TraceSpeed = Annotated[float, typer.Option(help="Replay a trace's own times so many times as fast.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Out = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")]
+
+SYNTHETIC_REQUESTS = 2000
+SYNTHETIC_LOAD = 1.1
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loadgen {version('brproxy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def emulate(
+    workers: Workers = 8,
+    slots: Slots = 64,
+    kv_capacity_tokens: KvCapacity = None,
+    step_base_ms: StepBase = 30.0,
+    step_ns_per_kv_token: StepPerKv = 100.0,
+    prefill_us_per_token: Prefill = 0.0,
+    speed: Speed = 1.0,
+    base_port: Annotated[int, typer.Option(help="Port of the first worker, 0: free ones.")] = 8001,
+    model: Annotated[str, typer.Option(help="Name of the model that the workers serve.")] = "emulated",
+    queued_requests_max: Annotated[
+        int | None, typer.Option(help="Answer 503 when so many requests wait in a worker.")
+    ] = None,
+) -> None:
+    """Emulate a DP deployment: one HTTP port for each worker, vLLM's wire format, a barrier at each step."""
+    cluster = _cluster(
+        workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
+    )
+    settings = EmulatorSettings(
+        cluster, speed=speed, model=model, base_port=base_port, queued_requests_max=queued_requests_max
+    )
+    uvloop.run(run_emulator(settings, lambda line: print(line, flush=True)))
+
+
+@app.command()
+def run(
+    target: Annotated[str, typer.Option(help='Where to send requests, as "http://host:port".')],
+    model: Annotated[str, typer.Option(help="Model that requests ask for.")] = "emulated",
+    workload: Name = "short",
+    trace: TraceFile = None,
+    requests: Requests = None,
+    rate: Rate = None,
+    cv: Cv = 1.0,
+    trace_speed: TraceSpeed = 1.0,
+    speed: Speed = 1.0,
+    seed: Seed = 0,
+    lengths: Annotated[
+        Lengths, typer.Option(help="How the engine learns the output length.")
+    ] = Lengths.MAX_TOKENS,
+    chat: Annotated[bool, typer.Option("--chat/--completions", help="Which API to use.")] = True,
+    verify: Annotated[bool, typer.Option(help="The target is the emulator: check every token.")] = False,
+    timeout_s: Annotated[float, typer.Option(help="Give up on a request after so many seconds.")] = 600.0,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective for the time to first token.")] = None,
+    slo_tpot_ms: Annotated[
+        float | None, typer.Option(help="Objective for the time per output token.")
+    ] = None,
+    slo_e2e_ms: Annotated[float | None, typer.Option(help="Objective for the whole request.")] = None,
+    label: Annotated[str, typer.Option(help="What the report calls the target.")] = "target",
+    out: Out = None,
+) -> None:
+    """Replay a trace or a synthetic workload against a URL, open loop.
+
+    The key in OPENAI_API_KEY, if there is one, is sent with each request.
+    """
+    scenario = Scenario(
+        WorkloadChoice(workload, trace, _requests(requests, trace)),
+        Arrivals(rate, None, cv, trace_speed),
+        seed=seed,
+    )
+    drawn, _ = scenario.draw()
+    settings = ClientSettings(
+        target.rstrip("/"),
+        model=model,
+        chat=chat,
+        speed=speed,
+        lengths=lengths,
+        verify=verify,
+        timeout_s=timeout_s,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+        seed=seed,
+    )
+    slo = Slo(slo_ttft_ms, slo_tpot_ms, slo_e2e_ms)
+    with _Bars() as bars:
+        bars.begin(label, len(drawn.requests))
+        report = uvloop.run(run_replay(drawn, scenario, settings, slo, label, bars.finished))
+    _write(report, out)
+    console = Console()
+    console.print(latency_table(report.policies[0]), outcome_table(report.policies[0]))
+    _warn(report)
+
+
+@app.command()
+def compare(
+    policies: Annotated[str, typer.Option(help="Names of policies, separated by commas.")] = (
+        "join-shortest-queue,least-kv,br-0,br-h"
+    ),
+    workers: Workers = 8,
+    slots: Slots = 64,
+    kv_capacity_tokens: KvCapacity = None,
+    step_base_ms: StepBase = 30.0,
+    step_ns_per_kv_token: StepPerKv = 100.0,
+    prefill_us_per_token: Prefill = 0.0,
+    workload: Name = "short",
+    trace: TraceFile = None,
+    requests: Requests = None,
+    rate: Rate = None,
+    load: Annotated[
+        float | None,
+        typer.Option(help="Arrivals as a share of what a perfectly balanced deployment could do."),
+    ] = None,
+    cv: Cv = 1.0,
+    trace_speed: TraceSpeed = 1.0,
+    speed: Speed = 1.0,
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Run emulator and proxy under one policy after another, on the same arrivals.
+
+    Arrivals follow --rate, else --load, else a trace's own times. Synthetic workloads have no times: load 1.1.
+    """
+    if rate is None and load is None and trace is None:
+        load = SYNTHETIC_LOAD
+    cluster = _cluster(
+        workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
+    )
+    scenario = Scenario(
+        WorkloadChoice(workload, trace, _requests(requests, trace)),
+        Arrivals(rate, load, cv, trace_speed),
+        cluster,
+        seed,
+    )
+    names = tuple(name.strip() for name in policies.split(",") if name.strip())
+    report = _compare(scenario, ComparisonSettings(names, speed))
+    _write(report, out)
+    Console().print(comparison_table(report))
+    _warn(report)
+
+
+@app.command()
+def demo(
+    speed: Speed = demonstration.SETTINGS.speed,
+    out: Out = None,
+) -> None:
+    """Show in three minutes what balancing KV load gives: policies side by side on an emulated deployment."""
+    scenario, settings = demonstration.SCENARIO, ComparisonSettings(demonstration.SETTINGS.policies, speed)
+    cluster = scenario.cluster
+    typer.echo(
+        f"{cluster.workers} emulated workers with {cluster.slots} slots each, "
+        f"{scenario.workload.requests} chat requests at {scenario.arrivals.load} × capacity, {speed:g} × real time."
+    )
+    report = _compare(scenario, settings)
+    _write(report, out)
+    Console().print(comparison_table(report))
+    typer.echo(f"{demonstration.verdict(report)}\n\n{demonstration.NEXT_STEPS}")
+
+
+def _compare(scenario: Scenario, settings: ComparisonSettings) -> Report:
+    with _Bars() as bars:
+        return uvloop.run(run_comparison(scenario, settings, bars.begin, bars.finished))
+
+
+def _cluster(
+    workers: int,
+    slots: int,
+    kv_capacity_tokens: int | None,
+    step_base_ms: float,
+    step_ns_per_kv_token: float,
+    prefill_us_per_token: float,
+) -> ClusterSettings:
+    return ClusterSettings(
+        workers=workers,
+        slots=slots,
+        kv_capacity_tokens=kv_capacity_tokens,
+        step_base_s=step_base_ms / 1e3,
+        step_s_per_kv_token=step_ns_per_kv_token / 1e9,
+        prefill_s_per_token=prefill_us_per_token / 1e6,
+    )
+
+
+def _requests(requests: int | None, trace: Path | None) -> int | None:
+    return SYNTHETIC_REQUESTS if requests is None and trace is None else requests
+
+
+class _Bars:
+    """A progress bar for each policy, on standard error: tables go to standard output."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:20}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[lost]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        self._lost = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._progress.stop()
+
+    def begin(self, name: str, requests: int) -> None:
+        """Start the bar of ``name``; later calls of ``finished`` count on it."""
+        self._lost = 0
+        self._task = self._progress.add_task(name, total=requests, lost="")
+
+    def finished(self, outcome: Outcome) -> None:
+        """Count a request."""
+        self._lost += outcome.failure is not None
+        lost = f"{self._lost} lost" if self._lost else ""
+        self._progress.update(self._task, advance=1, lost=lost)
+
+
+def _write(report: Report, out: Path | None) -> None:
+    if out is not None:
+        report.write(out)
+
+
+def _warn(report: Report) -> None:
+    for result in report.policies:
+        for warning in result.warnings:
+            typer.echo(f"warning: {result.policy}: {warning}", err=True)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        app()
+    except BrproxyError as error:
+        typer.echo(f"loadgen: {error}", err=True)
+        raise SystemExit(USAGE_ERROR) from None

@@ -1,0 +1,163 @@
+"""``loadgen compare``: the same arrivals through the proxy under one policy after another.
+
+For each policy a fresh emulator and a fresh proxy are started as processes of their own, and this process is
+the client. The barrier's figures come from the emulator, over the steady part of the run.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import orjson
+
+from brproxy.routing.policy import POLICIES
+from brproxy.types import BrproxyError
+from loadgen.capacity import Capacity
+from loadgen.client import ClientSettings, Lengths, Outcome, Replay
+from loadgen.commands.emulate import READY
+from loadgen.commands.processes import running_process
+from loadgen.commands.run import policy_result
+from loadgen.commands.scenario import Scenario
+from loadgen.report.schema import PolicyResult, Report
+from loadgen.report.statistics import client_warnings, latencies, steady_window, within
+from loadgen.workload import Workload
+
+_EMULATOR_READY = re.compile(READY + r" (.+)$")
+_PROXY_READY = re.compile(r"brproxy listens on (http://\S+:\d+)")
+_LEDGER_LINE = re.compile(r"^brproxy_worker_(?:kv_tokens|requests)\{.*\} (\S+)$", re.MULTILINE)
+
+
+class LedgerLeakError(BrproxyError):
+    """The proxy still books load after every request has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonSettings:
+    """What is compared: policies by name, on an emulator ``speed`` times as fast as real time."""
+
+    policies: tuple[str, ...]
+    speed: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse unknown policies before the first of them has run for a minute."""
+        for policy in self.policies:
+            POLICIES.get(policy)
+
+
+async def compare(
+    scenario: Scenario,
+    settings: ComparisonSettings,
+    on_policy: Callable[[str, int], None],
+    on_finished: Callable[[Outcome], None],
+) -> Report:
+    """Run every policy; ``on_policy`` gets its name and the number of requests when it begins."""
+    workload, capacity = scenario.draw()
+    results = []
+    for policy in settings.policies:
+        on_policy(policy, len(workload.requests))
+        results.append(await _one(policy, workload, capacity, scenario, settings, on_finished))
+    described = scenario.describe(workload) | {
+        "speed": settings.speed,
+        "perfect_output_tokens_per_s": capacity.output_tokens_per_s,
+        "perfect_requests_per_s": capacity.requests_per_s,
+    }
+    return Report(scenario=described, policies=results)
+
+
+async def _one(
+    policy: str,
+    workload: Workload,
+    capacity: Capacity,
+    scenario: Scenario,
+    settings: ComparisonSettings,
+    on_finished: Callable[[Outcome], None],
+) -> PolicyResult:
+    async with running_process("loadgen", _emulate_arguments(scenario, settings), _EMULATOR_READY) as ready:
+        urls = ready[1].split()
+        with tempfile.TemporaryDirectory(prefix="loadgen-") as folder:
+            config = Path(folder) / "brproxy.toml"
+            config.write_text(_proxy_config(policy, urls, scenario), encoding="utf-8")
+            arguments = ("serve", "--config", str(config))
+            async with running_process("brproxy", arguments, _PROXY_READY) as listening:
+                return await _replay(policy, listening[1], urls[0], workload, capacity, settings, on_finished)
+
+
+async def _replay(
+    policy: str,
+    proxy_url: str,
+    emulator_url: str,
+    workload: Workload,
+    capacity: Capacity,
+    settings: ComparisonSettings,
+    on_finished: Callable[[Outcome], None],
+) -> PolicyResult:
+    client = ClientSettings(proxy_url, speed=settings.speed, lengths=Lengths.HIDDEN, verify=True)
+    async with aiohttp.ClientSession(raise_for_status=True) as session:
+        async with session.post(f"{emulator_url}/emulator/reset") as response:
+            start_s = orjson.loads(await response.read())["now_s"]
+        outcomes = await Replay(workload, client, on_finished).run()
+        steady = steady_window(outcomes)
+        window = {"from_s": start_s + steady.from_s, "to_s": start_s + steady.to_s}
+        async with session.get(f"{emulator_url}/emulator/stats", params=window) as response:
+            stats = orjson.loads(await response.read())
+        await _check_ledger(session, proxy_url)
+    length_s = steady.to_s - steady.from_s
+    tokens_per_s = stats["output_tokens"] / length_s if length_s > 0 else None
+    warnings = client_warnings(outcomes, settings.speed)
+    if stats["lag_s"] > 0:
+        warnings.append(f"the emulator fell {stats['lag_s']:.1f} s behind: lower --speed on this machine")
+    return policy_result(
+        policy,
+        outcomes,
+        latencies(within(outcomes, steady)),
+        output_tokens_per_s=tokens_per_s,
+        imbalance_kv_tokens=stats["imbalance_kv_tokens"],
+        idle_fraction=stats["idle_fraction"],
+        throughput_of_perfect=tokens_per_s / capacity.output_tokens_per_s if tokens_per_s else None,
+        warnings=warnings,
+    )
+
+
+async def _check_ledger(session: aiohttp.ClientSession, proxy_url: str) -> None:
+    """Make sure that nothing is booked once everything has ended; raises LedgerLeakError."""
+    async with session.get(f"{proxy_url}/metrics") as response:
+        booked = [float(value) for value in _LEDGER_LINE.findall(await response.text())]
+    if not booked or any(booked):
+        raise LedgerLeakError(f"{proxy_url} still books load with no request in it: {booked}")
+
+
+def _emulate_arguments(scenario: Scenario, settings: ComparisonSettings) -> Sequence[str]:
+    cluster = scenario.cluster
+    options = {
+        "--workers": cluster.workers,
+        "--slots": cluster.slots,
+        "--step-base-ms": cluster.step_base_s * 1e3,
+        "--step-ns-per-kv-token": cluster.step_s_per_kv_token * 1e9,
+        "--prefill-us-per-token": cluster.prefill_s_per_token * 1e6,
+        "--speed": settings.speed,
+        "--base-port": 0,
+    }
+    if cluster.kv_capacity_tokens is not None:
+        options["--kv-capacity-tokens"] = cluster.kv_capacity_tokens
+    return ["emulate", *(str(part) for option in options.items() for part in option)]
+
+
+def _proxy_config(policy: str, urls: Sequence[str], scenario: Scenario) -> str:
+    """Return a configuration as a user would write it; waiting is not limited, so that none is lost to it."""
+    cluster = scenario.cluster
+    capacity = (
+        "" if cluster.kv_capacity_tokens is None else f"kv_capacity_tokens = {cluster.kv_capacity_tokens}\n"
+    )
+    workers = "".join(
+        f'\n[[worker]]\nurl = "{url}"\nname = "dp-{rank}"\nslots = {cluster.slots}\n{capacity}'
+        for rank, url in enumerate(urls)
+    )
+    return (
+        f'[listen]\nport = 0\n\n[routing]\npolicy = "{policy}"\nseed = {scenario.seed}\n'
+        "\n[limits]\npool_requests_max = 65536\npool_wait_s_max = 3600\n" + workers
+    )

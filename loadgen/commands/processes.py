@@ -1,0 +1,84 @@
+"""Starting the emulator and the proxy as a user would: as processes of their own, on free loopback ports."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from brproxy.types import BrproxyError
+
+START_S_MAX = 30.0
+STOP_S_MAX = 10.0
+LINES_KEPT = 20
+_LINE_BYTES_MAX = 1 << 16
+
+
+class ProcessError(BrproxyError):
+    """A process that was started did not come up; the text has its last line."""
+
+
+@asynccontextmanager
+async def running_process(
+    module: str, arguments: Sequence[str], ready: re.Pattern[str]
+) -> AsyncIterator[re.Match[str]]:
+    """Run ``python -m module …`` for as long as the block runs; yields the match of its ``ready`` line.
+
+    Raises ProcessError when the process ends or stays silent before it says so.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        module,
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        limit=_LINE_BYTES_MAX,
+    )
+    if process.stdout is None:
+        raise ProcessError(f"{module} has no output to read")
+    drain: asyncio.Task[None] | None = None
+    try:
+        match = await _wait_ready(module, process.stdout, ready)
+        drain = asyncio.create_task(_drain(process.stdout))
+        yield match
+    finally:
+        await _stop(process)
+        if drain is not None:
+            await drain
+
+
+async def _wait_ready(module: str, output: asyncio.StreamReader, ready: re.Pattern[str]) -> re.Match[str]:
+    last: deque[str] = deque(maxlen=LINES_KEPT)
+    try:
+        async with asyncio.timeout(START_S_MAX):
+            while line := await output.readline():
+                last.append(line.decode(errors="replace").rstrip())
+                match = ready.search(last[-1])
+                if match is not None:
+                    return match
+    except TimeoutError:
+        last.append(f"no sign of life within {START_S_MAX:g} s")
+    raise ProcessError(f"{module} did not start: {last[-1] if last else 'it ended without a word'}")
+
+
+async def _drain(output: asyncio.StreamReader) -> None:
+    # A pipe that nobody reads fills up and stops its writer.
+    while await output.read(_LINE_BYTES_MAX):
+        pass
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        async with asyncio.timeout(STOP_S_MAX):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()

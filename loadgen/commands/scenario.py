@@ -1,0 +1,96 @@
+"""A scenario: a deployment, a workload, and how its requests arrive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from brproxy.types import InvalidInputError
+from loadgen.arrivals import faster, with_gamma_arrivals
+from loadgen.capacity import Capacity, perfect_capacity
+from loadgen.cluster import ClusterSettings
+from loadgen.traces.synthetic import synthetic_workload
+from loadgen.traces.trace_format import load_trace
+from loadgen.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadChoice:
+    """Where requests come from: a trace file, or a synthetic law by name; ``requests``: the first so many."""
+
+    name: str = "short"
+    trace: Path | None = None
+    requests: int | None = 2000
+
+    def load(self, rng: np.random.Generator) -> tuple[Workload, bool]:
+        """Return the requests, and whether they have arrival times; raises InvalidInputError."""
+        if self.requests is not None and self.requests < 1:
+            msg = f"requests must be at least 1, got {self.requests}"
+            raise InvalidInputError(msg)
+        if self.trace is not None:
+            loaded = load_trace(self.trace, self.requests)
+            return loaded.workload, loaded.has_times
+        if self.requests is None:
+            msg = "a synthetic workload needs a number of requests: give --requests"
+            raise InvalidInputError(msg)
+        return synthetic_workload(self.name, self.requests, rng), False
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """When requests arrive; the first of these that is given decides.
+
+    ``rate_per_s`` requests a second; ``load`` as a share of the perfect capacity; else the trace's own times,
+    ``trace_speed`` times as fast. ``cv``: coefficient of variation of the gaps, 1 is Poisson.
+    """
+
+    rate_per_s: float | None = None
+    load: float | None = None
+    cv: float = 1.0
+    trace_speed: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Everything that makes a run repeatable."""
+
+    workload: WorkloadChoice = field(default_factory=WorkloadChoice)
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    seed: int = 0
+
+    def draw(self) -> tuple[Workload, Capacity]:
+        """Return the requests with their arrival times, and the deployment's perfect capacity."""
+        rng = np.random.default_rng(self.seed)
+        workload, has_times = self.workload.load(rng)
+        capacity = perfect_capacity(workload, self.cluster)
+        rate_per_s = self.arrivals.rate_per_s
+        if rate_per_s is None and self.arrivals.load is not None:
+            rate_per_s = self.arrivals.load * capacity.requests_per_s
+        if rate_per_s is not None:
+            return with_gamma_arrivals(workload, rate_per_s, self.arrivals.cv, rng), capacity
+        if not has_times:
+            msg = f"workload {workload.name!r} has no arrival times: give --rate"
+            raise InvalidInputError(msg)
+        return faster(workload, self.arrivals.trace_speed), capacity
+
+    def describe(self, workload: Workload) -> dict[str, str | int | float | None]:
+        """Return the scenario as it goes into the report."""
+        cluster = self.cluster
+        return {
+            "workload": workload.name,
+            "requests": len(workload.requests),
+            "rate_per_s": self.arrivals.rate_per_s,
+            "load": self.arrivals.load,
+            "cv": self.arrivals.cv,
+            "trace_speed": self.arrivals.trace_speed,
+            "seed": self.seed,
+            "workers": cluster.workers,
+            "slots": cluster.slots,
+            "kv_capacity_tokens": cluster.kv_capacity_tokens,
+            "step_base_ms": cluster.step_base_s * 1e3,
+            "step_ns_per_kv_token": cluster.step_s_per_kv_token * 1e9,
+            "prefill_us_per_token": cluster.prefill_s_per_token * 1e6,
+        }

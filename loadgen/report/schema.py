@@ -1,0 +1,70 @@
+"""The JSON document that ``run``, ``compare``, ``demo`` and ``simulate`` write with ``--out``.
+
+One object for each policy; a figure that a command cannot know is null. Times are in milliseconds and rates
+per second of the deployment's own time: a deployment emulated at four times real time is reported as if it
+ran at normal speed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from brproxy.types import InvalidInputError
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Percentiles(_Document):
+    """Mean and percentiles of a latency in milliseconds."""
+
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+
+
+class PolicyResult(_Document):
+    """What one policy did with the scenario."""
+
+    policy: str
+    imbalance_kv_tokens: float | None = Field(description="Time-average of max - min KV tokens of a worker.")
+    idle_fraction: float | None = Field(description="Share of the KV work lost waiting at the barrier.")
+    throughput_of_perfect: float | None = Field(
+        description="Output tokens/s as a share of every slot full and every step at max = mean."
+    )
+    output_tokens_per_s: float | None = Field(
+        description="Decoded (compare: in the steady part; run: in all)."
+    )
+    tpot_ms_p95: float | None = Field(description="Time per output token after the first, 95th percentile.")
+    ttft_ms_p95: float | None = Field(description="Time to first token, from when the request was due.")
+    wait_ms_p99: float | None = Field(description="Time from arrival to a slot; only a simulator knows it.")
+    requests: int = Field(description="Requests of the whole run.")
+    lost: int = Field(description="Requests that failed, for whatever reason.")
+    failures: dict[str, int] = Field(default_factory=dict, description="Lost requests by kind.")
+    ttft_ms: Percentiles | None = None
+    tpot_ms: Percentiles | None = None
+    itl_ms: Percentiles | None = None
+    e2e_ms: Percentiles | None = None
+    goodput_requests_per_s: float | None = Field(
+        default=None, description="Requests that met every SLO, per second."
+    )
+    warnings: list[str] = Field(default_factory=list, description="Why figures may not be trusted.")
+
+
+class Report(_Document):
+    """A scenario, and what each policy did with it."""
+
+    scenario: dict[str, str | int | float | None]
+    policies: list[PolicyResult]
+
+    def write(self, path: Path) -> None:
+        """Write the document; raises InvalidInputError when that fails."""
+        try:
+            path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            msg = f"{path}: cannot be written: {error.strerror}"
+            raise InvalidInputError(msg) from error

@@ -1,0 +1,105 @@
+"""Tables for people, with rich."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from loadgen.report.schema import Percentiles, PolicyResult, Report
+
+BALANCING_PREFIX = "br-"
+"""Policies of ours; all others are baselines."""
+
+_COMPARED = (
+    "imbalance\nKV tokens",
+    "idle at\nbarrier",
+    "output\ntokens/s",
+    "of\nperfect",
+    "TPOT P95\nms",
+    "TTFT P95\nms",
+    "lost",
+)
+
+
+def latency_table(result: PolicyResult) -> Table:
+    """Return the latencies of one run."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("milliseconds")
+    for column in ("mean", "P50", "P95", "P99"):
+        table.add_column(column, justify="right")
+    rows = (
+        ("TTFT", result.ttft_ms),
+        ("TPOT", result.tpot_ms),
+        ("ITL", result.itl_ms),
+        ("end to end", result.e2e_ms),
+    )
+    for name, values in rows:
+        table.add_row(name, *_cells(values))
+    return table
+
+
+def _cells(values: Percentiles | None) -> list[str]:
+    if values is None:
+        return ["-"] * 4
+    return [f"{value:,.1f}" for value in (values.mean, values.p50, values.p95, values.p99)]
+
+
+def outcome_table(result: PolicyResult) -> Table:
+    """Return throughput, goodput and losses of one run."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("requests", f"{result.requests:,}")
+    table.add_row("lost", f"{result.lost:,}")
+    for kind, count in result.failures.items():
+        table.add_row(f"  {kind}", f"{count:,}")
+    table.add_row("output tokens/s", _number(result.output_tokens_per_s, ",.1f"))
+    if result.goodput_requests_per_s is not None:
+        table.add_row("goodput requests/s", f"{result.goodput_requests_per_s:,.2f}")
+    return table
+
+
+def strongest_baseline(report: Report) -> PolicyResult | None:
+    """Return the baseline with the highest throughput, None when no baseline ran."""
+    baselines = [
+        result
+        for result in report.policies
+        if not result.policy.startswith(BALANCING_PREFIX) and result.output_tokens_per_s is not None
+    ]
+    return max(baselines, key=lambda result: result.output_tokens_per_s or 0.0, default=None)
+
+
+def comparison_table(report: Report) -> Table:
+    """Return all policies side by side, each figure also relative to the strongest baseline's."""
+    baseline = strongest_baseline(report)
+    caption = f"×: relative to {baseline.policy}, the strongest baseline" if baseline else None
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table.add_column("policy", no_wrap=True)
+    for column in _COMPARED:
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in report.policies:
+        table.add_row(*_comparison_row(result, baseline))
+    return table
+
+
+def _comparison_row(result: PolicyResult, baseline: PolicyResult | None) -> list[str]:
+    base = baseline or result
+    return [
+        result.policy,
+        _relative(result.imbalance_kv_tokens, base.imbalance_kv_tokens, ",.0f"),
+        _relative(result.idle_fraction, base.idle_fraction, ".1%"),
+        _relative(result.output_tokens_per_s, base.output_tokens_per_s, ",.0f"),
+        _number(result.throughput_of_perfect, ".1%"),
+        _relative(result.tpot_ms_p95, base.tpot_ms_p95, ",.1f"),
+        _relative(result.ttft_ms_p95, base.ttft_ms_p95, ",.0f"),
+        f"{result.lost:,}",
+    ]
+
+
+def _number(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
+
+
+def _relative(value: float | None, base: float | None, style: str) -> str:
+    ratio = f"\n[dim]×{value / base:.2f}[/dim]" if value is not None and base else ""
+    return _number(value, style) + ratio
