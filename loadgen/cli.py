@@ -47,9 +47,7 @@ Name = Annotated[
 ]
 TraceFile = Annotated[
     Path | None,
-    typer.Option(
-        help="Trace instead: Azure CSV, Mooncake JSONL, BurstGPT CSV or ShareGPT JSON, told by content."
-    ),
+    typer.Option(help="Trace file instead: Azure, Mooncake, BurstGPT or ShareGPT, told by content."),
 ]
 Requests = Annotated[int | None, typer.Option(help="Requests; of a trace the first so many, by default all.")]
 Rate = Annotated[float | None, typer.Option(help="Arrivals a second, in the deployment's time.")]
@@ -186,7 +184,7 @@ def compare(
 ) -> None:
     """Run emulator and proxy under one policy after another, on the same arrivals.
 
-    Arrivals follow --rate, else --load, else a trace's own times. Synthetic workloads have no times: load 1.1.
+    Arrivals follow --rate, else --load, else a trace's own times; synthetic workloads have load 1.1.
     """
     if rate is None and load is None and trace is None:
         load = SYNTHETIC_LOAD
@@ -216,7 +214,8 @@ def demo(
     cluster = scenario.cluster
     typer.echo(
         f"{cluster.workers} emulated workers with {cluster.slots} slots each, "
-        f"{scenario.workload.requests} chat requests at {scenario.arrivals.load} × capacity, {speed:g} × real time."
+        f"{scenario.workload.requests} chat requests at {scenario.arrivals.load} × capacity, "
+        f"{speed:g} × real time."
     )
     report = _compare(scenario, settings)
     _write(report, out)

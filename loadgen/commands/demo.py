@@ -12,14 +12,14 @@ BALANCED = "br-0"
 IMBALANCE_RATIO_MAX = 0.45
 """What the demonstration is expected to show, or to say that it did not."""
 
-SETTINGS = ComparisonSettings(policies=("round-robin", BASELINE, "least-kv", BALANCED), speed=4.0)
+SETTINGS = ComparisonSettings(policies=("round-robin", BASELINE, "least-kv", BALANCED), speed=3.0)
 
 SCENARIO = Scenario(
-    workload=WorkloadChoice(name="short", requests=2200),
+    workload=WorkloadChoice(name="short", requests=4000),
     arrivals=Arrivals(load=1.1),
-    # Small enough for a laptop: sixteen slots and short prompts. So that KV tokens weigh as much in a step as
-    # they do in a large deployment, each costs more of it.
-    cluster=ClusterSettings(workers=8, slots=16, step_s_per_kv_token=1e-6),
+    # Small enough for a laptop: half the slots of a large deployment and shorter prompts. So that KV tokens
+    # weigh as much in a step as they do there, each costs more of it.
+    cluster=ClusterSettings(workers=8, slots=32, step_s_per_kv_token=0.5e-6),
     seed=1,
 )
 

@@ -11,12 +11,12 @@ BALANCING_PREFIX = "br-"
 """Policies of ours; all others are baselines."""
 
 _COMPARED = (
-    "imbalance\nKV tokens",
-    "idle at\nbarrier",
-    "output\ntokens/s",
-    "of\nperfect",
-    "TPOT P95\nms",
-    "TTFT P95\nms",
+    "imbal.\nKV tok.",
+    "idle",
+    "output\ntok/s",
+    "of per-\nfect",
+    "TPOT\nP95 ms",
+    "TTFT\nP95 ms",
     "lost",
 )
 
@@ -73,7 +73,10 @@ def comparison_table(report: Report) -> Table:
     """Return all policies side by side, each figure also relative to the strongest baseline's."""
     baseline = strongest_baseline(report)
     caption = f"×: relative to {baseline.policy}, the strongest baseline" if baseline else None
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    # Eight columns have to fit into eighty characters.
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left"
+    )
     table.add_column("policy", no_wrap=True)
     for column in _COMPARED:
         table.add_column(column, justify="right", no_wrap=True)

@@ -1,0 +1,186 @@
+"""One decision round of BR-0 and BR-H against a brute force that spells the algorithm out."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brproxy.routing.balance import BalanceParams, BalanceRound
+from brproxy.routing.fscore import FScore
+from brproxy.routing.view import NOT_ADMITTED, ClusterView
+
+UNLIMITED = 1 << 40
+
+
+def make_view(kv_tokens, prompts, slots_free, kv_free=None, passed_over=None, forecast=None):
+    workers = len(kv_tokens)
+    kv = np.array(kv_tokens, dtype=np.int64)
+    return ClusterView(
+        kv_tokens=kv,
+        requests=np.zeros(workers, dtype=np.int64),
+        slots=np.full(workers, 64, dtype=np.int64),
+        slots_free=np.array(slots_free, dtype=np.int64),
+        kv_capacity=np.full(workers, UNLIMITED, dtype=np.int64),
+        kv_free=np.array(kv_free if kv_free is not None else [UNLIMITED] * workers, dtype=np.int64),
+        prompt_tokens=np.array(prompts, dtype=np.int64),
+        passed_over=np.array(passed_over if passed_over is not None else [0] * len(prompts), dtype=np.int64),
+        forecast=kv[:, None].astype(float) if forecast is None else forecast,
+    )
+
+
+def decide(view, params=None, fscore=None, seed=0):
+    params = params or BalanceParams()
+    fscore = fscore or FScore.make(0, 1.0, 1.0, view.workers)
+    return BalanceRound(view, params, fscore, np.random.default_rng(seed)).run()
+
+
+class BruteForce:
+    """The round with plain loops: every subset, every step of the horizon."""
+
+    def __init__(self, view, params, gamma, alpha, beta, seed):
+        self.view, self.params = view, params
+        self.horizon = view.forecast.shape[1]
+        self.gamma, self.alpha, self.beta = gamma, alpha, beta
+        self.loads = view.forecast.tolist()
+        self.slots = view.slots_free.tolist()
+        self.kv = view.kv_free.tolist()
+        self.waiting = list(range(view.waiting))
+        self.tie_break = np.random.default_rng(seed).permutation(view.workers).tolist()
+        self.closed = set()
+        self.decision = [NOT_ADMITTED] * view.waiting
+
+    def margin(self, worker, step):
+        return max(load[step] for load in self.loads) - self.loads[worker][step]
+
+    def headroom(self, worker):
+        weights = [self.gamma**h for h in range(self.horizon)]
+        return sum(w * self.margin(worker, h) for h, w in enumerate(weights)) / sum(weights)
+
+    def score(self, worker, demand):
+        total = 0.0
+        for h in range(self.horizon):
+            overflow = max(0.0, demand - self.margin(worker, h))
+            total += self.gamma**h * (self.alpha * demand - self.beta * overflow)
+        return total
+
+    def run(self):
+        prompts = self.view.prompt_tokens.tolist()
+        while self.waiting:
+            workers = [g for g in range(len(self.slots)) if self.slots[g] > 0 and g not in self.closed]
+            if not workers:
+                break
+            worker = min(
+                workers, key=lambda g: (-round(self.headroom(g), 6), -self.slots[g], self.tie_break[g])
+            )
+            window = [i for i in self.waiting[: self.params.window] if prompts[i] <= self.kv[worker]]
+            if not window:
+                self.closed.add(worker)
+                continue
+            ample = sum(s for g, s in enumerate(self.slots) if g not in self.closed) >= len(self.waiting)
+            largest = min(1 if ample else self.params.subset_max, self.slots[worker], len(window))
+            subsets = [q for size in range(1, largest + 1) for q in combinations(window, size)]
+            fitting = [q for q in subsets if sum(prompts[i] for i in q) <= self.kv[worker]]
+            best = max(self.score(worker, sum(prompts[i] for i in q)) for q in fitting)
+            if best <= 0:
+                fitting = [q for q in fitting if len(q) == 1]
+                best = max(self.score(worker, prompts[q[0]]) for q in fitting)
+            tolerance = 1e-9 * max(1.0, abs(best))
+            chosen = next(
+                q for q in fitting if self.score(worker, sum(prompts[i] for i in q)) >= best - tolerance
+            )
+            for i in chosen:
+                self.admit(worker, i, prompts[i])
+        return self.decision
+
+    def admit(self, worker, request, prompt):
+        self.loads[worker] = [load + prompt for load in self.loads[worker]]
+        self.slots[worker] -= 1
+        self.kv[worker] -= prompt
+        self.waiting.remove(request)
+        self.decision[request] = worker
+
+
+@st.composite
+def views(draw, horizon_steps=0):
+    workers = draw(st.integers(1, 5))
+    # Few distinct values: equal loads and equal prompts are the cases in which ties decide.
+    load = st.one_of(st.sampled_from([0, 100, 1000]), st.integers(0, 5000))
+    prompts = draw(st.lists(st.one_of(st.sampled_from([0, 1, 100, 4000]), st.integers(0, 3000)), max_size=8))
+    per_worker = dict(min_size=workers, max_size=workers)
+    kv_tokens = draw(st.lists(load, **per_worker))
+    steps = [draw(st.lists(st.integers(0, 500), **per_worker)) for _ in range(horizon_steps)]
+    forecast = np.array(
+        [kv_tokens, *[[k + s for k, s in zip(kv_tokens, step, strict=True)] for step in steps]]
+    )
+    return make_view(
+        kv_tokens,
+        prompts,
+        draw(st.lists(st.integers(0, 3), **per_worker)),
+        draw(st.lists(st.one_of(st.just(UNLIMITED), st.integers(0, 6000)), **per_worker)),
+        forecast=forecast.T.astype(float),
+    )
+
+
+@settings(max_examples=300)
+@given(views(), st.integers(1, 8), st.integers(1, 4), st.integers(0, 3))
+def test_br_0_is_the_brute_force(view, window, subset_max, seed):
+    params = BalanceParams(window=window, subset_max=subset_max)
+    expected = BruteForce(view, params, 1.0, 1.0, view.workers, seed).run()
+    assert decide(view, params, seed=seed).tolist() == expected
+
+
+@settings(max_examples=200)
+@given(views(horizon_steps=3), st.integers(1, 8), st.sampled_from([0.5, 1.0]), st.sampled_from([1.0, 8.0]))
+def test_br_h_is_the_brute_force(view, window, gamma, beta_per_worker):
+    params = BalanceParams(window=window)
+    beta = beta_per_worker * view.workers
+    fscore = FScore.make(3, gamma, 1.0, beta)
+    assert decide(view, params, fscore).tolist() == BruteForce(view, params, gamma, 1.0, beta, 0).run()
+
+
+def test_the_largest_request_that_fits_the_margin_goes_to_the_lightest_worker():
+    view = make_view([1000, 400], prompts=[500, 600, 900], slots_free=[1, 1])
+    # Slots are scarce (2 for 3): worker 1 takes 600 = its margin; then both are level and the rest overflows.
+    assert decide(view).tolist()[1] == 1
+
+
+def test_nothing_pays_and_still_nobody_starves():
+    view = make_view([500, 500], prompts=[100], slots_free=[1, 0])
+    assert decide(view).tolist() == [0]
+
+
+def test_workers_without_slots_or_room_get_nothing():
+    view = make_view([0, 0, 0], prompts=[50, 60], slots_free=[0, 5, 5], kv_free=[UNLIMITED, 10, 55])
+    assert decide(view).tolist() == [2, NOT_ADMITTED]
+
+
+def test_ties_do_not_all_go_to_the_first_worker():
+    chosen = {decide(make_view([0] * 8, prompts=[10], slots_free=[4] * 8), seed=s)[0] for s in range(40)}
+    assert len(chosen) > 4
+
+
+def test_only_the_window_is_looked_at():
+    view = make_view([1000, 0], prompts=[10, 10, 1000], slots_free=[0, 1])
+    assert decide(view, BalanceParams(window=2)).tolist() == [1, NOT_ADMITTED, NOT_ADMITTED]
+    assert decide(view, BalanceParams(window=3)).tolist() == [NOT_ADMITTED, NOT_ADMITTED, 1]
+
+
+def test_an_overdue_request_goes_first():
+    view = make_view([1000, 0], prompts=[10, 1000], slots_free=[0, 1], passed_over=[256, 0])
+    assert decide(view).tolist() == [1, NOT_ADMITTED]
+
+
+def test_an_overdue_request_that_fits_nowhere_keeps_the_roomiest_worker_free():
+    view = make_view(
+        [1000, 0], prompts=[500, 10, 10], slots_free=[2, 2], kv_free=[100, 400], passed_over=[256, 0, 0]
+    )
+    assert decide(view).tolist() == [NOT_ADMITTED, 0, 0]
+
+
+@pytest.mark.parametrize("workers", [1, 144])
+def test_extreme_groups(workers):
+    view = make_view([0] * workers, prompts=[0, 1 << 30], slots_free=[1] * workers)
+    decision = decide(view).tolist()
+    assert all(0 <= worker < workers for worker in decision[: min(2, workers)]) or workers == 1

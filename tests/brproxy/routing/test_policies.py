@@ -1,0 +1,149 @@
+"""One contract for every registered policy, and what each of them is known for."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brproxy.registry import UnknownNameError
+from brproxy.routing.policy import POLICIES, PolicyParams, make_policy
+from brproxy.routing.view import KV_UNLIMITED_TOKENS, NOT_ADMITTED, SLOTS_UNLIMITED, ClusterView
+
+NAMES = POLICIES.names()
+
+
+@st.composite
+def views(draw, horizon_steps=20, overdue_max=300):
+    workers = draw(st.integers(1, 6))
+    waiting = draw(st.integers(0, 12))
+    column = lambda low, high, n: np.array(  # noqa: E731
+        draw(st.lists(st.integers(low, high), min_size=n, max_size=n)), dtype=np.int64
+    )
+    kv_tokens = column(0, 10_000, workers)
+    growth = column(0, 300, workers)
+    return ClusterView(
+        kv_tokens=kv_tokens,
+        requests=column(0, 8, workers),
+        slots=column(1, 8, workers),
+        slots_free=column(0, 4, workers),
+        kv_capacity=np.full(workers, 20_000, dtype=np.int64),
+        kv_free=column(0, 20_000, workers),
+        prompt_tokens=column(0, 5_000, waiting),
+        passed_over=column(0, overdue_max, waiting),
+        forecast=kv_tokens[:, None] + growth[:, None] * np.arange(horizon_steps + 1.0),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(view=views(), seed=st.integers(0, 5))
+def test_contract(name, view, seed):
+    policy = make_policy(name)
+    before = [
+        getattr(view, field).copy() for field in ("kv_tokens", "slots_free", "kv_free", "prompt_tokens")
+    ]
+    decision = policy.route(view, np.random.default_rng(seed))
+    assert decision.shape == (view.waiting,)
+    assert decision.dtype == np.int64
+    for worker in range(view.workers):
+        mine = decision == worker
+        assert mine.sum() <= view.slots_free[worker]
+        assert view.prompt_tokens[mine].sum() <= view.kv_free[worker]
+    assert ((decision >= NOT_ADMITTED) & (decision < view.workers)).all()
+    after = [getattr(view, field) for field in ("kv_tokens", "slots_free", "kv_free", "prompt_tokens")]
+    assert all((a == b).all() for a, b in zip(before, after, strict=True)), "a view is read-only"
+    again = make_policy(name).route(view, np.random.default_rng(seed))
+    assert (decision == again).all(), "the same view and seed give the same answer"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(view=views(overdue_max=0))
+def test_a_request_that_fits_is_not_left_while_slots_are_free(name, view):
+    roomy = view.slots_free > 0
+    if not roomy.any() or not view.waiting:
+        return
+    policy = make_policy(name)
+    decision = policy.route(view, np.random.default_rng(0))
+    fits = (view.prompt_tokens[0] <= view.kv_free[roomy]).any()
+    assert not fits or (decision != NOT_ADMITTED).any()
+
+
+def view_of(kv_tokens, requests, slots=4, prompts=(10,)):
+    workers = len(kv_tokens)
+    kv = np.array(kv_tokens, dtype=np.int64)
+    fill = lambda value, n=workers: np.full(n, value, dtype=np.int64)  # noqa: E731
+    return ClusterView(
+        kv_tokens=kv,
+        requests=np.array(requests, dtype=np.int64),
+        slots=fill(slots),
+        slots_free=fill(SLOTS_UNLIMITED),
+        kv_capacity=fill(KV_UNLIMITED_TOKENS),
+        kv_free=fill(KV_UNLIMITED_TOKENS),
+        prompt_tokens=np.array(prompts, dtype=np.int64),
+        passed_over=fill(0, len(prompts)),
+        forecast=kv[:, None] + np.zeros(21),
+    )
+
+
+def choices(name, view, seeds=30, **params):
+    policy_class = POLICIES.get(name)
+    policy = make_policy(name, policy_class.Params(**params))
+    return [policy.route(view, np.random.default_rng(seed)).tolist() for seed in range(seeds)]
+
+
+def test_round_robin_takes_turns_across_rounds():
+    policy = make_policy("round-robin")
+    rng = np.random.default_rng(0)
+    view = view_of([0, 0, 0], [0, 0, 0])
+    seen = [int(policy.route(view, rng)[0]) for _ in range(6)]
+    assert seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_join_shortest_queue_counts_requests_not_tokens():
+    assert {c[0] for c in choices("join-shortest-queue", view_of([9000, 0, 0], [1, 2, 3]))} == {0}
+
+
+def test_join_shortest_queue_sees_what_the_round_has_placed():
+    view = view_of([0, 0], [0, 0], prompts=(1, 1, 1, 1))
+    assert all(sorted(c) == [0, 0, 1, 1] for c in choices("join-shortest-queue", view))
+
+
+def test_least_kv_counts_tokens_not_requests():
+    assert {c[0] for c in choices("least-kv", view_of([9000, 0, 10], [1, 8, 3]))} == {1}
+
+
+def test_power_of_two_prefers_the_shorter_of_two():
+    picked = [c[0] for c in choices("power-of-two", view_of([0, 0, 0, 0], [9, 9, 9, 0]), seeds=200)]
+    share = picked.count(3) / len(picked)
+    # Worker 3 wins whenever it is one of the two: half of all draws without replacement.
+    assert 0.35 < share < 0.65
+
+
+def test_random_uses_every_worker():
+    assert {c[0] for c in choices("random", view_of([0] * 4, [0] * 4), seeds=100)} == {0, 1, 2, 3}
+
+
+def test_vllm_queue_older_formula_weighs_waiting_four_times():
+    # running + 4 * waiting: worker 0 has 4 running + 1 waiting = 8, worker 1 has 4 running = 4.
+    view = view_of([0, 0], [5, 4])
+    assert {c[0] for c in choices("vllm-queue", view, formula="waiting-weighted")} == {1}
+
+
+@pytest.mark.parametrize("formula", ["waiting-weighted", "0.33"])
+def test_vllm_queue_levels_requests(formula):
+    view = view_of([0, 0, 0], [3, 0, 3])
+    assert {c[0] for c in choices("vllm-queue", view, formula=formula)} == {1}
+
+
+def test_late_binding_is_the_default_of_ours_only():
+    late = {name for name in NAMES if POLICIES.get(name).Params().late_binding}
+    assert late == {"br-0", "br-h"}
+
+
+def test_unknown_policy_lists_the_known_ones():
+    with pytest.raises(UnknownNameError, match=r"unknown policy 'br0'; allowed: br-0, br-h"):
+        make_policy("br0")
+
+
+def test_parameters_of_another_policy_are_refused():
+    with pytest.raises(TypeError, match="takes Br0Params"):
+        make_policy("br-0", PolicyParams())

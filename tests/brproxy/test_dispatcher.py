@@ -1,0 +1,140 @@
+"""One decision round after another, in time that the test makes."""
+
+import numpy as np
+import pytest
+
+from brproxy.dispatcher import Dispatcher, PoolFullError, PoolLimits, PromptTooLongError
+from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.lifecycle import Event
+from brproxy.prediction.predictor import make_predictor
+from brproxy.routing.policy import POLICIES, make_policy
+from brproxy.types import PendingRequest, WorkerIndex
+
+
+def dispatcher_of(policy="br-0", slots=(2, 2), capacity=None, pool=PoolLimits(100, 10.0)):
+    ledger = Ledger([WorkerLimits(n, capacity) for n in slots])
+    return Dispatcher(ledger, make_policy(policy), make_predictor("survival"), np.random.default_rng(0), pool)
+
+
+def routable(dispatcher, *down):
+    mask = np.ones(dispatcher.ledger.workers, dtype=bool)
+    mask[list(down)] = False
+    return mask
+
+
+@pytest.mark.parametrize("policy", POLICIES.names())
+def test_every_policy_serves_everything_in_the_end(policy):
+    dispatcher = dispatcher_of(policy, slots=(2, 3), capacity=4000)
+    rng = np.random.default_rng(5)
+    running, served = [], 0
+    for prompt in rng.integers(1, 2000, 60).tolist():
+        dispatcher.arrive(PendingRequest(prompt), 0.0)
+    for step in range(200):
+        running += [a.request_id for a in dispatcher.decide(float(step), routable(dispatcher))]
+        for request_id in running[:2]:
+            dispatcher.ledger.grow(request_id, 10)
+            dispatcher.end(request_id, Event.FINISH)
+            served += 1
+        running = running[2:]
+    assert served == 60
+    assert dispatcher.ledger.kv_tokens == (0, 0)
+
+
+def test_late_binding_waits_for_a_slot():
+    dispatcher = dispatcher_of(slots=(1, 1))
+    for _ in range(3):
+        dispatcher.arrive(PendingRequest(10), 0.0)
+    first = dispatcher.decide(0.0, routable(dispatcher))
+    assert sorted(a.worker for a in first) == [0, 1]
+    assert dispatcher.decide(1.0, routable(dispatcher)) == []
+    dispatcher.end(first[0].request_id, Event.FINISH)
+    assert [a.worker for a in dispatcher.decide(2.0, routable(dispatcher))] == [first[0].worker]
+
+
+def test_late_binding_waits_for_kv_room():
+    dispatcher = dispatcher_of(slots=(8,), capacity=100)
+    dispatcher.arrive(PendingRequest(80), 0.0)
+    dispatcher.arrive(PendingRequest(30), 0.0)
+    (only,) = dispatcher.decide(0.0, routable(dispatcher))
+    dispatcher.end(only.request_id, Event.CANCEL)
+    assert len(dispatcher.decide(1.0, routable(dispatcher))) == 1
+
+
+def test_early_binding_queues_in_the_worker():
+    dispatcher = dispatcher_of("join-shortest-queue", slots=(1, 1))
+    for _ in range(6):
+        dispatcher.arrive(PendingRequest(10), 0.0)
+    assert len(dispatcher.decide(0.0, routable(dispatcher))) == 6
+    assert dispatcher.ledger.requests == (3, 3)
+
+
+def test_workers_that_are_down_get_nothing():
+    dispatcher = dispatcher_of()
+    dispatcher.arrive(PendingRequest(10), 0.0)
+    assert dispatcher.decide(0.0, routable(dispatcher, 0, 1)) == []
+    assert [a.worker for a in dispatcher.decide(0.0, routable(dispatcher, 0))] == [1]
+
+
+def test_a_retry_goes_elsewhere_and_first():
+    dispatcher = dispatcher_of(slots=(1, 1))
+    failed = dispatcher.arrive(PendingRequest(10), 0.0)
+    (bound,) = dispatcher.decide(0.0, routable(dispatcher))
+    dispatcher.ledger.retry(failed, 1.0)
+    dispatcher.arrive(PendingRequest(10), 1.0)
+    again = dispatcher.decide(1.0, routable(dispatcher))
+    assert again[0].request_id == failed
+    assert again[0].worker != bound.worker
+
+
+def test_a_retry_returns_to_the_same_worker_when_there_is_no_other():
+    dispatcher = dispatcher_of(slots=(1,))
+    failed = dispatcher.arrive(PendingRequest(10), 0.0)
+    dispatcher.decide(0.0, routable(dispatcher))
+    dispatcher.ledger.retry(failed, 1.0)
+    assert [a.worker for a in dispatcher.decide(1.0, routable(dispatcher))] == [0]
+
+
+def test_expiry_counts_from_when_the_request_entered_the_pool():
+    dispatcher = dispatcher_of(slots=(1,))
+    failed = dispatcher.arrive(PendingRequest(10), 0.0)
+    dispatcher.decide(0.0, routable(dispatcher))
+    waiting = dispatcher.arrive(PendingRequest(10), 5.0)
+    dispatcher.ledger.retry(failed, 100.0)
+    assert dispatcher.expired(15.0) == []
+    assert dispatcher.expired(100.0) == [waiting]
+    assert sorted(dispatcher.expired(111.0)) == [failed, waiting]
+
+
+def test_the_pool_is_bounded():
+    dispatcher = dispatcher_of(pool=PoolLimits(2, 10.0))
+    for _ in range(2):
+        dispatcher.arrive(PendingRequest(10), 0.0)
+    with pytest.raises(PoolFullError, match="2 requests are waiting already"):
+        dispatcher.arrive(PendingRequest(10), 0.0)
+
+
+def test_a_prompt_that_never_fits_is_refused_at_once():
+    dispatcher = dispatcher_of(capacity=100)
+    with pytest.raises(PromptTooLongError, match=r"about 101 tokens.*\(100 tokens\)"):
+        dispatcher.arrive(PendingRequest(101), 0.0)
+
+
+def test_only_natural_ends_teach_the_predictor():
+    dispatcher = dispatcher_of()
+    for event in (Event.FINISH, Event.CANCEL, Event.FAIL):
+        request_id = dispatcher.arrive(PendingRequest(10), 0.0)
+        dispatcher.decide(0.0, routable(dispatcher))
+        dispatcher.ledger.grow(request_id, 7 if event is Event.FINISH else 1000)
+        dispatcher.end(request_id, event)
+    assert dispatcher.predictor.mean_output_tokens == 7
+
+
+def test_a_request_passed_over_is_counted():
+    dispatcher = dispatcher_of(slots=(1, 2))
+    heavy = dispatcher.arrive(PendingRequest(1000), 0.0)
+    dispatcher.ledger.bind(heavy, WorkerIndex(0), 0.0)
+    old = dispatcher.arrive(PendingRequest(10), 0.0)
+    for prompt in (990, 995, 999):
+        dispatcher.arrive(PendingRequest(prompt), 0.0)
+    dispatcher.decide(0.0, routable(dispatcher))
+    assert dispatcher.ledger.entry(old).passed_over == 1 or dispatcher.ledger.entry(old).worker == 1

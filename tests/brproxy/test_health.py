@@ -1,0 +1,53 @@
+"""Worker states from consecutive results."""
+
+import pytest
+
+from brproxy.health import GroupHealth, Health, HealthThresholds, HealthTracker
+from brproxy.types import WorkerIndex
+
+
+@pytest.mark.parametrize(
+    ("results", "states"),
+    [
+        ("+", "H"),
+        ("-", "?"),
+        ("--+", "??H"),
+        ("---", "??U"),
+        ("+--+--+", "HHHHHHH"),
+        ("+---", "HHHU"),
+        ("+---+", "HHHUU"),
+        ("+---++", "HHHUUH"),
+        ("+---+-++", "HHHUUUUH"),
+        ("---++", "??UUH"),
+    ],
+)
+def test_thresholds(results, states):
+    tracker = HealthTracker(HealthThresholds(unhealthy_after=3, healthy_after=2))
+    letters = {Health.UNKNOWN: "?", Health.HEALTHY: "H", Health.UNHEALTHY: "U"}
+    seen = ""
+    for now_s, result in enumerate(results):
+        tracker.record(ok=result == "+", reason=f"result {now_s}", now_s=now_s)
+        seen += letters[tracker.state]
+    assert seen == states
+
+
+def test_a_change_is_reported_with_time_and_reason():
+    tracker = HealthTracker(HealthThresholds(1, 1))
+    assert tracker.record(ok=True, reason="answers", now_s=1.0)
+    assert not tracker.record(ok=True, reason="answers again", now_s=2.0)
+    assert (tracker.since_s, tracker.reason) == (1.0, "answers")
+    assert tracker.record(ok=False, reason="refused", now_s=3.0)
+    assert (tracker.since_s, tracker.reason) == (3.0, "refused")
+
+
+def test_group_mask():
+    health = GroupHealth(2, HealthThresholds(1, 1))
+    assert health.routable().tolist() == [False, False], "nobody is chosen before its first success"
+    health.record(WorkerIndex(1), ok=True, reason="", now_s=0.0)
+    assert health.routable().tolist() == [False, True]
+    health.record(WorkerIndex(1), ok=False, reason="", now_s=1.0)
+    assert health.routable().tolist() == [False, False]
+
+
+def test_without_checks_everybody_is_healthy():
+    assert GroupHealth(3, HealthThresholds(), checked=False).routable().all()

@@ -1,0 +1,169 @@
+"""The ledger as a state machine: whatever happens, the books balance."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.lifecycle import Event, LifecycleError, State
+from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED
+from brproxy.types import InvalidInputError, PendingRequest, RequestId, WorkerIndex
+
+WORKERS = 3
+ALL = np.ones(WORKERS, dtype=bool)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Random lives of requests beside a model of plain dictionaries."""
+
+    waiting = Bundle("waiting")
+    running = Bundle("running")
+
+    def __init__(self):
+        super().__init__()
+        self.ledger = Ledger([WorkerLimits(4, 10_000), WorkerLimits(2), WorkerLimits(1, 500)])
+        self.model = {}
+        self.now_s = 0.0
+
+    @rule(target=waiting, prompt=st.integers(0, 5000))
+    def arrive(self, prompt):
+        self.now_s += 1
+        request_id = self.ledger.arrive(PendingRequest(prompt), self.now_s)
+        assert request_id not in self.model, "ids are never reused"
+        self.model[request_id] = {"worker": None, "prompt": prompt, "output": 0}
+        return request_id
+
+    @rule(target=running, request_id=consumes(waiting), worker=st.integers(0, WORKERS - 1))
+    def bind(self, request_id, worker):
+        self.ledger.bind(request_id, WorkerIndex(worker), self.now_s)
+        self.model[request_id]["worker"] = worker
+        return request_id
+
+    @rule(request_id=running, tokens=st.integers(-20, 50))
+    def grow(self, request_id, tokens):
+        self.ledger.grow(request_id, tokens)
+        entry = self.model[request_id]
+        entry["output"] = max(0, entry["output"] + tokens)
+
+    @rule(request_id=running, prompt=st.integers(-5, 9000))
+    def correct(self, request_id, prompt):
+        self.ledger.correct_prompt(request_id, prompt)
+        self.model[request_id]["prompt"] = max(0, prompt)
+
+    @rule(request_id=running)
+    def first_token(self, request_id):
+        if self.ledger.entry(request_id).state is State.PREFILL:
+            self.ledger.first_token(request_id, self.now_s)
+
+    @rule(target=waiting, request_id=consumes(running))
+    def retry_or_end(self, request_id):
+        if self.ledger.entry(request_id).state is not State.PREFILL:
+            with pytest.raises(LifecycleError):
+                self.ledger.retry(request_id, self.now_s)
+            # Once a token was seen there is no way back: the request ends, and another takes its place here.
+            self.ledger.end(request_id, Event.FAIL)
+            del self.model[request_id]
+            return self.arrive(1)
+        self.ledger.retry(request_id, self.now_s)
+        self.model[request_id] |= {"worker": None, "output": 0}
+        return request_id
+
+    @rule(request_id=consumes(running), event=st.sampled_from([Event.FINISH, Event.FAIL, Event.CANCEL]))
+    def end_running(self, request_id, event):
+        self.end(request_id, event)
+
+    @rule(request_id=consumes(waiting), event=st.sampled_from([Event.FAIL, Event.CANCEL, Event.EXPIRE]))
+    def end_waiting(self, request_id, event):
+        self.end(request_id, event)
+
+    def end(self, request_id, event):
+        entry = self.ledger.end(request_id, event)
+        model = self.model.pop(request_id)
+        assert (entry.prompt_tokens, entry.output_tokens) == (model["prompt"], model["output"])
+        with pytest.raises(LifecycleError):
+            self.ledger.end(request_id, event)
+
+    @invariant()
+    def books_balance(self):
+        bound = [entry for entry in self.model.values() if entry["worker"] is not None]
+        kv = [sum(e["prompt"] + e["output"] for e in bound if e["worker"] == g) for g in range(WORKERS)]
+        assert list(self.ledger.kv_tokens) == kv
+        assert list(self.ledger.requests) == [sum(e["worker"] == g for e in bound) for g in range(WORKERS)]
+        assert self.ledger.bound == len(bound)
+        assert self.ledger.pending == len(self.model) - len(bound)
+
+    @invariant()
+    def rows_are_the_entries(self):
+        active = self.ledger.active()
+        rows = sorted(zip(active.worker, active.kv_tokens, active.output_tokens, strict=True))
+        bound = [e for e in self.model.values() if e["worker"] is not None]
+        assert rows == sorted((e["worker"], e["prompt"] + e["output"], e["output"]) for e in bound)
+
+    def teardown(self):
+        for request_id in list(self.model):
+            self.ledger.end(request_id, Event.CANCEL)
+        assert self.ledger.kv_tokens == self.ledger.requests == (0,) * WORKERS
+
+
+LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestLedgerMachine = LedgerMachine.TestCase
+
+
+def bound_ledger(limits, loads):
+    ledger = Ledger(limits)
+    for worker, prompt in loads:
+        request_id = ledger.arrive(PendingRequest(prompt), 0.0)
+        ledger.bind(request_id, WorkerIndex(worker), 0.0)
+    return ledger
+
+
+def test_view_shows_what_is_free():
+    ledger = bound_ledger([WorkerLimits(2, 1000), WorkerLimits(1)], [(0, 300), (1, 50), (1, 60)])
+    waiting = [ledger.entry(ledger.arrive(PendingRequest(p), 0.0)) for p in (7, 8)]
+    view = ledger.view(waiting, np.array([True, True]), late_binding=True)
+    assert view.kv_tokens.tolist() == [300, 110]
+    assert view.slots_free.tolist() == [1, 0], "never fewer than none"
+    assert view.kv_free.tolist() == [700, KV_UNLIMITED_TOKENS - 110]
+    assert view.prompt_tokens.tolist() == [7, 8]
+    assert view.forecast.tolist() == [[300.0], [110.0]]
+
+
+def test_view_masks_workers_that_must_not_be_chosen_but_counts_their_load():
+    ledger = bound_ledger([WorkerLimits(4), WorkerLimits(4)], [(1, 500)])
+    view = ledger.view([], np.array([True, False]), late_binding=True)
+    assert view.slots_free.tolist() == [4, 0]
+    assert view.kv_tokens.tolist() == [0, 500]
+
+
+def test_view_for_early_binding_has_no_limits():
+    ledger = bound_ledger([WorkerLimits(1, 100)], [(0, 90)])
+    view = ledger.view([], np.array([True]), late_binding=False)
+    assert view.slots_free.tolist() == [SLOTS_UNLIMITED]
+    assert view.kv_free.tolist() == [KV_UNLIMITED_TOKENS]
+
+
+def test_impossible_calls_are_refused():
+    ledger = Ledger([WorkerLimits(1)])
+    request_id = ledger.arrive(PendingRequest(1), 0.0)
+    with pytest.raises(LifecycleError, match="no worker 5 among 1"):
+        ledger.bind(request_id, WorkerIndex(5), 0.0)
+    with pytest.raises(LifecycleError, match="not bound"):
+        ledger.grow(request_id, 1)
+    with pytest.raises(LifecycleError, match="not bound"):
+        ledger.correct_prompt(request_id, 1)
+    with pytest.raises(LifecycleError, match="not in the ledger"):
+        ledger.entry(RequestId(99))
+    ledger.bind(request_id, WorkerIndex(0), 0.0)
+    with pytest.raises(LifecycleError, match="does not end"):
+        ledger.end(request_id, Event.FIRST_TOKEN)
+    with pytest.raises(InvalidInputError, match="at least one worker"):
+        Ledger([])
+    with pytest.raises(InvalidInputError, match="at least 0, got -1"):
+        PendingRequest(-1)
+
+
+def test_repr_is_the_state_in_a_line():
+    ledger = bound_ledger([WorkerLimits(1), WorkerLimits(1)], [(1, 30)])
+    assert repr(ledger) == "<Ledger pending=0 bound=1 kv_tokens=[0, 30] requests=[0, 1]>"
