@@ -15,7 +15,7 @@ IMBALANCE_RATIO_MAX = 0.45
 SETTINGS = ComparisonSettings(policies=("round-robin", BASELINE, "least-kv", BALANCED), speed=3.0)
 
 SCENARIO = Scenario(
-    workload=WorkloadChoice(name="short", requests=4000),
+    workload=WorkloadChoice(name="short", requests=3600),
     arrivals=Arrivals(load=1.1),
     # Small enough for a laptop: half the slots of a large deployment and shorter prompts. So that KV tokens
     # weigh as much in a step as they do there, each costs more of it.

@@ -10,8 +10,10 @@ from brproxy.prediction.predictor import make_predictor
 from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.types import PendingRequest, WorkerIndex
 
+POOL = PoolLimits(100, 10.0)
 
-def dispatcher_of(policy="br-0", slots=(2, 2), capacity=None, pool=PoolLimits(100, 10.0)):
+
+def dispatcher_of(policy="br-0", slots=(2, 2), capacity=None, pool=POOL):
     ledger = Ledger([WorkerLimits(n, capacity) for n in slots])
     return Dispatcher(ledger, make_policy(policy), make_predictor("survival"), np.random.default_rng(0), pool)
 

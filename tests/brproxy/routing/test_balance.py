@@ -108,7 +108,7 @@ def views(draw, horizon_steps=0):
     # Few distinct values: equal loads and equal prompts are the cases in which ties decide.
     load = st.one_of(st.sampled_from([0, 100, 1000]), st.integers(0, 5000))
     prompts = draw(st.lists(st.one_of(st.sampled_from([0, 1, 100, 4000]), st.integers(0, 3000)), max_size=8))
-    per_worker = dict(min_size=workers, max_size=workers)
+    per_worker = {"min_size": workers, "max_size": workers}
     kv_tokens = draw(st.lists(load, **per_worker))
     steps = [draw(st.lists(st.integers(0, 500), **per_worker)) for _ in range(horizon_steps)]
     forecast = np.array(

@@ -1,0 +1,196 @@
+"""What the dialects read in requests, events and replies."""
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brproxy.engines.dialect import DIALECTS, EventFacts, RequestFacts, Usage, make_dialect
+
+NAMES = DIALECTS.names()
+CHAT = "/v1/chat/completions"
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=10),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "choices",
+                    "delta",
+                    "content",
+                    "usage",
+                    "error",
+                    "role",
+                    "type",
+                    "code",
+                    "message",
+                    "prompt_tokens",
+                ]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=15,
+)
+
+
+def chunk(**fields):
+    return orjson.dumps({"id": "x", "object": "chat.completion.chunk", **fields})
+
+
+def delta(**fields):
+    return {"index": 0, "delta": fields, "finish_reason": None}
+
+
+def request(path=CHAT, **document):
+    return make_dialect("openai").read_request(path, "application/json", orjson.dumps(document))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(value=json_values)
+def test_any_json_is_read_without_an_error(name, value):
+    dialect = make_dialect(name)
+    data = orjson.dumps(value)
+    assert isinstance(dialect.read_event(data), EventFacts)
+    assert isinstance(dialect.read_request(CHAT, "application/json", data), RequestFacts)
+    dialect.read_reply(data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.binary(max_size=60))
+def test_any_bytes_are_read_without_an_error(name, data):
+    dialect = make_dialect(name)
+    dialect.read_event(data)
+    dialect.read_reply(data)
+    dialect.read_request(CHAT, "application/json", data)
+    dialect.read_request("/v1/audio/transcriptions", "multipart/form-data", data)
+
+
+def test_a_chat_request():
+    facts = request(model="m", stream=True, messages=[{"role": "user", "content": "abcd"}], max_tokens=7, n=2)
+    assert facts == RequestFacts("m", True, None, 8, 2, 7, usage_can_be_asked=True)
+
+
+def test_token_ids_are_exact():
+    facts = request("/v1/completions", model="m", prompt=[[1, 2, 3], [4]])
+    assert (facts.prompt_tokens, facts.sequences) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"stream": False}, CHAT),
+        ({"stream": True, "stream_options": {"include_usage": False}}, CHAT),
+        ({"stream": True, "stream_options": {"include_usage": True}}, CHAT),
+        ({"stream": True, "stream_options": None}, CHAT),
+        ({"stream": True}, "/v1/responses"),
+        ({"stream": "true"}, CHAT),
+    ],
+)
+def test_usage_is_only_asked_where_the_client_said_nothing(fields, path):
+    assert not request(path, **fields).usage_can_be_asked
+
+
+def test_asking_for_usage_adds_one_key_and_changes_nothing_else():
+    body = b' {"big":123456789012345678901234567890,"stream":true, "a" : 1.10}'
+    asked = make_dialect("vllm").ask_usage(body)
+    assert asked.replace(b'"stream_options":{"include_usage":true},', b"") == body
+    assert b'{"stream_options":{"include_usage":true},"big"' in asked
+
+
+@pytest.mark.parametrize("limit", [-1, True, "7", 1.5, None])
+def test_an_unusable_limit_is_no_limit(limit):
+    assert request(max_tokens=limit).output_tokens_max is None
+
+
+def test_a_huge_n_counts_as_the_most():
+    assert request(n=10**9).sequences == 1024
+
+
+def test_the_model_of_an_upload():
+    form = (
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n'
+        b"Content-Type: audio/wav\r\n\r\nRIFF....\r\n--b\r\n"
+        b'Content-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--b--\r\n'
+    )
+    facts = make_dialect("openai").read_request("/v1/audio/transcriptions", "multipart/form-data", form)
+    assert facts.model == "whisper-1"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"[DONE]", EventFacts(done=True)),
+        (chunk(choices=[delta(content=" hello")]), EventFacts(has_tokens=True)),
+        (chunk(choices=[delta(content=" hi")], usage=None), EventFacts(has_tokens=True)),
+        (chunk(choices=[delta(role="assistant", content="")]), EventFacts()),
+        (chunk(choices=[delta(role="assistant", content="x")]), EventFacts(has_tokens=True)),
+        (chunk(choices=[delta(role="assistant", reasoning_content="x")]), EventFacts(has_tokens=True)),
+        (chunk(choices=[{"index": 0, "text": " hi"}]), EventFacts(has_tokens=True)),
+        (
+            chunk(choices=[], usage={"prompt_tokens": 11, "completion_tokens": 3}),
+            EventFacts(usage=Usage(11, 3), usage_only=True),
+        ),
+        (
+            chunk(choices=[delta(content="x")], usage={"prompt_tokens": 11, "completion_tokens": 3}),
+            EventFacts(has_tokens=True, usage=Usage(11, 3)),
+        ),
+        (chunk(choices=[delta(content='"usage" "error" in text')]), EventFacts(has_tokens=True)),
+        (b'{"error":{"message":"boom","code":500}}', EventFacts(error=True)),
+        (b'{"error":{"message":"full","code":503}}', EventFacts(error=True, refused=True)),
+        (b'{"type":"content_block_delta","delta":{"text":"x"}}', EventFacts(has_tokens=True)),
+        (
+            b'{"type":"message_start","message":{"usage":{"input_tokens":9}}}',
+            EventFacts(usage=Usage(9, None)),
+        ),
+        (
+            b'{"type":"response.completed","response":{"usage":{"input_tokens":9,"output_tokens":4}}}',
+            EventFacts(usage=Usage(9, 4)),
+        ),
+        (b'{"type":"message_stop"}', EventFacts()),
+        (b'{"error": broken', EventFacts()),
+    ],
+)
+def test_events(name, data, expected):
+    assert make_dialect(name).read_event(data) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "refused"),
+    [
+        ("vllm", {"type": "Service Unavailable", "code": None}, True),
+        ("vllm", {"type": "BadRequestError", "code": 400}, False),
+        ("vllm", {"message": "The request queue is full."}, False),
+        ("sglang", {"message": "The request queue is full."}, True),
+        ("sglang", "The request queue is full.", True),
+        ("sglang", {"message": "no"}, False),
+        ("openai", {"code": "503"}, True),
+    ],
+)
+def test_refusals_in_the_first_event(name, error, refused):
+    facts = make_dialect(name).read_event(orjson.dumps({"error": error}))
+    assert (facts.error, facts.refused) == (True, refused)
+
+
+def test_a_503_is_a_refusal_and_nothing_else_is():
+    dialect = make_dialect("vllm")
+    assert [status for status in range(100, 600) if dialect.is_refusal(status)] == [503]
+
+
+def test_the_usage_of_a_reply():
+    dialect = make_dialect("vllm")
+    assert dialect.read_reply(b'{"usage":{"prompt_tokens":5,"completion_tokens":2}}') == Usage(5, 2)
+    assert dialect.read_reply(b'{"usage":{"prompt_tokens":-5,"completion_tokens":true}}') == Usage(None, None)
+    assert dialect.read_reply(b'{"usage":null}') is None
+    assert dialect.read_reply(b"not json") is None
+
+
+def test_health_paths():
+    assert {name: make_dialect(name).HEALTH_PATH for name in NAMES} == {
+        "openai": "/v1/models",
+        "sglang": "/health",
+        "vllm": "/health",
+    }

@@ -1,0 +1,95 @@
+"""Whole deployments: health checks, many streams, several models, the OpenAI SDK."""
+
+import asyncio
+
+import openai
+import pytest
+
+from brproxy.routing.policy import POLICIES
+from loadgen.client import ClientSettings, Lengths, Replay
+from loadgen.cluster import ClusterSettings
+from loadgen.emulator.server import EmulatorSettings, running_emulator
+from loadgen.workload import TraceRequest, Workload
+
+
+async def test_the_openai_sdk_streams_and_lists_models(start_emulator, start_proxy, stack):
+    proxy = await start_proxy((await start_emulator(2)).urls)
+    sdk = await stack.enter_async_context(openai.AsyncOpenAI(base_url=proxy.url + "/v1", api_key="k"))
+    assert [model.id async for model in sdk.models.list()] == ["emulated"]
+    messages = [{"role": "user", "content": "count to five"}]
+    stream = await sdk.chat.completions.create(model="emulated", messages=messages, max_tokens=5, stream=True)
+    text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    assert text == " 1 2 3 4 5"
+    whole = await sdk.chat.completions.create(model="emulated", messages=messages, max_tokens=3)
+    assert (whole.choices[0].message.content, whole.usage.prompt_tokens) == (" 1 2 3", 3)
+    with pytest.raises(openai.NotFoundError, match="`nope` does not exist"):
+        await sdk.completions.create(model="nope", prompt="x")
+    await proxy.idle()
+
+
+@pytest.mark.parametrize("policy", POLICIES.names())
+async def test_many_streams_under_every_policy(policy, start_emulator, start_proxy):
+    emulator = await start_emulator(4, slots=16, speed=10.0)
+    proxy = await start_proxy(emulator.urls, worker={"slots": 16}, routing={"policy": policy})
+    requests = tuple(TraceRequest(i * 0.02, 5 + 40 * (i % 7), 10 + i % 13) for i in range(150))
+    settings = ClientSettings(proxy.url, speed=10.0, lengths=Lengths.HIDDEN, verify=True)
+    outcomes = await Replay(Workload("mixed", requests), settings, lambda _: None).run()
+    assert [outcome.failure for outcome in outcomes] == [None] * 150
+    assert [outcome.output_tokens for outcome in outcomes] == [r.output_tokens for r in requests]
+    await proxy.idle()
+
+
+async def test_the_model_picks_the_barrier_group(start_emulator, start_proxy, client):
+    small, large = await start_emulator(2, model="small"), await start_emulator(1, model="large")
+    workers = [
+        *({"url": url, "group": "s", "model": "small"} for url in small.urls),
+        *({"url": url, "group": "l", "model": ["large"]} for url in large.urls),
+    ]
+    proxy = await start_proxy((), workers=workers)
+    for model in ("small", "large", "small"):
+        document = {"model": model, "prompt": "x", "max_tokens": 2}
+        async with client.post(proxy.url + "/v1/completions", json=document) as response:
+            assert (await response.json())["model"] == model
+    async with client.get(proxy.url + "/v1/models") as response:
+        assert [entry["id"] for entry in (await response.json())["data"]] == ["small", "large"]
+    async with client.get(proxy.url + "/metrics") as response:
+        text = await response.text()
+    assert 'brproxy_requests_total{group="s",outcome="finished"} 2.0' in text
+    assert 'brproxy_requests_total{group="l",outcome="finished"} 1.0' in text
+
+
+async def test_a_worker_goes_out_and_comes_back(start_emulator, start_proxy, client, until, stack):
+    settings = EmulatorSettings(ClusterSettings(workers=1, step_base_s=0.01))
+    first = running_emulator(settings)
+    running = await first.__aenter__()
+    port = int(running.urls[0].rsplit(":", 1)[1])
+    other = await start_emulator(1)
+    proxy = await start_proxy([*running.urls, *other.urls], health=True, health_table={"unhealthy_after": 2})
+    health = proxy.groups[0].health
+    assert health.routable().tolist() == [True, True]
+    await first.__aexit__(None, None, None)
+    await until(lambda: health.routable().tolist() == [False, True])
+    for _ in range(4):
+        async with client.post(
+            proxy.url + "/v1/completions", json={"model": "emulated", "prompt": "x", "max_tokens": 1}
+        ) as response:
+            assert response.status == 200
+    again = EmulatorSettings(settings.cluster, base_port=port)
+    await stack.enter_async_context(running_emulator(again))
+    await until(lambda: health.routable().tolist() == [True, True])
+
+
+async def test_a_request_waits_for_the_first_worker_to_come_up(
+    start_proxy, client, stack, unused_tcp_port, until
+):
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    proxy = await start_proxy([url], health=True)
+    document = {"model": "emulated", "prompt": "x", "max_tokens": 1}
+    asked = asyncio.create_task(client.post(proxy.url + "/v1/completions", json=document))
+    await until(lambda: proxy.ledger.pending == 1)
+    settings = EmulatorSettings(ClusterSettings(workers=1, step_base_s=0.01), base_port=unused_tcp_port)
+    await stack.enter_async_context(running_emulator(settings))
+    response = await asked
+    assert response.status == 200
+    response.close()
+    await proxy.idle()

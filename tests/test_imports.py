@@ -1,0 +1,100 @@
+"""The import arrows of the architecture: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each part of brproxy may import of the others; itself is always allowed.
+BASE = {"types", "clock", "registry"}
+CORE = BASE | {"routing", "prediction", "lifecycle", "ledger", "dispatcher", "estimate", "health", "fleet"}
+ALLOWED = {
+    "types": set(),
+    "clock": {"types"},
+    "registry": {"types"},
+    "lifecycle": {"types"},
+    "estimate": set(),
+    "health": {"types"},
+    "logs": set(),
+    "routing": BASE,
+    "prediction": BASE,
+    "engines": BASE,
+    "ledger": BASE | {"lifecycle", "routing", "prediction"},
+    "dispatcher": BASE | {"lifecycle", "ledger", "routing", "prediction"},
+    "fleet": BASE | {"dispatcher", "health"},
+    "telemetry": CORE,
+    "config": BASE | {"routing", "prediction", "engines"},
+    "proxy": CORE | {"engines", "telemetry"},
+    "app": CORE | {"engines", "telemetry", "config", "proxy"},
+    "cli": CORE | {"engines", "config", "proxy", "app", "logs"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+LOADGEN_MAY_USE = CORE
+PURE = (
+    "routing",
+    "prediction",
+    "engines",
+    "ledger",
+    "lifecycle",
+    "dispatcher",
+    "health",
+    "fleet",
+    "estimate",
+)
+NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
+
+
+def imported(path):
+    """Return the dotted names that a module imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def modules(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def part(path):
+    """Return the part of brproxy that a file belongs to: its first folder or its own name."""
+    inside = path.relative_to(ROOT / "brproxy")
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+@pytest.mark.parametrize("path", modules("brproxy"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_brproxy(path):
+    mine = part(path)
+    assert mine in ALLOWED, f"{mine}: say in this test what it may import"
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        assert top != "loadgen", f"{path} imports the load generator"
+        if top == "brproxy":
+            theirs = rest.split(".")[0]
+            assert theirs == mine or theirs in ALLOWED[mine], f"{path} must not import {name}"
+
+
+@pytest.mark.parametrize("path", modules("loadgen"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_loadgen_uses_only_the_pure_parts(path):
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        assert top != "brproxy" or rest.split(".")[0] in LOADGEN_MAY_USE, f"{path} must not import {name}"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_parts_know_no_sockets_and_no_clock(name):
+    files = [path for path in modules("brproxy") if part(path) == name]
+    assert files
+    for path in files:
+        assert not {top.split(".")[0] for top in imported(path)} & NOT_PURE, path
+
+
+@pytest.mark.parametrize("name", ["cluster", "barrier", "capacity", "arrivals", "workload"])
+def test_pure_parts_of_loadgen(name):
+    path = ROOT / "loadgen" / f"{name}.py"
+    assert not {top.split(".")[0] for top in imported(path)} & NOT_PURE
