@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -158,7 +159,8 @@ async def _listen(runner: web.AppRunner, config: Config) -> int:
     try:
         await web.TCPSite(runner, listen.host, listen.port, backlog=listen.backlog).start()
     except OSError as error:
-        msg = f"listen: cannot listen on {listen.host}:{listen.port}: {error.strerror}; choose a free port"
+        reason = os.strerror(error.errno or 0)
+        msg = f"listen: cannot listen on {listen.host}:{listen.port}: {reason}; choose a free port"
         raise ListenError(msg) from error
     port: int = runner.addresses[0][1]
     return port

@@ -265,7 +265,6 @@ class _Bars:
         self._lost = 0
 
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -273,6 +272,8 @@ class _Bars:
 
     def begin(self, name: str, requests: int) -> None:
         """Start the bar of ``name``; later calls of ``finished`` count on it."""
+        # Not before the first policy: mistakes in the arguments are reported without an empty display.
+        self._progress.start()
         self._lost = 0
         self._task = self._progress.add_task(name, total=requests, lost="")
 

@@ -199,9 +199,9 @@ def _models_union(bodies: list[bytes]) -> dict[str, Any] | None:
     readable = False
     for body in bodies:
         try:
-            listed = orjson.loads(body)["data"]
-            models = {**{entry["id"]: entry for entry in listed}, **models}
+            listed = {entry["id"]: entry for entry in orjson.loads(body)["data"]}
         except (orjson.JSONDecodeError, KeyError, TypeError):
             continue
         readable = True
+        models |= {name: entry for name, entry in listed.items() if name not in models}
     return {"object": "list", "data": list(models.values())} if readable else None

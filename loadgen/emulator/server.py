@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -228,7 +229,8 @@ async def _serve(runners: list[web.AppRunner], worker: Worker, settings: Emulato
     try:
         await web.TCPSite(runner, settings.host, port, backlog=1024).start()
     except OSError as error:
-        msg = f"cannot listen on {settings.host}:{port}: {error.strerror}; choose another base port"
+        reason = os.strerror(error.errno or 0)
+        msg = f"cannot listen on {settings.host}:{port}: {reason}; choose another base port"
         raise InvalidInputError(msg) from error
     return f"http://{settings.host}:{runner.addresses[0][1]}"
 

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from yarl import URL
 
 CHAT = "/v1/chat/completions"
 TEXT = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "four words of text"}]}
@@ -36,7 +37,9 @@ async def test_the_request_passes_unchanged(start_worker, start_proxy, client, a
         "Accept": "x/y",
         "X-Request-Id": "r",
     }
-    async with client.post(proxy.url + "/v1/embeddings?a=%2F&b=c%20d", data=body, headers=headers):
+    # "encoded": the client must not tidy the URL up before it is sent.
+    url = URL(proxy.url + "/v1/embeddings?a=%2F&b=c%20d", encoded=True)
+    async with client.post(url, data=body, headers=headers):
         pass
     line, seen, received = worker.requests[0]
     assert line == "POST /v1/embeddings?a=%2F&b=c%20d HTTP/1.1"

@@ -1,0 +1,163 @@
+"""The command as its users run it: as a process, with its words and exit codes."""
+
+import asyncio
+import signal
+import socket
+import sys
+
+import aiohttp
+import pytest
+
+WORKER = '[[worker]]\nurl = "{}"\n'
+
+
+async def start(*arguments):
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "brproxy",
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def run(*arguments):
+    process = await start(*arguments)
+    out, err = await process.communicate()
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(*urls, text="[listen]\nport = 0\n"):
+        path = tmp_path / "brproxy.toml"
+        path.write_text(text + "".join(WORKER.format(url) for url in urls), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+async def serving(config_path):
+    """Start the proxy and return the process and its URL."""
+    process = await start("serve", "--config", config_path)
+    while line := (await process.stderr.readline()).decode():
+        if "listens on " in line:
+            return process, line.split("listens on ")[1].split(",")[0]
+    raise AssertionError("the proxy ended")
+
+
+async def test_version():
+    code, out, _ = await run("--version")
+    assert (code, out.split()[0]) == (0, "brproxy")
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+async def test_a_bad_file_is_one_line_and_exit_code_2(command, config):
+    path = config("http://127.0.0.1:1", text='[routing]\npolicy = "br0"\n')
+    code, out, err = await run(command, "--config", path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"brproxy: {path}: routing.policy: unknown policy 'br0'; allowed: br-0, br-h, ")
+    assert err.count("\n") == 1
+
+
+async def test_a_missing_file():
+    code, _, err = await run("serve", "--config", "/nowhere/x.toml")
+    assert (code, err) == (2, "brproxy: /nowhere/x.toml: cannot be read: No such file or directory\n")
+
+
+async def test_a_port_that_is_taken(config):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        path = config("http://127.0.0.1:1", text=f"[listen]\nport = {port}\n[health]\nenabled = false\n")
+        code, _, err = await run("serve", "--config", path)
+    assert code == 2
+    assert err == (
+        f"brproxy: listen: cannot listen on 127.0.0.1:{port}: Address already in use; choose a free port\n"
+    )
+
+
+async def test_check_says_a_line_for_each_worker(config, start_emulator, unused_tcp_port):
+    emulator = await start_emulator(1)
+    port = emulator.urls[0].rsplit(":", 1)[1]
+    dead = f"http://127.0.0.1:{unused_tcp_port}"
+    code, out, err = await run("check", "--config", config(*emulator.urls))
+    assert (code, err) == (0, "")
+    assert f"worker 127.0.0.1:{port} [default]: ok, " in out
+    assert out.rstrip().endswith("ms; models: emulated")
+    code, out, _ = await run("check", "--config", config(*emulator.urls, dead))
+    assert code == 2
+    assert f"[default]: FAILED: cannot connect to {dead}: Connection refused" in out
+    assert len(out.splitlines()) == 3
+
+
+async def stream_through(url, started):
+    """Stream a long answer; ``started`` is set at its first byte."""
+    document = {"model": "emulated", "prompt": "x", "max_tokens": 60, "stream": True}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(url + "/v1/completions", json=document) as response,
+    ):
+        received = await response.content.readany()
+        started.set()
+        return received + await response.content.read()
+
+
+async def test_sigterm_finishes_streams_and_exits_0(config, start_emulator):
+    emulator = await start_emulator(1, speed=1.0, step_base_s=0.01)
+    process, url = await serving(config(*emulator.urls))
+    started = asyncio.Event()
+    stream = asyncio.create_task(stream_through(url, started))
+    await started.wait()
+    process.send_signal(signal.SIGTERM)
+    await asyncio.sleep(0.1)
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await session.get(url + "/health")
+    received = await stream
+    assert b'" 60"' in received
+    assert received.endswith(b"data: [DONE]\n\n")
+    _, err = await process.communicate()
+    assert process.returncode == 0
+    assert b"stopped" in err
+
+
+async def test_a_second_signal_does_not_wait(config, start_emulator):
+    emulator = await start_emulator(1, speed=1.0, step_base_s=1.0)
+    process, url = await serving(config(*emulator.urls))
+    started = asyncio.Event()
+    stream = asyncio.create_task(stream_through(url, started))
+    await started.wait()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, err = await asyncio.wait_for(process.communicate(), 5)
+    assert process.returncode == 0
+    assert b"Traceback" not in err
+    await asyncio.wait({stream})
+    assert stream.exception() is not None or not stream.result().endswith(b"[DONE]\n\n")
+
+
+async def test_streams_that_take_too_long_are_cut_off(config, start_emulator):
+    emulator = await start_emulator(1, speed=1.0, step_base_s=1.0)
+    text = "[listen]\nport = 0\n[timeouts]\ndrain_s = 0.2\n"
+    process, url = await serving(config(*emulator.urls, text=text))
+    started = asyncio.Event()
+    stream = asyncio.create_task(stream_through(url, started))
+    await started.wait()
+    process.send_signal(signal.SIGTERM)
+    await asyncio.wait_for(process.communicate(), 5)
+    assert process.returncode == 0
+    await asyncio.wait({stream})
+    assert stream.exception() is not None
+
+
+async def test_json_logs(config, start_emulator):
+    emulator = await start_emulator(1)
+    path = config(*emulator.urls, text='[listen]\nport = 0\n[log]\nformat = "json"\n')
+    process = await start("serve", "--config", path)
+    line = await process.stderr.readline()
+    process.terminate()
+    await process.communicate()
+    assert line.startswith(b'{"time":"')
+    assert b'"level":"' in line

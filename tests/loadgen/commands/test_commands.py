@@ -1,0 +1,202 @@
+"""The commands as their users run them, on deployments that are over in seconds."""
+
+import asyncio
+import json
+import re
+import sys
+
+import pytest
+
+from brproxy.registry import UnknownNameError
+from brproxy.types import InvalidInputError
+from loadgen.cluster import ClusterSettings
+from loadgen.commands import demo
+from loadgen.commands.compare import ComparisonSettings
+from loadgen.commands.processes import ProcessError, running_process
+from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
+from loadgen.report.schema import PolicyResult, Report
+
+SMALL = ("--workers", "3", "--slots", "4", "--speed", "20", "--requests", "40")
+
+
+async def start(*arguments):
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "loadgen",
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={"COLUMNS": "80", "PATH": ""},
+    )
+
+
+async def run(*arguments):
+    process = await start(*arguments)
+    out, err = await process.communicate()
+    return process.returncode, out.decode(), err.decode()
+
+
+async def emulating(*arguments):
+    process = await start("emulate", "--base-port", "0", *arguments)
+    line = (await process.stdout.readline()).decode()
+    return process, re.findall(r"http://\S+", line)
+
+
+async def stop(process):
+    process.terminate()
+    await process.communicate()
+    assert process.returncode == 0
+
+
+async def test_compare_prints_a_table_and_writes_the_document(tmp_path):
+    out_file = tmp_path / "out.json"
+    policies = "join-shortest-queue,br-0"
+    code, out, err = await run(
+        "compare", "--policies", policies, *SMALL, "--seed", "3", "--out", str(out_file)
+    )
+    assert code == 0, err
+    assert "×: relative to join-shortest-queue, the strongest baseline" in out
+    report = Report.model_validate(json.loads(out_file.read_text(encoding="utf-8")))
+    assert [result.policy for result in report.policies] == policies.split(",")
+    assert report.scenario["load"] == 1.1
+    for result in report.policies:
+        assert (result.requests, result.lost) == (40, 0)
+        assert 0 <= result.idle_fraction < 1
+        assert result.tpot_ms_p95 > 29
+
+
+async def test_compare_with_kv_capacity_and_prefill(tmp_path):
+    trace = tmp_path / "trace.csv"
+    rows = "".join(f"2024-05-12 00:00:{i:02}+00:00,{50 + i},{5 + i % 3}\n" for i in range(20))
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows, encoding="utf-8")
+    code, out, err = await run(
+        *("compare", "--policies", "least-kv,br-h", "--trace", str(trace), "--speed", "20", "--slots", "2"),
+        *("--kv-capacity-tokens", "200", "--prefill-us-per-token", "10", "--workers", "2"),
+    )
+    assert code == 0, err
+    assert "br-h" in out
+
+
+async def test_run_against_an_emulator(tmp_path):
+    process, urls = await emulating("--workers", "1", "--speed", "20")
+    out_file = tmp_path / "out.json"
+    code, out, err = await run(
+        *("run", "--target", urls[0], "--requests", "20", "--rate", "5", "--speed", "20", "--verify"),
+        *("--slo-ttft-ms", "60000", "--label", "direct", "--out", str(out_file)),
+    )
+    await stop(process)
+    assert code == 0, err
+    for words in ("TTFT", "TPOT", "ITL", "end to end", "goodput requests/s", "output tokens/s"):
+        assert words in out
+    result = json.loads(out_file.read_text(encoding="utf-8"))["policies"][0]
+    assert (result["policy"], result["requests"], result["lost"]) == ("direct", 20, 0)
+    assert result["imbalance_kv_tokens"] is None
+    assert result["goodput_requests_per_s"] > 0
+
+
+async def test_run_counts_what_it_lost(unused_tcp_port):
+    target = f"http://127.0.0.1:{unused_tcp_port}"
+    code, out, _ = await run("run", "--target", target, "--requests", "3", "--rate", "100")
+    assert code == 0
+    assert re.search(r"connect\s+3", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("compare", "--policies", "br-9"), "loadgen: unknown policy 'br-9'; allowed: br-0, br-h,"),
+        (("compare", "--workload", "tall"), "loadgen: unknown workload 'tall'; allowed: proprietary,"),
+        (("compare", "--workers", "0"), "loadgen: workers and slots must be at least 1, got 0 and 64"),
+        (
+            ("run", "--target", "http://127.0.0.1:1"),
+            "loadgen: workload 'short' has no arrival times: give --rate",
+        ),
+        (("run", "--target", "x", "--trace", "/no.csv"), "loadgen: /no.csv: cannot be read: No such file"),
+        (("run", "--target", "x", "--requests", "0"), "loadgen: requests must be at least 1, got 0"),
+        (("emulate", "--speed", "0"), "loadgen: the speed must be more than 0 and at most 1000, got 0.0"),
+    ],
+)
+async def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
+    code, out, err = await run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(words)
+    assert err.count("\n") == 1
+
+
+async def test_help_and_version():
+    code, out, _ = await run("--help")
+    assert code == 0
+    for command in ("emulate", "run", "compare", "demo"):
+        assert command in out
+    assert (await run("--version"))[1].startswith("loadgen ")
+
+
+async def test_a_process_that_does_not_start_is_reported_with_its_last_line():
+    with pytest.raises(ProcessError, match="loadgen did not start: loadgen: the speed must be more than 0"):
+        async with running_process("loadgen", ("emulate", "--speed", "0"), re.compile("never")):
+            pass
+
+
+def result(policy, imbalance, tokens_per_s, lost=0, warnings=()):
+    return PolicyResult(
+        policy=policy,
+        imbalance_kv_tokens=imbalance,
+        idle_fraction=0.1,
+        throughput_of_perfect=0.9,
+        output_tokens_per_s=tokens_per_s,
+        tpot_ms_p95=1.0,
+        ttft_ms_p95=1.0,
+        wait_ms_p99=None,
+        requests=10,
+        lost=lost,
+        warnings=list(warnings),
+    )
+
+
+@pytest.mark.parametrize(
+    ("balanced", "doubt"),
+    [
+        (result("br-0", 40.0, 1100.0), None),
+        (result("br-0", 46.0, 1100.0), "at most 0.45 × the imbalance and a higher throughput were expected"),
+        (result("br-0", 40.0, 999.0), "at most 0.45 × the imbalance and a higher throughput were expected"),
+        (result("br-0", 40.0, 1100.0, lost=2), "2 requests were lost"),
+        (result("br-0", 40.0, 1100.0, warnings=["the machine is slow"]), "the machine is slow"),
+    ],
+)
+def test_the_demo_is_honest(balanced, doubt):
+    report = Report(scenario={}, policies=[result("join-shortest-queue", 100.0, 1000.0), balanced])
+    text = demo.verdict(report)
+    assert f"{balanced.imbalance_kv_tokens / 100:.2f} × the imbalance of join-shortest-queue" in text
+    if doubt is None:
+        assert "does not show" not in text
+    else:
+        assert text.endswith(f"This run does not show what it should: {doubt}.")
+
+
+def test_a_demo_without_figures():
+    report = Report(
+        scenario={}, policies=[result("join-shortest-queue", None, 1.0), result("br-0", 1.0, 1.0)]
+    )
+    assert demo.verdict(report) == "This run was too short to say anything."
+
+
+def test_the_demos_policies_exist():
+    assert {demo.BASELINE, demo.BALANCED} <= set(demo.SETTINGS.policies)
+    with pytest.raises(UnknownNameError):
+        ComparisonSettings(("nope",))
+
+
+def test_a_scenario_is_repeatable():
+    scenario = Scenario(WorkloadChoice("short", None, 50), Arrivals(load=0.9), ClusterSettings(2, 4), seed=5)
+    workload, capacity = scenario.draw()
+    assert scenario.draw() == (workload, capacity)
+    span_s = workload.requests[-1].arrival_s
+    assert 49 / span_s == pytest.approx(0.9 * capacity.requests_per_s, rel=0.5)
+    assert scenario.describe(workload)["step_ns_per_kv_token"] == pytest.approx(100.0)
+
+
+def test_a_synthetic_workload_needs_a_number():
+    with pytest.raises(InvalidInputError, match="give --requests"):
+        Scenario(WorkloadChoice("short", None, None), Arrivals(rate_per_s=1.0)).draw()

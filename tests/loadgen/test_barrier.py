@@ -1,0 +1,39 @@
+"""Barrier statistics by hand."""
+
+import numpy as np
+import pytest
+
+from brproxy.types import InvalidInputError
+from loadgen import barrier
+from loadgen.barrier import BarrierRecord
+
+
+def record():
+    steps = BarrierRecord()
+    steps.add(0.0, 1.0, np.array([100, 0]), 2)
+    steps.add(1.0, 3.0, np.array([100, 60]), 4)
+    steps.add(4.0, 1.0, np.array([0, 0]), 0)
+    return steps
+
+
+def test_time_averages():
+    stats = record().stats(0.0, 4.0)
+    assert (stats.steps, stats.busy_s, stats.output_tokens) == (2, 4.0, 6)
+    assert stats.imbalance_kv_tokens == pytest.approx((100 * 1 + 40 * 3) / 4)
+    assert stats.idle_fraction == pytest.approx(1 - (50 * 1 + 80 * 3) / (100 * 1 + 100 * 3))
+
+
+def test_a_window_takes_the_steps_that_begin_in_it():
+    stats = record().stats(1.0, 4.0)
+    assert (stats.steps, stats.imbalance_kv_tokens) == (1, 40.0)
+
+
+def test_nothing_to_say():
+    assert record().stats(9.0, 10.0).imbalance_kv_tokens is None
+    assert record().stats(4.0, 5.0).idle_fraction is None
+
+
+def test_the_record_is_bounded(monkeypatch):
+    monkeypatch.setattr(barrier, "STEPS_MAX", 3)
+    with pytest.raises(InvalidInputError, match="more than 3 steps"):
+        record().add(5.0, 1.0, np.array([0]), 0)
