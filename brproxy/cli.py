@@ -14,6 +14,7 @@ import uvloop
 
 from brproxy.app import serve as serve_until_stopped
 from brproxy.config import Config, Worker, load_config
+from brproxy.config_reference import reference_table
 from brproxy.engines.dialect import make_dialect
 from brproxy.logs import configure_logging
 from brproxy.proxy.prober import probe
@@ -63,6 +64,12 @@ def check(config: ConfigFile) -> None:
     typer.echo(f"{config}: valid; policy {settings.routing.policy}; workers by group: {groups}")
     if not asyncio.run(_probe_all(settings)):
         raise typer.Exit(USAGE_ERROR)
+
+
+@app.command()
+def reference() -> None:
+    """Print every configuration key with its default and meaning, as a Markdown table."""
+    typer.echo(reference_table())
 
 
 async def _probe_all(config: Config) -> bool:

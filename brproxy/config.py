@@ -393,26 +393,3 @@ def _keys_at(keys: list[int | str]) -> list[str]:
         by_key = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
         model = Worker if key == "worker" else by_key[str(key)]
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def reference_rows() -> list[tuple[str, str, str]]:
-    """Return (key path, default, description) of every key, in order: the configuration reference."""
-    return list(_rows(Config, ""))
-
-
-def _rows(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
-    rows = []
-    for name, field in model.model_fields.items():
-        key = field.alias or name
-        nested = Worker if key == "worker" and model is Config else field.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            rows += _rows(nested, f"[[{key}]] " if nested is Worker else f"{prefix}{key}.")
-            continue
-        default = field.get_default(call_default_factory=True, validated_data={})
-        shown = "required" if field.is_required() else "not set" if default is None else repr(default)
-        rows.append((f"{prefix}{key}", _toml(shown), field.description or ""))
-    return rows
-
-
-def _toml(shown: str) -> str:
-    return {"True": "true", "False": "false"}.get(shown, shown.replace("'", '"'))

@@ -268,7 +268,8 @@ class _Bars:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def begin(self, name: str, requests: int) -> None:
         """Start the bar of ``name``; later calls of ``finished`` count on it."""

@@ -26,9 +26,10 @@ ALLOWED = {
     "fleet": BASE | {"dispatcher", "health"},
     "telemetry": CORE,
     "config": BASE | {"routing", "prediction", "engines"},
+    "config_reference": {"config"},
     "proxy": CORE | {"engines", "telemetry"},
     "app": CORE | {"engines", "telemetry", "config", "proxy"},
-    "cli": CORE | {"engines", "config", "proxy", "app", "logs"},
+    "cli": CORE | {"engines", "config", "config_reference", "proxy", "app", "logs"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from brproxy.config import ConfigError, load_config, parse_config, reference_rows
+from brproxy.config import ConfigError, load_config, parse_config
+from brproxy.config_reference import reference_rows, reference_table
 
 CONFIG_FOLDER = Path(__file__).parents[2] / "config"
 WORKER = '[[worker]]\nurl = "http://127.0.0.1:8001"\n'
@@ -38,6 +39,11 @@ def test_the_shipped_file_names_every_key_with_its_default():
         for step in key.split("."):
             value = value[step]
         assert tomllib.loads(f"x = {default}")["x"] == value, key
+
+
+def test_the_readme_has_the_reference():
+    readme = (CONFIG_FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert reference_table() in readme, "run `brproxy reference` and put its output into README.md"
 
 
 def test_a_minimal_file():
