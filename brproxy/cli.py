@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -13,39 +12,17 @@ import typer
 import uvloop
 
 from brproxy.app import serve as serve_until_stopped
+from brproxy.command import USAGE_ERROR, make_command, run_command
 from brproxy.config import Config, Worker, load_config
 from brproxy.config_reference import reference_table
 from brproxy.engines.dialect import make_dialect
 from brproxy.logs import configure_logging
 from brproxy.proxy.prober import probe
 from brproxy.proxy.upstream import Upstream, UpstreamTimeouts, WorkerFailedError
-from brproxy.types import BrproxyError
 
-USAGE_ERROR = 2
-
-app = typer.Typer(
-    help="A load balancer for barrier-synchronised data-parallel LLM serving.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = make_command("brproxy", "A load balancer for barrier-synchronised data-parallel LLM serving.")
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="TOML configuration file.", show_default=False)]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"brproxy {version('brproxy')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _common(
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -111,9 +88,5 @@ async def _models(upstream: Upstream, origin: str, path: str, timeout_s: float) 
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on standard error and exit code 2."""
-    try:
-        app()
-    except BrproxyError as error:
-        typer.echo(f"brproxy: {error}", err=True)
-        raise SystemExit(USAGE_ERROR) from None
+    """Run the command."""
+    run_command(app, "brproxy")

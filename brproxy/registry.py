@@ -9,11 +9,20 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from brproxy.types import InvalidInputError
 
 T = TypeVar("T")
+C = TypeVar("C", bound="Configurable")
+
+
+class Configurable(Protocol):
+    """A thing that is built from an instance of its own ``Params``: its TOML table."""
+
+    Params: ClassVar[type[Any]]
+
+    def __init__(self, params: Any) -> None: ...
 
 
 class UnknownNameError(InvalidInputError):
@@ -64,3 +73,16 @@ class Registry(Generic[T]):
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self._package}.{module.name}")
+
+
+def make_configurable(registry: Registry[type[C]], name: str, params: object | None) -> C:
+    """Build what is registered as ``name`` with ``params``, None for its defaults.
+
+    Raises UnknownNameError, and TypeError for the parameters of something else.
+    """
+    cls = registry.get(name)
+    chosen = cls.Params() if params is None else params
+    if not isinstance(chosen, cls.Params):
+        msg = f"{name!r} takes {cls.Params.__qualname__}, got {type(chosen).__qualname__}"
+        raise TypeError(msg)
+    return cls(chosen)

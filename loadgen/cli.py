@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -12,7 +11,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from brproxy.types import BrproxyError
+from brproxy.command import make_command, run_command
 from loadgen.client import ClientSettings, Lengths, Outcome
 from loadgen.cluster import ClusterSettings
 from loadgen.commands import demo as demonstration
@@ -26,14 +25,7 @@ from loadgen.report.schema import Report
 from loadgen.report.statistics import Slo
 from loadgen.report.tables import comparison_table, latency_table, outcome_table
 
-USAGE_ERROR = 2
-
-app = typer.Typer(
-    help="The load generator of brproxy: emulate, replay, compare.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = make_command("loadgen", "The load generator of brproxy: emulate, replay, compare.")
 
 Workers = Annotated[int, typer.Option(help="DP workers of the emulated deployment.")]
 Slots = Annotated[int, typer.Option(help="Requests that a worker runs at once.")]
@@ -58,21 +50,6 @@ Out = Annotated[Path | None, typer.Option(help="Write the report as JSON to this
 
 SYNTHETIC_REQUESTS = 2000
 SYNTHETIC_LOAD = 1.1
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"loadgen {version('brproxy')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _common(
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -297,9 +274,5 @@ def _warn(report: Report) -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on standard error and exit code 2."""
-    try:
-        app()
-    except BrproxyError as error:
-        typer.echo(f"loadgen: {error}", err=True)
-        raise SystemExit(USAGE_ERROR) from None
+    """Run the command."""
+    run_command(app, "loadgen")

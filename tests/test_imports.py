@@ -18,6 +18,7 @@ ALLOWED = {
     "estimate": set(),
     "health": {"types"},
     "logs": set(),
+    "command": {"types"},
     "routing": BASE,
     "prediction": BASE,
     "engines": BASE,
@@ -29,11 +30,11 @@ ALLOWED = {
     "config_reference": {"config"},
     "proxy": CORE | {"engines", "telemetry"},
     "app": CORE | {"engines", "telemetry", "config", "proxy"},
-    "cli": CORE | {"engines", "config", "config_reference", "proxy", "app", "logs"},
+    "cli": CORE | {"engines", "config", "config_reference", "proxy", "app", "command", "logs"},
     "__main__": {"cli"},
     "__init__": set(),
 }
-LOADGEN_MAY_USE = CORE
+LOADGEN_MAY_USE = CORE | {"command"}
 PURE = (
     "routing",
     "prediction",

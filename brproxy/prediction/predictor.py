@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from brproxy.registry import Registry
+from brproxy.registry import Registry, make_configurable
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -80,9 +80,4 @@ def register_predictor(name: str) -> Callable[[type[Predictor[P]]], type[Predict
 
 def make_predictor(name: str, params: PredictorParams | None = None) -> AnyPredictor:
     """Build the predictor called ``name`` with ``params`` or its defaults; raises UnknownNameError."""
-    predictor = PREDICTORS.get(name)
-    chosen = predictor.Params() if params is None else params
-    if not isinstance(chosen, predictor.Params):
-        msg = f"predictor {name!r} takes {predictor.Params.__qualname__}, got {type(chosen).__qualname__}"
-        raise TypeError(msg)
-    return predictor(chosen)
+    return make_configurable(PREDICTORS, name, params)

@@ -13,7 +13,7 @@ from typing import ClassVar, Generic, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from brproxy.registry import Registry
+from brproxy.registry import Registry, make_configurable
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, IntArray
 
 
@@ -75,12 +75,7 @@ def register_policy(name: str) -> Callable[[type[RoutingPolicy[P]]], type[Routin
 
 def make_policy(name: str, params: PolicyParams | None = None) -> AnyPolicy:
     """Build the policy called ``name`` with ``params`` or its defaults; raises UnknownNameError."""
-    policy = POLICIES.get(name)
-    chosen = policy.Params() if params is None else params
-    if not isinstance(chosen, policy.Params):
-        msg = f"policy {name!r} takes {policy.Params.__qualname__}, got {type(chosen).__qualname__}"
-        raise TypeError(msg)
-    return policy(chosen)
+    return make_configurable(POLICIES, name, params)
 
 
 class RoundState:

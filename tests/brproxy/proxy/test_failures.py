@@ -192,24 +192,40 @@ async def leave_after(client, proxy, moment, **more):
     return left_s
 
 
+async def quickest(attempt):
+    """Return the least of three durations: a busy machine may delay one of them, not all."""
+    return min([await attempt() for _ in range(3)])
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_leaving_before_the_first_token(stream, start_worker, start_proxy, client, silence, until):
     worker = await start_worker(silence())
     proxy = await start_proxy([worker.url])
-    left_s = await leave_after(client, proxy, lambda: until(lambda: worker.requests), stream=stream)
-    await asyncio.wait_for(worker.left.wait(), 1)
-    assert time.perf_counter() - left_s < CANCEL_S_MAX
-    await proxy.idle()
-    assert time.perf_counter() - left_s < 2 * CANCEL_S_MAX
+
+    async def attempt():
+        worker.requests.clear()
+        worker.left.clear()
+        left_s = await leave_after(client, proxy, lambda: until(lambda: worker.requests), stream=stream)
+        await asyncio.wait_for(worker.left.wait(), 1)
+        await proxy.idle()
+        return time.perf_counter() - left_s
+
+    assert await quickest(attempt) < CANCEL_S_MAX
 
 
 async def test_leaving_in_mid_stream(start_worker, start_proxy, client, silence, chunked, until):
     worker = await start_worker(silence(*chunked(CHUNK, end=False)))
     proxy = await start_proxy([worker.url])
-    left_s = await leave_after(client, proxy, lambda: until(lambda: any(proxy.ledger.active().output_tokens)))
-    await asyncio.wait_for(worker.left.wait(), 1)
-    assert time.perf_counter() - left_s < CANCEL_S_MAX
-    await proxy.idle()
+
+    async def attempt():
+        worker.left.clear()
+        streaming = lambda: any(proxy.ledger.active().output_tokens)  # noqa: E731
+        left_s = await leave_after(client, proxy, lambda: until(streaming))
+        await asyncio.wait_for(worker.left.wait(), 1)
+        await proxy.idle()
+        return time.perf_counter() - left_s
+
+    assert await quickest(attempt) < CANCEL_S_MAX
 
 
 async def test_leaving_while_waiting_in_the_pool(start_worker, start_proxy, client, silence, until):
@@ -217,11 +233,30 @@ async def test_leaving_while_waiting_in_the_pool(start_worker, start_proxy, clie
     proxy = await start_proxy([worker.url], worker={"slots": 1})
     first = asyncio.create_task(ask(client, proxy))
     await until(lambda: proxy.ledger.bound == 1)
-    left_s = await leave_after(client, proxy, lambda: until(lambda: proxy.ledger.pending == 1))
-    await until(lambda: proxy.ledger.pending == 0)
-    assert time.perf_counter() - left_s < CANCEL_S_MAX
-    assert len(worker.requests) == 1, "the second one never reached the worker"
+
+    async def attempt():
+        left_s = await leave_after(client, proxy, lambda: until(lambda: proxy.ledger.pending == 1))
+        await until(lambda: proxy.ledger.pending == 0)
+        return time.perf_counter() - left_s
+
+    assert await quickest(attempt) < CANCEL_S_MAX
+    assert len(worker.requests) == 1, "the others never reached the worker"
     first.cancel()
+    await proxy.idle()
+
+
+async def test_half_closing_counts_as_leaving(start_worker, start_proxy, silence, until, stack):
+    worker = await start_worker(silence())
+    proxy = await start_proxy([worker.url])
+    _, writer = await asyncio.open_connection("127.0.0.1", proxy.running.port)
+    stack.callback(writer.close)
+    body = orjson.dumps(ASK)
+    writer.write(
+        b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body)
+    )
+    await until(lambda: worker.requests)
+    writer.write_eof()
+    await asyncio.wait_for(worker.left.wait(), 1)
     await proxy.idle()
 
 

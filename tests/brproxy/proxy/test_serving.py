@@ -1,6 +1,7 @@
 """Whole deployments: health checks, many streams, several models, the OpenAI SDK."""
 
 import asyncio
+import re
 
 import openai
 import pytest
@@ -36,6 +37,35 @@ async def test_many_streams_under_every_policy(policy, start_emulator, start_pro
     outcomes = await Replay(Workload("mixed", requests), settings, lambda _: None).run()
     assert [outcome.failure for outcome in outcomes] == [None] * 150
     assert [outcome.output_tokens for outcome in outcomes] == [r.output_tokens for r in requests]
+    await proxy.idle()
+
+
+async def test_with_a_free_slot_and_an_empty_pool_nobody_waits_for_a_tick(
+    start_emulator, start_proxy, client
+):
+    proxy = await start_proxy((await start_emulator(1)).urls, routing={"tick_ms": 1000})
+    document = {"model": "emulated", "prompt": "x", "max_tokens": 1}
+    async with asyncio.timeout(0.9):
+        for _ in range(3):
+            async with client.post(proxy.url + "/v1/completions", json=document) as response:
+                assert response.status == 200
+
+
+async def test_a_burst_is_decided_in_rounds(start_emulator, start_proxy, client):
+    proxy = await start_proxy((await start_emulator(1, slots=4)).urls, worker={"slots": 4})
+    document = {"model": "emulated", "prompt": "x", "max_tokens": 10}
+
+    async def ask():
+        async with client.post(proxy.url + "/v1/completions", json=document) as response:
+            return response.status
+
+    assert set(await asyncio.gather(*(ask() for _ in range(20)))) == {200}
+    async with client.get(proxy.url + "/metrics") as response:
+        text = await response.text()
+    admitted = re.search(r'brproxy_admitted_total{group="default"} (\S+)', text)[1]
+    rounds = re.search(r'brproxy_round_seconds_count{group="default"} (\S+)', text)[1]
+    assert float(admitted) == 20
+    assert float(rounds) < 20
     await proxy.idle()
 
 

@@ -1,12 +1,14 @@
 """One contract for every registered policy, and what each of them is known for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.registry import UnknownNameError
-from brproxy.routing.policy import POLICIES, PolicyParams, make_policy
+from brproxy.routing.policy import POLICIES, PolicyParams, RoundState, make_policy
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, NOT_ADMITTED, SLOTS_UNLIMITED, ClusterView
 
 NAMES = POLICIES.names()
@@ -126,6 +128,23 @@ def test_vllm_queue_older_formula_weighs_waiting_four_times():
     # running + 4 * waiting: worker 0 has 4 running + 1 waiting = 8, worker 1 has 4 running = 4.
     view = view_of([0, 0], [5, 4])
     assert {c[0] for c in choices("vllm-queue", view, formula="waiting-weighted")} == {1}
+
+
+@pytest.mark.parametrize(
+    ("formula", "client_count", "capacity", "scores"),
+    [
+        ("waiting-weighted", 1, 1000, [4 * 2 + 4, 3]),
+        ("0.33", 1, 1000, [6 + 2 * 6 * 0.3, 3]),
+        ("0.33", 3, 1000, [18 + 2 * 6 * 0.3, 9]),
+        ("0.33", 1, KV_UNLIMITED_TOKENS, [6, 3]),
+    ],
+)
+def test_vllm_queue_scores(formula, client_count, capacity, scores):
+    # Worker 0: 4 slots, 6 requests, so 2 wait; 800 KV tokens. Worker 1: 3 run, nobody waits, 900 KV tokens.
+    view = replace(view_of([800, 900], [6, 3]), kv_capacity=np.full(2, capacity, dtype=np.int64))
+    policy_class = POLICIES.get("vllm-queue")
+    policy = policy_class(policy_class.Params(formula=formula, client_count=client_count))
+    assert policy._scores(RoundState(view)).tolist() == pytest.approx(scores)
 
 
 @pytest.mark.parametrize("formula", ["waiting-weighted", "0.33"])
