@@ -43,9 +43,10 @@ class BarrierRecord:
         if len(self._columns["start_s"]) >= STEPS_MAX:
             msg = f"more than {STEPS_MAX} steps; reset the statistics"
             raise InvalidInputError(msg)
-        values = (start_s, duration_s, kv_tokens.max(), kv_tokens.mean(), kv_tokens.min(), output_tokens)
+        loads = (float(kv_tokens.max()), float(kv_tokens.mean()), float(kv_tokens.min()))
+        values = (start_s, duration_s, *loads, float(output_tokens))
         for column, value in zip(self._columns.values(), values, strict=True):
-            column.append(float(value))
+            column.append(value)
 
     def stats(self, from_s: float, to_s: float) -> BarrierStats:
         """Return the statistics of the steps with ``from_s <= start < to_s``."""

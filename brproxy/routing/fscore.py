@@ -8,10 +8,10 @@ BR-H (paper, section on lookahead routing), discounts d_h = γ^h, margins m_{g,h
 
     F_g(Q) = α * (Σ_h d_h) * D(Q) - β * Σ_h d_h * (D(Q) - m_{g,h})+
 
-``D(Q)`` is the sum of the prompt tokens in ``Q``. With H = 0 and (α, β) = (1, G) the second is the first,
-so one implementation serves both. F depends on Q only through the scalar D, and is concave and piecewise
-linear in it with a breakpoint at each margin: one sorted pass over the margins of a worker makes scoring
-any number of candidate sums a table look-up, whatever the horizon.
+``D(Q)`` is the sum of the prompt tokens in ``Q``. With H = 0 and (α, β) = (1, G) the second is the first, so
+one implementation serves both. F depends on Q only through the scalar D, and is concave and piecewise linear
+one inside the top, else the nearest below or the nearest above it: no candidate elsewhere needs a score.
+one inside the top, else the nearest below or the nearest above: no candidate far from it needs a score.
 """
 
 from __future__ import annotations
@@ -36,32 +36,50 @@ class FScore:
         """Build the weights for d = (1, γ, …, γ^H)."""
         return cls(gamma ** np.arange(horizon_steps + 1, dtype=np.float64), alpha, beta)
 
-    def headroom(self, margins: FloatArray) -> FloatArray:
-        """Return float64[G]: the discounted mean margin of each worker, in KV tokens.
-
-        ``margins`` is float64[G, H+1]. Workers are ordered by it (not by free slots, which below
-        saturation are plentiful everywhere and say nothing about load).
-        """
-        headroom: FloatArray = margins @ self.discounts / self.discounts.sum()
-        return headroom
+    @property
+    def discount_sum(self) -> float:
+        """Σ_h d_h."""
+        return float(self.discounts.sum())
 
     def score(self, margins: FloatArray, demands: FloatArray) -> FloatArray:
         """Return F for each of ``demands`` (float64[K], candidate values of D) on one worker.
 
-        ``margins`` is float64[H+1]. Costs one sort of the margins and one look-up for each demand.
+        ``margins`` is float64[H+1]. For few demands: one product of a [K, H+1] matrix.
         """
-        order = np.argsort(margins)
-        weights = self.discounts[order]
-        # With the margins sorted, those that a demand exceeds are a prefix: keep the prefix sums.
-        weight_below = np.concatenate(([0.0], np.cumsum(weights)))
-        moment_below = np.concatenate(([0.0], np.cumsum(weights * margins[order])))
-        exceeded = np.searchsorted(margins[order], demands)
-        overflow = demands * weight_below[exceeded] - moment_below[exceeded]
-        score: FloatArray = self.alpha * self.discounts.sum() * demands - self.beta * overflow
+        overflow = np.maximum(demands[:, None] - margins, 0.0) @ self.discounts
+        score: FloatArray = self.alpha * self.discount_sum * demands - self.beta * overflow
         return score
 
+    def top(self, margins: FloatArray) -> tuple[float, float]:
+        """Return the least and the greatest D at which F is largest, inf where it never falls.
 
-def margins(forecast: FloatArray) -> FloatArray:
-    """Return float64[G, H+1]: the envelope of each step less each worker's load, never negative."""
-    below_envelope: FloatArray = forecast.max(axis=0) - forecast
-    return below_envelope
+        One sort of the margins: F rises until the discounts of the margins that D exceeds weigh more than
+        what a filled token is worth.
+        """
+        order = np.argsort(margins)
+        # Beyond the j smallest margins, F has this slope.
+        slopes = self.alpha * self.discount_sum - self.beta * np.cumsum(self.discounts[order])
+        rising = int((slopes > 0).sum())
+        not_falling = int((slopes >= 0).sum())
+        edges = np.append(margins[order], np.inf)
+        return float(edges[rising]), float(edges[not_falling])
+
+    def best(self, margins: FloatArray, demands: FloatArray) -> tuple[int, float]:
+        """Return the position of the best of ``demands`` (float64[K], K >= 1) and its score.
+
+        The first of equally good ones. ``inf`` marks a demand that must not be chosen.
+        """
+        lowest, highest = self.top(margins)
+        inside = (demands >= lowest) & (demands <= highest) & (demands < np.inf)
+        if inside.any():
+            position = int(np.argmax(inside))
+            return position, float(self.score(margins, demands[position : position + 1])[0])
+        below = np.where(demands < lowest, demands, -np.inf).max()
+        above = np.where(demands > highest, demands, np.inf).min()
+        sides = np.array([side for side in (below, above) if np.isfinite(side)])
+        if not len(sides):
+            return 0, -np.inf
+        scores = self.score(margins, sides)
+        best = scores.max()
+        position = int(np.argmax(np.isin(demands, sides[scores == best])))
+        return position, float(best)

@@ -1,7 +1,7 @@
 """Every subset of a window of waiting requests, up to a size, as sums in one array.
 
-The window is small (about 32), so all subsets of up to four requests are 41,448 sums: enumerating them with
-cached index tables is exact and takes one gather per size.
+The window is small (about 32), so all subsets of up to four requests are 41,448 sums: enumerating them is
+exact. Each size is built from the one before it with two gathers, by cached index tables.
 """
 
 from __future__ import annotations
@@ -21,31 +21,39 @@ WINDOW_MAX = 64
 
 
 @lru_cache(maxsize=256)
-def _index_table(window: int, size: int) -> IntArray:
+def _members(window: int, size: int) -> IntArray:
+    """Return int64[C(window, size), size]: the members of every subset, in lexicographic order."""
     return np.array(list(combinations(range(window), size)), dtype=np.int64).reshape(-1, size)
 
 
-class SubsetSums:
-    """The sums of all subsets of ``prompt_tokens`` (float64[W]) with 1 to ``size_max`` members.
+@lru_cache(maxsize=256)
+def _all_but_last(window: int, size: int) -> IntArray:
+    """Return, for each subset, the position of its first ``size - 1`` members among the smaller ones."""
+    positions = {tuple(members): i for i, members in enumerate(_members(window, size - 1).tolist())}
+    return np.array([positions[tuple(m[:-1])] for m in _members(window, size).tolist()], dtype=np.int64)
 
-    ``sums[K]`` starts with the single requests in window order, then the pairs, and so on: the first of
-    equal scores is therefore the smallest set of the oldest requests.
+
+def subset_sums(prompt_tokens: FloatArray, size_max: int) -> FloatArray:
+    """Return the sums of all subsets of ``prompt_tokens`` (float64[W]) with 1 to ``size_max`` members.
+
+    The single requests come first, in window order, then the pairs, and so on: the first of equal scores is
+    therefore the smallest set of the oldest requests.
     """
+    window = len(prompt_tokens)
+    sums = [prompt_tokens]
+    for size in range(2, min(size_max, window) + 1):
+        last = _members(window, size)[:, -1]
+        sums.append(sums[-1][_all_but_last(window, size)] + prompt_tokens[last])
+    return np.concatenate(sums) if len(sums) > 1 else prompt_tokens
 
-    def __init__(self, prompt_tokens: FloatArray, size_max: int) -> None:
-        self._sizes = range(1, min(size_max, len(prompt_tokens)) + 1)
-        self._window = len(prompt_tokens)
-        self.sums: FloatArray = np.concatenate(
-            [prompt_tokens[_index_table(self._window, size)].sum(axis=1) for size in self._sizes]
-        )
 
-    def members(self, index: int) -> list[int]:
-        """Return the window positions of the subset whose sum is ``sums[index]``, oldest first."""
-        for size in self._sizes:
-            table = _index_table(self._window, size)
-            if index < len(table):
-                chosen: list[int] = table[index].tolist()
-                return chosen
-            index -= len(table)
-        msg = "no subset has that index"
-        raise IndexError(msg)
+def subset_members(window: int, index: int) -> list[int]:
+    """Return the window positions of the subset whose sum is at ``index``, oldest first."""
+    for size in range(1, window + 1):
+        table = _members(window, size)
+        if index < len(table):
+            chosen: list[int] = table[index].tolist()
+            return chosen
+        index -= len(table)
+    msg = "no subset has that index"
+    raise IndexError(msg)

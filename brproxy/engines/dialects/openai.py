@@ -111,7 +111,7 @@ class OpenAIDialect(Dialect):
 
     def is_refusal_error(self, error: object) -> bool:
         """Tell whether an error object in an event says that the engine's queue is full."""
-        return isinstance(error, dict) and error.get("code") in {503, "503"}
+        return isinstance(error, dict) and error.get("code") in (503, "503")
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:

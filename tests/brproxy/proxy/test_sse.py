@@ -35,10 +35,9 @@ streams = st.lists(
 
 def reference_data(stream):
     """Return the data of every event, by the standard's own words: lines, and an empty one dispatches."""
-    found, values, position = [], [], 0
+    found, values = [], []
     for match in LINE.finditer(stream):
         line = match[1]
-        position = match.end()
         if line:
             name, _, value = line.partition(b":")
             if name == b"data":
@@ -46,8 +45,7 @@ def reference_data(stream):
         elif values:
             found.append(b"\n".join(values))
             values = []
-    # A CR at the very end may be the first half of CR LF: it has not ended anything yet.
-    return found, stream[position:]
+    return found
 
 
 def split(stream, cuts, limit=LIMIT):
@@ -63,9 +61,8 @@ def test_any_split_gives_the_same_bytes_and_data(stream, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     events, tail = split(stream, cuts)
     assert b"".join(event.raw for event in events) + tail == stream
-    if stream.endswith(b"\r"):
-        stream = stream + b"x"
-    expected, _ = reference_data(stream)
+    # A CR at the very end may be the first half of CR LF: it has not ended anything yet.
+    expected = reference_data(stream.removesuffix(b"\r"))
     assert [event.data for event in events if event.data is not None] == expected
 
 

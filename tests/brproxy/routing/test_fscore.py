@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brproxy.routing.fscore import FScore, margins
+from brproxy.routing.fscore import FScore
 
 token_lists = st.lists(st.integers(0, 100_000), min_size=1, max_size=12)
 
@@ -30,12 +30,33 @@ def test_without_horizon_it_is_br_0(margin, demand, workers):
     assert score[0] == demand - workers * max(0, demand - margin)
 
 
-def test_headroom_is_the_discounted_mean_margin():
-    weights = FScore.make(2, 0.5, 1.0, 1.0)
-    headroom = weights.headroom(np.array([[4.0, 8.0, 16.0], [0.0, 0.0, 7.0]]))
-    assert headroom.tolist() == pytest.approx([(4 + 4 + 4) / 1.75, (7 / 4) / 1.75])
+exact_gammas = st.sampled_from([0.5, 1.0])
+exact_weights = st.sampled_from([0.25, 1.0, 2.0, 8.0, 64.0])
 
 
-def test_margins_are_below_each_steps_own_envelope():
-    forecast = np.array([[10.0, 5.0], [7.0, 9.0]])
-    assert margins(forecast).tolist() == [[0.0, 4.0], [3.0, 0.0]]
+@given(token_lists, token_lists, exact_gammas, exact_weights, exact_weights, st.data())
+def test_best_is_the_first_of_the_best(worker_margins, demands, gamma, alpha, beta, data):
+    weights = FScore.make(len(worker_margins) - 1, gamma, alpha, beta)
+    allowed = data.draw(st.lists(st.booleans(), min_size=len(demands), max_size=len(demands)))
+    scores = [
+        reference_score(weights, worker_margins, demand) if ok else float("-inf")
+        for demand, ok in zip(demands, allowed, strict=True)
+    ]
+    masked = np.where(allowed, np.array(demands, dtype=float), np.inf)
+    position, score = weights.best(np.array(worker_margins, dtype=float), masked)
+    assert score == pytest.approx(max(scores))
+    assert position == scores.index(max(scores))
+
+
+@given(token_lists, exact_gammas, exact_weights, exact_weights)
+def test_the_top_is_where_nothing_is_better(worker_margins, gamma, alpha, beta):
+    weights = FScore.make(len(worker_margins) - 1, gamma, alpha, beta)
+    lowest, highest = weights.top(np.array(worker_margins, dtype=float))
+    grid = sorted({0, *worker_margins, max(worker_margins) + 1000})
+    scores = {demand: reference_score(weights, worker_margins, demand) for demand in grid}
+    best = max(scores.values())
+    for demand, score in scores.items():
+        if lowest <= demand <= highest:
+            assert highest == float("inf") or score == pytest.approx(best, abs=1e-6)
+        elif highest < float("inf"):
+            assert score < best
