@@ -6,41 +6,20 @@ all checked against or made from them.
 
 from __future__ import annotations
 
-import tomllib
 from collections import Counter
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    model_validator,
-)
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, Field, create_model, model_validator
 
 from brproxy.engines.dialect import DIALECTS
 from brproxy.prediction.predictor import PREDICTORS, PredictorParams
 from brproxy.registry import Registry, UnknownNameError
 from brproxy.routing.policy import POLICIES, PolicyParams
-from brproxy.types import InvalidInputError
+from brproxy.validation import Section, load_toml, validate
 
 MIB = 1 << 20
-
-
-class ConfigError(InvalidInputError):
-    """The configuration is not usable; the text names file, key path, what is wrong and what is allowed."""
-
-
-class Section(BaseModel):
-    """A table of the configuration: unknown keys and lax types are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, strict=False)]
@@ -316,80 +295,11 @@ class Config(Section):
         return params
 
 
-# What pydantic says, and how the rest of brproxy says it.
-_PLAIN_WORDS = (
-    ("Input should be", "must be"),
-    ("greater than or equal to", "at least"),
-    ("less than or equal to", "at most"),
-    ("a valid ", "a "),
-    ("a integer", "an integer"),
-)
-# "model" takes a string or a list: pydantic adds the alternative that it tried to the key path.
-_UNION_TAGS = ("str", "list[str]")
-
-
 def load_config(path: Path) -> Config:
     """Read and check a configuration file; raises ConfigError, whose text is one line."""
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}"
-        raise ConfigError(msg) from error
-    except UnicodeDecodeError as error:
-        msg = f"{path}: must be UTF-8 text: byte {error.start} is not"
-        raise ConfigError(msg) from error
-    except tomllib.TOMLDecodeError as error:
-        msg = f"{path}: not valid TOML: {error}"
-        raise ConfigError(msg) from error
-    return parse_config(document, str(path))
+    return parse_config(load_toml(path), str(path))
 
 
 def parse_config(document: dict[str, Any], source: str) -> Config:
     """Check a parsed document; ``source`` is what the messages call it. Raises ConfigError."""
-    try:
-        return Config.model_validate(document)
-    except ValidationError as error:
-        errors = error.errors()
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        msg = f"{source}: {_one_line(errors[0])}{more}"
-        raise ConfigError(msg) from error
-
-
-def _one_line(error: ErrorDetails) -> str:
-    """Return ``key.path: what is wrong`` for the first error that pydantic found."""
-    keys = list(error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(keys[:-1])
-        close = get_close_matches(str(keys[-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
-        return f"{_path(keys)}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{_path(keys)}: is missing; it must be given"
-    text = error["msg"].removeprefix("Value error, ")
-    for pydantic_words, plain_words in _PLAIN_WORDS:
-        text = text.replace(pydantic_words, plain_words)
-    if error["type"] == "model_type":
-        text = "must be a table"
-    if keys and keys[-1] in _UNION_TAGS:
-        keys, text = keys[: keys.index("model") + 1], "must be a string or a list of strings"
-    value = error["input"]
-    named = text.startswith("unknown") or not isinstance(value, str | int | float)
-    return (f"{_path(keys)}: " if keys else "") + text + ("" if named else f", got {value!r}")
-
-
-def _path(keys: list[int | str]) -> str:
-    text = ""
-    for key in keys:
-        text += f"[{key}]" if isinstance(key, int) else f".{key}"
-    return text.removeprefix(".")
-
-
-def _keys_at(keys: list[int | str]) -> list[str]:
-    """Return the keys that the table at ``keys`` may have."""
-    model: Any = Config
-    for key in keys:
-        if isinstance(key, int):
-            continue
-        by_key = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
-        model = Worker if key == "worker" else by_key[str(key)]
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return validate(Config, document, source)

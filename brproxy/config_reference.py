@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from brproxy.config import Config, Worker
+from brproxy.validation import table_model
 
 _WORKER_TABLE = "[[worker]] "
 
@@ -29,8 +30,8 @@ def _rows(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
     rows = []
     for name, field in model.model_fields.items():
         key = field.alias or name
-        nested = Worker if model is Config and key == "worker" else field.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
+        nested = table_model(field.annotation)
+        if nested is not None:
             rows += _rows(nested, _WORKER_TABLE if nested is Worker else f"{prefix}{key}.")
             continue
         default = "required" if field.is_required() else _toml(field.get_default(call_default_factory=True))

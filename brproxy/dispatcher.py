@@ -97,7 +97,7 @@ class Dispatcher:
         """End a request, return its load, and learn from it if it finished by itself."""
         entry = self.ledger.end(request_id, event)
         if event is Event.FINISH and entry.output_tokens:
-            self.predictor.observe(entry.output_tokens)
+            self.predictor.observe(entry.request, entry.output_tokens)
         return entry
 
     def _worth_seeing(self, routable: BoolArray) -> int:
@@ -109,7 +109,11 @@ class Dispatcher:
 
     def _route(self, waiting: Sequence[Entry], routable: BoolArray, now_s: float) -> list[Assignment]:
         view = self.ledger.view(
-            waiting, routable, late_binding=self.policy.params.late_binding, forecast=self._forecast()
+            waiting,
+            routable,
+            late_binding=self.policy.params.late_binding,
+            forecast=self._forecast(),
+            output_tokens_mean=self.predictor.mean_output_tokens,
         )
         decision = self.policy.route(view, self._rng)
         admitted: list[int] = np.flatnonzero(decision != NOT_ADMITTED).tolist()
@@ -118,12 +122,14 @@ class Dispatcher:
         passed_over = set(range(admitted[-1])).difference(admitted)
         self.ledger.pass_over([waiting[i] for i in passed_over])
         assignments = [Assignment(waiting[i].id, WorkerIndex(int(decision[i]))) for i in admitted]
-        for assignment in assignments:
-            self.ledger.bind(assignment.request_id, assignment.worker, now_s)
+        for i, assignment in zip(admitted, assignments, strict=True):
+            prospect = self.predictor.prospect(waiting[i].request)
+            self.ledger.bind(assignment.request_id, assignment.worker, now_s, prospect)
         return assignments
 
     def _forecast(self) -> FloatArray | None:
-        horizon_steps = self.policy.horizon_steps
+        turnover_steps = self.ledger.turnover_steps(self.predictor.mean_output_tokens)
+        horizon_steps = self.policy.horizon_steps(turnover_steps)
         if horizon_steps == 0:
             return None
         return self.predictor.forecast(self.ledger.active(), self.ledger.workers, horizon_steps)

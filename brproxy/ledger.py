@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brproxy.lifecycle import TERMINAL, Event, LifecycleError, State, after
-from brproxy.prediction.predictor import ActiveRequests
+from brproxy.prediction.predictor import ActiveRequests, Prospect
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, ClusterView, FloatArray, IntArray
 from brproxy.types import InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
@@ -41,7 +41,8 @@ class WorkerLimits:
 class Entry:
     """One request in the ledger. Times are the caller's clock in seconds; None: has not happened.
 
-    ``waiting_since_s`` is when it last entered the pool: on arrival, or when a worker failed it.
+    ``waiting_since_s`` is when it last entered the pool: on arrival, or when a worker failed it. While the
+    request is bound, ``output_tokens`` is kept by the ledger (Ledger.output_tokens).
     """
 
     id: RequestId
@@ -57,11 +58,6 @@ class Entry:
     bound_s: float | None = None
     first_token_s: float | None = None
     avoid: set[WorkerIndex] = field(default_factory=set)
-
-    @property
-    def kv_tokens(self) -> int:
-        """Load booked for this request while it is bound: prompt and streamed tokens."""
-        return self.prompt_tokens + self.output_tokens
 
 
 class Ledger:
@@ -83,9 +79,22 @@ class Ledger:
         self._pending: dict[RequestId, Entry] = {}
         self._retrying: dict[RequestId, Entry] = {}
         self._rows: list[Entry] = []
+        self._row_id = array("q")
         self._row_worker = array("q")
         self._row_kv_tokens = array("q")
         self._row_output_tokens = array("q")
+        self._row_curve = array("q")
+        self._row_length_max = array("q")
+        self._row_certain = array("b")
+        self._columns = (
+            self._row_id,
+            self._row_worker,
+            self._row_kv_tokens,
+            self._row_output_tokens,
+            self._row_curve,
+            self._row_length_max,
+            self._row_certain,
+        )
 
     def __repr__(self) -> str:
         """Show the state in one line, for tests and logs."""
@@ -131,6 +140,10 @@ class Ledger:
         """Slots of all workers together."""
         return int(self._slots.sum())
 
+    def turnover_steps(self, output_tokens_mean: float) -> float:
+        """Return how many steps pass between two requests that leave a full worker (steps)."""
+        return output_tokens_mean * self.workers / self.slots_total
+
     def slots_free(self, routable: BoolArray) -> int:
         """Return the slots that the ``routable`` workers (bool[G]) have free together."""
         free = np.maximum(self._slots - np.array(self._requests, dtype=np.int64), 0)
@@ -158,7 +171,19 @@ class Ledger:
             worker=np.array(self._row_worker, dtype=np.int64),
             kv_tokens=np.array(self._row_kv_tokens, dtype=np.int64),
             output_tokens=np.array(self._row_output_tokens, dtype=np.int64),
+            curve=np.array(self._row_curve, dtype=np.int64),
+            length_max=np.array(self._row_length_max, dtype=np.int64),
+            certain=np.array(self._row_certain, dtype=bool),
         )
+
+    def output_tokens(self, request_id: RequestId) -> int:
+        """Return the output tokens booked for a request."""
+        entry = self.entry(request_id)
+        return entry.output_tokens if entry.row == NO_ROW else self._row_output_tokens[entry.row]
+
+    def row_ids(self) -> IntArray:
+        """Return the ids of the bound requests in the order of ``active`` and ``grow_rows``, int64[N]."""
+        return np.array(self._row_id, dtype=np.int64)
 
     def view(
         self,
@@ -167,6 +192,7 @@ class Ledger:
         *,
         late_binding: bool,
         forecast: FloatArray | None = None,
+        output_tokens_mean: float = 1.0,
     ) -> ClusterView:
         """Return what a policy sees when it decides over ``waiting``.
 
@@ -192,6 +218,7 @@ class Ledger:
             prompt_tokens=_column(e.prompt_tokens for e in waiting),
             passed_over=_column(e.passed_over for e in waiting),
             forecast=kv_tokens.astype(np.float64)[:, None] if forecast is None else forecast,
+            turnover_steps=self.turnover_steps(output_tokens_mean),
         )
 
     # What happens.
@@ -204,7 +231,9 @@ class Ledger:
         self._pending[request_id] = entry
         return request_id
 
-    def bind(self, request_id: RequestId, worker: WorkerIndex, now_s: float) -> None:
+    def bind(
+        self, request_id: RequestId, worker: WorkerIndex, now_s: float, prospect: Prospect | None = None
+    ) -> None:
         """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it."""
         entry = self.entry(request_id)
         if not 0 <= worker < self.workers:
@@ -214,10 +243,10 @@ class Ledger:
         self._leave_pool(request_id)
         entry.worker, entry.bound_s, entry.row = worker, now_s, len(self._rows)
         self._rows.append(entry)
-        self._row_worker.append(worker)
-        self._row_kv_tokens.append(entry.kv_tokens)
-        self._row_output_tokens.append(entry.output_tokens)
-        self._kv_tokens[worker] += entry.kv_tokens
+        values = (request_id, worker, entry.prompt_tokens, 0, *(prospect or Prospect()))
+        for column, value in zip(self._columns, values, strict=True):
+            column.append(value)
+        self._kv_tokens[worker] += entry.prompt_tokens
         self._requests[worker] += 1
 
     def first_token(self, request_id: RequestId, now_s: float) -> None:
@@ -232,11 +261,20 @@ class Ledger:
         if entry.row == NO_ROW:
             msg = f"request {request_id} is not bound and cannot grow"
             raise LifecycleError(msg)
-        change = max(tokens, -entry.output_tokens)
-        entry.output_tokens += change
+        change = max(tokens, -self._row_output_tokens[entry.row])
         self._row_output_tokens[entry.row] += change
         self._row_kv_tokens[entry.row] += change
         self._kv_tokens[entry.worker] += change
+
+    def grow_rows(self, rows: BoolArray) -> None:
+        """Book one more token for each bound request that ``rows`` (bool[N], in order of ``row_ids``) picks.
+
+        For a simulator, in which a step is one instant: the same as ``grow`` one by one.
+        """
+        for column in (self._row_output_tokens, self._row_kv_tokens):
+            np.frombuffer(column, dtype=np.int64)[rows] += 1
+        grown = np.bincount(np.array(self._row_worker, dtype=np.int64)[rows], minlength=self.workers)
+        self._kv_tokens = [kv + more for kv, more in zip(self._kv_tokens, grown.tolist(), strict=True)]
 
     def correct_prompt(self, request_id: RequestId, prompt_tokens: int) -> None:
         """Replace the prompt estimate by what the worker reports (>= 0)."""
@@ -284,16 +322,17 @@ class Ledger:
 
     def _unbind(self, entry: Entry) -> None:
         """Return the entry's load and close its row with the last one."""
-        self._kv_tokens[entry.worker] -= entry.kv_tokens
+        row = entry.row
+        entry.output_tokens = self._row_output_tokens[row]
+        self._kv_tokens[entry.worker] -= self._row_kv_tokens[row]
         self._requests[entry.worker] -= 1
         last = self._rows.pop()
-        columns = (self._row_worker, self._row_kv_tokens, self._row_output_tokens)
-        moved = [column.pop() for column in columns]
+        moved = [column.pop() for column in self._columns]
         if last is not entry:
-            self._rows[entry.row] = last
-            last.row = entry.row
-            for column, value in zip(columns, moved, strict=True):
-                column[entry.row] = value
+            self._rows[row] = last
+            last.row = row
+            for column, value in zip(self._columns, moved, strict=True):
+                column[row] = value
         entry.row = NO_ROW
 
 

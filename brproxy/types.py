@@ -24,13 +24,21 @@ class InvalidInputError(BrproxyError):
 class PendingRequest:
     """What the router knows about a request when it arrives.
 
-    ``prompt_tokens`` is exact for token-id prompts and an estimate otherwise. ``output_tokens_max`` is
-    what the client allows (``max_tokens``); None when it sets no limit.
+    ``prompt_tokens`` is exact for token-id prompts and an estimate otherwise. ``output_tokens_max`` is what
+    the client allows (``max_tokens``); None when it sets no limit. ``runs_to_max``: it also told the engine
+    to ignore the end of the text, so that the output is exactly that long. ``prompt_hash`` and
+    ``prefix_hash`` identify the whole prompt and its beginning, ``user`` who asks; None and "" where unknown.
+    ``output_tokens_true`` is how long the output turns out to be: only a simulator knows.
     """
 
     prompt_tokens: int
     model: str = ""
     output_tokens_max: int | None = None
+    runs_to_max: bool = False
+    prompt_hash: int | None = None
+    prefix_hash: int | None = None
+    user: str = ""
+    output_tokens_true: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts that would corrupt the ledger."""

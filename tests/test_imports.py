@@ -26,15 +26,16 @@ ALLOWED = {
     "dispatcher": BASE | {"lifecycle", "ledger", "routing", "prediction"},
     "fleet": BASE | {"dispatcher", "health"},
     "telemetry": CORE,
-    "config": BASE | {"routing", "prediction", "engines"},
-    "config_reference": {"config"},
+    "validation": {"types"},
+    "config": {"validation"} | BASE | {"routing", "prediction", "engines"},
+    "config_reference": {"config", "validation"},
     "proxy": CORE | {"engines", "telemetry"},
     "app": CORE | {"engines", "telemetry", "config", "proxy"},
     "cli": CORE | {"engines", "config", "config_reference", "proxy", "app", "command", "logs"},
     "__main__": {"cli"},
     "__init__": set(),
 }
-LOADGEN_MAY_USE = CORE | {"command"}
+LOADGEN_MAY_USE = CORE | {"command", "validation"}
 PURE = (
     "routing",
     "prediction",

@@ -1,6 +1,8 @@
 """The interface of a predictor: it learns from what finishes and forecasts each worker's load.
 
 Predictors know nothing of routing, and routing nothing of them: they meet in an array ``forecast[G, H+1]``.
+What a predictor says of a request is a *prospect*, made once when the request is bound: which of its curves
+describes the output, how long the output can get, and whether it gets exactly that long.
 """
 
 from __future__ import annotations
@@ -8,16 +10,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from brproxy.prediction.projection import project_certain, project_curves
 from brproxy.registry import Registry, make_configurable
+from brproxy.types import PendingRequest
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+LENGTH_UNLIMITED = 1 << 40
+"""Stands for "no limit on the output"."""
 
 
 class PredictorParams(BaseModel):
@@ -29,38 +37,124 @@ class PredictorParams(BaseModel):
 P = TypeVar("P", bound=PredictorParams)
 
 
+class Prospect(NamedTuple):
+    """What a predictor says of one request.
+
+    ``curve``: its number for the distribution that the output length is drawn from. ``length_max``: most
+    output tokens. ``certain``: the output has exactly ``length_max`` tokens.
+    """
+
+    curve: int = 0
+    length_max: int = LENGTH_UNLIMITED
+    certain: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class ActiveRequests:
-    """The N requests bound to the workers of one group, as parallel int64[N] arrays in no particular order.
+    """The N requests bound to the workers of one group, as parallel arrays [N] in no particular order.
 
     ``worker``: index of each request's worker. ``kv_tokens``: its load now (prompt and streamed tokens).
-    ``output_tokens``: tokens streamed so far.
+    ``output_tokens``: tokens streamed so far. ``curve``, ``length_max``, ``certain``: its prospect.
     """
 
     worker: IntArray
     kv_tokens: IntArray
     output_tokens: IntArray
+    curve: IntArray
+    length_max: IntArray
+    certain: BoolArray
+
+    def only(self, rows: BoolArray) -> ActiveRequests:
+        """Return the requests that ``rows`` (bool[N]) picks."""
+        return ActiveRequests(
+            self.worker[rows],
+            self.kv_tokens[rows],
+            self.output_tokens[rows],
+            self.curve[rows],
+            self.length_max[rows],
+            self.certain[rows],
+        )
 
 
 class Predictor(ABC, Generic[P]):
     """Forecasts load from the lengths of the outputs it has seen finish."""
 
     Params: ClassVar[type[PredictorParams]] = PredictorParams
+    USES_KEYS: ClassVar[bool] = False
+    """Whether it reads prompt and prefix hashes, which somebody has to compute."""
 
     def __init__(self, params: P) -> None:
         self.params = params
 
+    @property
     @abstractmethod
-    def observe(self, output_tokens: int) -> None:
-        """Learn that a request finished by itself after ``output_tokens`` (>= 0) tokens."""
+    def mean_output_tokens(self) -> float:
+        """Mean output length of the traffic; a prior's before anything has finished. At least 1."""
 
     @abstractmethod
+    def observe(self, request: PendingRequest, output_tokens: int) -> None:
+        """Learn that ``request`` finished by itself after ``output_tokens`` (>= 0) tokens."""
+
+    @abstractmethod
+    def survival(self, active: ActiveRequests, horizon_steps: int) -> FloatArray:
+        """Return float64[N, H+1]: P(a request still runs after h more steps), from its curve alone."""
+
+    def prospect(self, request: PendingRequest) -> Prospect:
+        """Return what is known of a request that is about to be bound."""
+        if request.output_tokens_max is None:
+            return Prospect(self._curve(request))
+        return Prospect(self._curve(request), request.output_tokens_max, certain=request.runs_to_max)
+
     def forecast(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
         """Return float64[G, H+1]: the expected load of each worker 0, 1, …, H decode steps ahead.
 
         ``Σ_i P(i still runs after h steps) * (kv_tokens_i + h)`` over each worker's requests; column 0 is
         exactly the load now.
         """
+        certain = active.certain
+        if not certain.any():
+            return self._project(active, workers, horizon_steps)
+        known = active.only(certain)
+        remaining = known.length_max - known.output_tokens
+        forecast = project_certain(known.worker, known.kv_tokens, remaining, workers, horizon_steps)
+        if not certain.all():
+            forecast += self._project(active.only(~certain), workers, horizon_steps)
+        return forecast
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return what has been learnt, in JSON's types."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Learn what ``state`` returned once; raises KeyError, TypeError or ValueError for anything else."""
+
+    def _curve(self, request: PendingRequest) -> int:
+        """Return the number of the curve that describes ``request``."""
+        return 0
+
+    def _project(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
+        """Project requests of uncertain length; one by one, unless a predictor knows better."""
+        return self.project_each(active, workers, horizon_steps)
+
+    def project_each(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
+        """Project requests by a survival curve each; as ``forecast``, for requests of uncertain length."""
+        survival = self.survival(active, horizon_steps)
+        truncate(survival, active)
+        return project_curves(active.worker, active.kv_tokens, survival, workers)
+
+
+def truncate(survival: FloatArray, active: ActiveRequests) -> None:
+    """Set ``survival`` (float64[N, H+1]) to 0 where a request will have reached its ``length_max``.
+
+    A request that has passed its limit already (by an estimate of tokens that was too high) is about to
+    end; column 0 stays 1, because it still runs.
+    """
+    remaining = np.maximum(active.length_max - active.output_tokens, 1)
+    steps = survival.shape[1]
+    rows = np.flatnonzero(remaining < steps)
+    if len(rows):
+        survival[rows] *= np.arange(steps) < remaining[rows, None]
 
 
 AnyPredictor = Predictor[PredictorParams]

@@ -10,7 +10,8 @@ Source: the paper's algorithm (arXiv 2605.06113), with what our simulator taught
   all the same.
 * The window is the *oldest* waiting requests, sliding as they are admitted. A request that has been passed
   over ``passed_over_max`` times goes first; if it fits nowhere, the worker with the most KV room is kept
-  free for it.
+  free for it. The limit is a guarantee, not a tool: a very large request placed before a margin for it has
+  opened costs all workers for as long as it runs.
 
 All workers share the envelope, so the one with the most headroom is the one with the least discounted load: a
 scalar for each worker, which an admission raises by the prompt times Σ d. A choice therefore costs a few
@@ -52,9 +53,15 @@ class BalanceParams(PolicyParams):
         description="R_max: most requests admitted to a worker in one choice (requests).",
     )
     passed_over_max: int = Field(
-        default=256,
+        default=2048,
         ge=1,
         description="Decision rounds that may prefer a younger request before this one goes first (rounds).",
+    )
+    beta_per_worker: float = Field(
+        default=8.0,
+        gt=0,
+        description="β / G: the price of raising the envelope (times G). An overflow is sticky and lasts, so "
+        "it costs more than the one step that the paper's 1 charges.",
     )
 
 

@@ -10,8 +10,8 @@ BR-H (paper, section on lookahead routing), discounts d_h = γ^h, margins m_{g,h
 
 ``D(Q)`` is the sum of the prompt tokens in ``Q``. With H = 0 and (α, β) = (1, G) the second is the first, so
 one implementation serves both. F depends on Q only through the scalar D, and is concave and piecewise linear
-one inside the top, else the nearest below or the nearest above it: no candidate elsewhere needs a score.
-one inside the top, else the nearest below or the nearest above: no candidate far from it needs a score.
+in it with a breakpoint at each margin. So it has one flat top, and of any number of candidate sums the best
+is one inside the top, else the nearest below or the nearest above: no other needs a score.
 """
 
 from __future__ import annotations

@@ -40,9 +40,11 @@ class RoutingPolicy(ABC, Generic[P]):
     def __init__(self, params: P) -> None:
         self.params = params
 
-    @property
-    def horizon_steps(self) -> int:
-        """H: how many decode steps ahead the view's forecast must reach; 0 needs no predictor."""
+    def horizon_steps(self, turnover_steps: float) -> int:
+        """Return H: how many decode steps ahead the view's forecast must reach; 0 needs no predictor.
+
+        ``turnover_steps`` as in ClusterView.
+        """
         return 0
 
     @property

@@ -37,6 +37,7 @@ class ClusterView:
     ``prompt_tokens[N]``: s_i of each waiting request.
     ``passed_over[N]``: decision rounds in which a younger request was admitted instead.
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
+    ``turnover_steps``: decode steps between two requests that leave a full worker, mean output / slots.
     """
 
     kv_tokens: IntArray
@@ -48,6 +49,7 @@ class ClusterView:
     prompt_tokens: IntArray
     passed_over: IntArray
     forecast: FloatArray
+    turnover_steps: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse arrays whose shapes do not belong together; every policy relies on that."""

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from brproxy.config import ConfigError, load_config, parse_config
+from brproxy.config import load_config, parse_config
 from brproxy.config_reference import reference_rows, reference_table
+from brproxy.validation import ConfigError
 
 CONFIG_FOLDER = Path(__file__).parents[2] / "config"
 WORKER = '[[worker]]\nurl = "http://127.0.0.1:8001"\n'
@@ -32,8 +33,8 @@ def test_the_shipped_file_names_every_key_with_its_default():
     text = (CONFIG_FOLDER / "brproxy.toml").read_text(encoding="utf-8")
     document = tomllib.loads(text)
     for key, default, _ in reference_rows():
-        if key.startswith("[[worker]] "):
-            assert f"{key.removeprefix('[[worker]] ')} = " in text
+        if key.startswith("[[worker]] ") or default == "not set":
+            assert f"{key.removeprefix('[[worker]] ').rpartition('.')[2]} = " in text
             continue
         value = document
         for step in key.split("."):
@@ -72,6 +73,7 @@ def test_each_policy_has_its_own_table():
         WORKER + '[routing]\npolicy = "br-h"\n[routing.br-h]\ngamma = 0.5\n[routing.br-0]\nwindow = 7\n'
     )
     assert config.policy_params().gamma == 0.5
+    assert config.policy_params().horizon_steps is None
     assert config.predictor_params().window == 2000
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
+from brproxy.prediction.lengths import LengthWindow, length_grid
 from brproxy.prediction.predictor import (
     ActiveRequests,
     FloatArray,
-    IntArray,
     Predictor,
     PredictorParams,
     register_predictor,
 )
+from brproxy.types import PendingRequest
+
+_REFRESH_SHARE = 64
+"""The cached curves are made anew when one in so many of the remembered lengths is new."""
 
 
 class SurvivalParams(PredictorParams):
@@ -45,53 +48,72 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         P(h | t) = (alive[t + h] + ρ^h) / (alive[t] + 1)
 
     The pseudo-observation is geometric, ρ = 1 - 1/mean: it carries the forecast before anything is known and
-    beyond the longest length seen, and vanishes as the window fills. An observation costs two slice
-    additions; a forecast one pass over the requests and two products of [G, U] with [U, H+1] matrices, where
-    U is the number of distinct ages.
+    beyond the longest length seen, and vanishes as the window fills. Lengths and ages are rounded down to a
+    grid (two per cent), so that the curves of all ages are one cached matrix and a forecast is one product
+    of [G, B] and [B, H+1] matrices, however many requests there are.
     """
 
     Params: ClassVar[type[PredictorParams]] = SurvivalParams
 
     def __init__(self, params: SurvivalParams) -> None:
         super().__init__(params)
-        self._lengths: deque[int] = deque()
-        self._length_sum = 0
-        self._alive = np.zeros(params.output_tokens_max + 1, dtype=np.float64)
-
-    def observe(self, output_tokens: int) -> None:
-        """See Predictor.observe."""
-        length = min(output_tokens, self.params.output_tokens_max)
-        if len(self._lengths) == self.params.window:
-            oldest = self._lengths.popleft()
-            self._alive[:oldest] -= 1
-            self._length_sum -= oldest
-        self._lengths.append(length)
-        self._alive[:length] += 1
-        self._length_sum += length
+        self._grid = length_grid(params.output_tokens_max)
+        self._window = LengthWindow(self._grid, params.window)
+        self._table: FloatArray = np.empty((0, 0))
+        self._unseen = 0
 
     @property
     def mean_output_tokens(self) -> float:
-        """Mean of the remembered lengths, the prior's before there are any."""
-        if not self._lengths:
-            return self.params.prior_output_tokens
-        return max(1.0, self._length_sum / len(self._lengths))
+        """See Predictor.mean_output_tokens."""
+        return max(1.0, self._window.mean) if len(self._window) else self.params.prior_output_tokens
 
-    def forecast(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
-        """See Predictor.forecast."""
-        ahead = np.arange(horizon_steps + 1)
-        age = np.minimum(active.output_tokens, self.params.output_tokens_max)
-        ages, position = np.unique(age, return_inverse=True)
-        cell = active.worker * len(ages) + position
-        shape = (workers, len(ages))
-        kv_tokens = np.bincount(cell, weights=active.kv_tokens, minlength=workers * len(ages)).reshape(shape)
-        requests = np.bincount(cell, minlength=workers * len(ages)).reshape(shape)
-        survival = self._survival(ages, ahead)
-        forecast: FloatArray = kv_tokens @ survival + (requests @ survival) * ahead
+    def observe(self, request: PendingRequest, output_tokens: int) -> None:
+        """See Predictor.observe."""
+        self._window.add(output_tokens)
+        self._unseen += 1
+
+    def state(self) -> dict[str, Any]:
+        """See Predictor.state."""
+        return {"lengths": list(self._window.lengths)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See Predictor.restore."""
+        for length in state["lengths"]:
+            self._window.add(max(0, int(length)))
+        self._unseen = len(self._window)
+
+    def survival(self, active: ActiveRequests, horizon_steps: int) -> FloatArray:
+        """See Predictor.survival."""
+        return self._curves(horizon_steps)[self._grid.positions(active.output_tokens)]
+
+    def _project(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
+        """Sum requests by worker and age first: most of them need no curve of their own."""
+        soon = active.length_max - active.output_tokens <= horizon_steps
+        if soon.any():
+            forecast = self.project_each(active.only(soon), workers, horizon_steps)
+            return forecast + self._by_age(active.only(~soon), workers, horizon_steps)
+        return self._by_age(active, workers, horizon_steps)
+
+    def _by_age(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
+        curves = self._curves(horizon_steps)
+        position = self._grid.positions(active.output_tokens)
+        ages = int(position.max()) + 1 if len(position) else 1
+        cell = active.worker * ages + position
+        kv_tokens = np.bincount(cell, active.kv_tokens, minlength=workers * ages)
+        requests = np.bincount(cell, minlength=workers * ages)
+        sums = np.concatenate((kv_tokens, requests)).reshape(2 * workers, ages) @ curves[:ages]
+        forecast: FloatArray = sums[:workers] + sums[workers:] * np.arange(horizon_steps + 1)
         return forecast
 
-    def _survival(self, ages: IntArray, ahead: IntArray) -> FloatArray:
-        """Return float64[U, H+1]: P(length > age + h | length > age)."""
-        decay = (1.0 - 1.0 / self.mean_output_tokens) ** ahead
-        later = np.minimum(ages[:, None] + ahead, self.params.output_tokens_max)
-        survival: FloatArray = (self._alive[later] + decay) / (self._alive[ages][:, None] + 1.0)
-        return survival
+    def _curves(self, horizon_steps: int) -> FloatArray:
+        """Return float64[B, H+1]: P(h | age) for every age on the grid."""
+        steps = horizon_steps + 1
+        stale = self._unseen * _REFRESH_SHARE >= len(self._window) and self._unseen
+        if stale or self._table.shape[1] != steps:
+            self._unseen = 0
+            ahead = np.arange(steps)
+            alive = self._window.alive
+            later = self._grid.positions(self._grid.points[:, None] + ahead)
+            decay = (1.0 - 1.0 / self.mean_output_tokens) ** ahead
+            self._table = (alive[later] + decay) / (alive[:, None] + 1.0)
+        return self._table

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from pydantic import Field
 
 from brproxy.routing.balance import BalanceParams, BalanceRound
 from brproxy.routing.fscore import FScore
@@ -16,19 +15,12 @@ from brproxy.routing.view import ClusterView, IntArray
 class Br0Params(BalanceParams):
     """Parameters of ``br-0``."""
 
-    beta_per_worker: float = Field(
-        default=1.0,
-        gt=0,
-        description="β / G, the price of raising the envelope. 1 is the paper's; a larger one pays where "
-        "outputs are long, because an overflow is sticky and lasts (times G).",
-    )
-
 
 @register_policy("br-0")
 class Br0Policy(RoutingPolicy[Br0Params]):
-    """``F_g(Q) = D(Q) - β * (D(Q) - m_g)+`` with β = G: fill margins, do not raise the envelope.
+    """``F_g(Q) = D(Q) - β * (D(Q) - m_g)+``: fill margins, do not raise the envelope.
 
-    Source: arXiv 2605.06113, BR-0. Needs nothing but the current loads.
+    Source: arXiv 2605.06113, BR-0, where β = G. Needs nothing but the current loads.
     """
 
     Params: ClassVar[type[PolicyParams]] = Br0Params

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -13,26 +14,49 @@ from brproxy.routing.policy import PolicyParams, RoutingPolicy, register_policy
 from brproxy.routing.view import ClusterView, IntArray
 
 HORIZON_STEPS_MAX = 512
-"""Longest horizon: the forecast holds G * (H+1) numbers and later admissions correct the course anyway."""
+_TURNOVERS_AHEAD = 2.0
+_TURNOVER_STEPS_MIN = 2.0
+_DECAY_LENGTHS = 3.0
+
+
+class Lookahead(NamedTuple):
+    """H in decode steps and the discount γ of each."""
+
+    horizon_steps: int
+    gamma: float
+
+
+def lookahead_for(turnover_steps: float) -> Lookahead:
+    """Return how far to look ahead for a deployment whose slots turn over every ``turnover_steps``.
+
+    A wrong admission is corrected by later ones, of which a worker gets one each turnover: so the decay
+    length of the discounts is a multiple of it, ``2 * (turnover - 2)`` steps, and H is three decay lengths.
+    Where slots turn over in two steps or less there is nothing to foresee, and H = 0 makes BR-H BR-0. Found
+    by simulation over five workloads (see the architecture's decisions).
+    """
+    decay_steps = _TURNOVERS_AHEAD * (turnover_steps - _TURNOVER_STEPS_MIN)
+    if decay_steps <= 1:
+        return Lookahead(0, 1.0)
+    return Lookahead(min(HORIZON_STEPS_MAX, math.ceil(_DECAY_LENGTHS * decay_steps)), 1 - 1 / decay_steps)
 
 
 class BrHParams(BalanceParams):
     """Parameters of ``br-h``."""
 
-    horizon_steps: int = Field(
-        default=20,
+    horizon_steps: int | None = Field(
+        default=None,
         ge=0,
         le=HORIZON_STEPS_MAX,
-        description="H: how far ahead loads are projected (decode steps). About mean output tokens / slots: "
-        "beyond that, later admissions correct the course. The paper uses 80.",
+        description="H: how far ahead loads are projected (decode steps). Left out: follows how fast slots "
+        "turn over. The paper uses 80.",
     )
-    gamma: float = Field(default=0.95, gt=0, le=1, description="γ: discount for each step ahead (ratio).")
-    alpha: float = Field(default=1.0, gt=0, description="α: what a token of filled margin is worth (weight).")
-    beta_per_worker: float = Field(
-        default=8.0,
+    gamma: float | None = Field(
+        default=None,
         gt=0,
-        description="β / G, the price of raising the projected envelope (times G). The paper uses 1.",
+        le=1,
+        description="γ: discount for each step ahead (ratio). Left out: follows how fast slots turn over.",
     )
+    alpha: float = Field(default=1.0, gt=0, description="α: what a token of filled margin is worth (weight).")
 
 
 @register_policy("br-h")
@@ -45,10 +69,9 @@ class BrHPolicy(RoutingPolicy[BrHParams]):
 
     Params: ClassVar[type[PolicyParams]] = BrHParams
 
-    @property
-    def horizon_steps(self) -> int:
+    def horizon_steps(self, turnover_steps: float) -> int:
         """See RoutingPolicy.horizon_steps."""
-        return self.params.horizon_steps
+        return self._lookahead(turnover_steps).horizon_steps
 
     @property
     def lookahead_requests(self) -> int:
@@ -58,7 +81,14 @@ class BrHPolicy(RoutingPolicy[BrHParams]):
     def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
         """See RoutingPolicy.route."""
         params = self.params
-        fscore = FScore.make(
-            params.horizon_steps, params.gamma, params.alpha, params.beta_per_worker * view.workers
-        )
+        horizon_steps, gamma = self._lookahead(view.turnover_steps)
+        fscore = FScore.make(horizon_steps, gamma, params.alpha, params.beta_per_worker * view.workers)
         return BalanceRound(view, params, fscore, rng).run()
+
+    def _lookahead(self, turnover_steps: float) -> Lookahead:
+        followed = lookahead_for(turnover_steps)
+        fixed = self.params
+        return Lookahead(
+            followed.horizon_steps if fixed.horizon_steps is None else fixed.horizon_steps,
+            followed.gamma if fixed.gamma is None else fixed.gamma,
+        )

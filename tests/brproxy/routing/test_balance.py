@@ -168,13 +168,13 @@ def test_only_the_window_is_looked_at():
 
 
 def test_an_overdue_request_goes_first():
-    view = make_view([1000, 0], prompts=[10, 1000], slots_free=[0, 1], passed_over=[256, 0])
+    view = make_view([1000, 0], prompts=[10, 1000], slots_free=[0, 1], passed_over=[2048, 0])
     assert decide(view).tolist() == [1, NOT_ADMITTED]
 
 
 def test_an_overdue_request_that_fits_nowhere_keeps_the_roomiest_worker_free():
     view = make_view(
-        [1000, 0], prompts=[500, 10, 10], slots_free=[2, 2], kv_free=[100, 400], passed_over=[256, 0, 0]
+        [1000, 0], prompts=[500, 10, 10], slots_free=[2, 2], kv_free=[100, 400], passed_over=[2048, 0, 0]
     )
     assert decide(view).tolist() == [NOT_ADMITTED, 0, 0]
 

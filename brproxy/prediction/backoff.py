@@ -1,0 +1,110 @@
+"""Predictors that know more than one distribution: a request's own first, wider ones where that is thin.
+
+A request has a key at each level, the narrowest first; the widest level is all traffic (Survival). At each
+level the wider one counts as ``prior_samples`` observations, so that a key seen once leans on its parent and
+a key seen often does not::
+
+    P_l(h | t) = (alive_l[t + h] + κ·S_{l+1}(t)·P_{l+1}(h | t)) / (alive_l[t] + κ·S_{l+1}(t))
+    S_l(t)     = (alive_l[t] + κ·S_{l+1}(t)) / (n_l + κ)
+
+with n_l lengths at level l, alive_l[t] of them above t. The weight of a level is conditioned on the tokens
+already streamed: a request that has outlived all its siblings falls back to its parent's curve.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from brproxy.prediction.curve_table import CurveTable
+from brproxy.prediction.predictor import ActiveRequests, FloatArray
+from brproxy.prediction.predictors.survival import SurvivalParams, SurvivalPredictor
+from brproxy.types import PendingRequest
+
+_SLOT_BITS = 20
+
+
+class BackoffParams(SurvivalParams):
+    """Parameters of predictors that back off."""
+
+    keys_max: int = Field(
+        default=4096, ge=1, lt=1 << _SLOT_BITS, description="Keys remembered at each level (keys)."
+    )
+    key_window: int = Field(
+        default=64, ge=1, le=10_000, description="Finished requests remembered for each key (requests)."
+    )
+    prior_samples: float = Field(
+        default=0.5,
+        gt=0,
+        description="κ: what the next wider level counts for beside a key's own requests (requests).",
+    )
+
+
+class BackoffPredictor(SurvivalPredictor):
+    """Backs off over ``levels``; a curve's number packs the slots of its keys."""
+
+    Params = BackoffParams
+    params: BackoffParams
+
+    def __init__(self, params: BackoffParams) -> None:
+        super().__init__(params)
+        no_keys = self.keys(PendingRequest(0))
+        self._tables = [CurveTable(self._grid, params.keys_max, params.key_window) for _ in no_keys]
+
+    @staticmethod
+    @abstractmethod
+    def keys(request: PendingRequest) -> tuple[Hashable | None, ...]:
+        """Return the request's key at each level, the narrowest first; None where it has none."""
+
+    def observe(self, request: PendingRequest, output_tokens: int) -> None:
+        """See Predictor.observe."""
+        super().observe(request, output_tokens)
+        for table, key in zip(self._tables, self.keys(request), strict=True):
+            table.add(key, output_tokens)
+
+    def survival(self, active: ActiveRequests, horizon_steps: int) -> FloatArray:
+        """See Predictor.survival."""
+        position = self._grid.positions(active.output_tokens)
+        later = self._grid.positions(active.output_tokens[:, None] + np.arange(horizon_steps + 1))
+        survival = super().survival(active, horizon_steps)
+        reached = (self._window.alive[position] + 1.0) / (len(self._window) + 1.0)
+        for level in reversed(range(len(self._tables))):
+            table = self._tables[level]
+            slot = (active.curve >> (_SLOT_BITS * level)) & ((1 << _SLOT_BITS) - 1)
+            prior = self.params.prior_samples * reached
+            alive = table.alive[slot, position]
+            survival = (table.alive[slot[:, None], later] + prior[:, None] * survival) / (alive + prior)[
+                :, None
+            ]
+            reached = (alive + prior) / (table.samples[slot] + self.params.prior_samples)
+        return survival
+
+    def state(self) -> dict[str, Any]:
+        """See Predictor.state."""
+        levels = [[[key, lengths] for key, lengths in table.items()] for table in self._tables]
+        return super().state() | {"levels": levels}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See Predictor.restore."""
+        super().restore(state)
+        for table, items in zip(self._tables, state["levels"], strict=True):
+            for key, lengths in items:
+                for length in lengths:
+                    table.add(tuple(key) if isinstance(key, list) else key, int(length))
+
+    def _curve(self, request: PendingRequest) -> int:
+        curve = 0
+        for level, (table, key) in enumerate(zip(self._tables, self.keys(request), strict=True)):
+            curve |= table.find(key) << (_SLOT_BITS * level)
+        return curve
+
+    def _by_age(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
+        known = active.curve != 0
+        if not known.any():
+            return super()._by_age(active, workers, horizon_steps)
+        own = self.project_each(active.only(known), workers, horizon_steps)
+        return own + super()._by_age(active.only(~known), workers, horizon_steps)

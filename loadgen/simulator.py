@@ -1,0 +1,168 @@
+"""The cluster model in virtual time, driven by the proxy's own dispatcher, ledger, policies and predictors.
+
+Requests arrive between steps and are decided on before the next one begins, as in the proxy, whose tick is
+much shorter than a step. A late-binding policy's request starts with the next step, an early-binding one's
+waits in its worker's queue. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brproxy.dispatcher import Dispatcher, PoolLimits
+from brproxy.ledger import BoolArray, Ledger, WorkerLimits
+from brproxy.lifecycle import Event
+from brproxy.prediction.predictor import AnyPredictor, PredictorParams, make_predictor
+from brproxy.routing.policy import PolicyParams, make_policy
+from brproxy.types import PendingRequest, RequestId
+from loadgen.barrier import BarrierRecord, BarrierStats
+from loadgen.cluster import Cluster, ClusterSettings
+from loadgen.workload import TraceRequest, Workload
+
+FloatArray = NDArray[np.float64]
+
+_POOL = PoolLimits(requests_max=1 << 40, wait_s_max=1e12)
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedPolicy:
+    """A policy and a predictor by name, with their parameters; None: the defaults."""
+
+    policy: str
+    predictor: str = "survival"
+    policy_params: PolicyParams | None = None
+    predictor_params: PredictorParams | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What happened. Per request, float64[N] in order of arrival, NaN where the run ended before.
+
+    ``wait_s``: arrival to the step that admits it. ``ttft_s``: arrival to first token. ``tpot_s``: time for
+    each token after the first. ``steady_s``: from 25 % to 95 % of the arrivals, what ``barrier`` is over.
+    """
+
+    barrier: BarrierStats
+    record: BarrierRecord
+    steady_s: tuple[float, float]
+    wait_s: FloatArray
+    ttft_s: FloatArray
+    tpot_s: FloatArray
+    finished: BoolArray
+    preemptions: int
+    predictor: AnyPredictor
+
+
+def simulate(
+    workload: Workload, settings: ClusterSettings, choice: SimulatedPolicy, seed: int, *, drain: bool = True
+) -> Simulation:
+    """Run ``workload`` to its end, or without ``drain`` to the end of its steady part."""
+    return _Run(workload, settings, choice, seed).run(drain=drain)
+
+
+class _Run:
+    def __init__(
+        self, workload: Workload, settings: ClusterSettings, choice: SimulatedPolicy, seed: int
+    ) -> None:
+        limits = WorkerLimits(settings.slots, settings.kv_capacity_tokens)
+        self._dispatcher = Dispatcher(
+            Ledger([limits] * settings.workers),
+            make_policy(choice.policy, choice.policy_params),
+            make_predictor(choice.predictor, choice.predictor_params),
+            np.random.default_rng(seed),
+            _POOL,
+        )
+        self._requests = workload.requests
+        self._cluster = Cluster(settings)
+        self._routable = np.ones(settings.workers, dtype=bool)
+        self._record = BarrierRecord()
+        count = len(workload.requests)
+        self._arrival_s = np.array([r.arrival_s for r in workload.requests])
+        self._started_s = np.full(count, np.nan)
+        self._first_s = np.full(count, np.nan)
+        self._last_s = np.full(count, np.nan)
+        self._next = 0
+
+    def run(self, *, drain: bool) -> Simulation:
+        count = len(self._requests)
+        steady_s = (
+            float(self._arrival_s[count * 25 // 100]),
+            float(self._arrival_s[count * 95 // 100]),
+        )
+        now_s = float(self._arrival_s[0])
+        while drain or now_s < steady_s[1]:
+            self._arrivals(now_s)
+            self._decide(now_s)
+            step = self._cluster.begin_step()
+            if step is None:
+                if self._next == count:
+                    break
+                now_s = float(self._arrival_s[self._next])
+                continue
+            tokens = self._step(now_s, now_s + step.duration_s)
+            self._record.add(now_s, step.duration_s, step.kv_tokens, tokens)
+            now_s += step.duration_s
+        return self._result(steady_s)
+
+    def _arrivals(self, now_s: float) -> None:
+        """Let everything arrive that is due, each at its own time."""
+        while self._next < len(self._requests) and self._arrival_s[self._next] <= now_s:
+            request = self._requests[self._next]
+            request_id = self._dispatcher.arrive(pending_request(request), request.arrival_s)
+            # The ledger numbers requests from 0 in order of arrival: ids are positions here.
+            assert request_id == self._next  # noqa: S101
+            self._next += 1
+
+    def _decide(self, now_s: float) -> None:
+        for assignment in self._dispatcher.decide(now_s, self._routable):
+            request = self._requests[assignment.request_id]
+            self._cluster.submit(
+                assignment.request_id, assignment.worker, request.prompt_tokens, request.output_tokens
+            )
+
+    def _step(self, begun_s: float, ended_s: float) -> int:
+        """Decode a token for everything that runs; return how many there were."""
+        result = self._cluster.end_step()
+        ids = result.request_ids
+        new = ids[np.isnan(self._first_s[ids])]
+        self._started_s[new] = begun_s
+        self._first_s[new] = ended_s
+        ledger = self._dispatcher.ledger
+        for request_id in new.tolist():
+            ledger.first_token(RequestId(request_id), ended_s)
+        decoded = np.zeros(len(self._requests), dtype=bool)
+        decoded[ids] = True
+        ledger.grow_rows(decoded[ledger.row_ids()])
+        finished = ids[result.finished]
+        self._last_s[finished] = ended_s
+        for request_id in finished.tolist():
+            self._dispatcher.end(RequestId(request_id), Event.FINISH)
+        return len(ids)
+
+    def _result(self, steady_s: tuple[float, float]) -> Simulation:
+        outputs = np.array([r.output_tokens for r in self._requests], dtype=np.float64)
+        finished = ~np.isnan(self._last_s)
+        tpot_s = np.full(len(outputs), np.nan)
+        several = finished & (outputs > 1)
+        tpot_s[several] = (self._last_s - self._first_s)[several] / (outputs[several] - 1)
+        return Simulation(
+            barrier=self._record.stats(*steady_s),
+            record=self._record,
+            steady_s=steady_s,
+            wait_s=self._started_s - self._arrival_s,
+            ttft_s=self._first_s - self._arrival_s,
+            tpot_s=tpot_s,
+            finished=finished,
+            preemptions=self._cluster.preemptions,
+            predictor=self._dispatcher.predictor,
+        )
+
+
+def pending_request(request: TraceRequest) -> PendingRequest:
+    """Return a workload's request as the router sees it, with what only a simulator knows."""
+    return PendingRequest(
+        request.prompt_tokens, prompt_hash=request.prompt_key, output_tokens_true=request.output_tokens
+    )
