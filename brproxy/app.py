@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from aiohttp import web
@@ -21,7 +22,7 @@ from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.health import GroupHealth, HealthThresholds
 from brproxy.ledger import Ledger, WorkerLimits
-from brproxy.prediction.predictor import make_predictor
+from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.prober import Prober, ProbeSettings
@@ -29,6 +30,7 @@ from brproxy.proxy.relay import RelayLimits
 from brproxy.proxy.service import GroupService, Service, ServiceLimits
 from brproxy.proxy.upstream import Upstream, UpstreamTimeouts
 from brproxy.routing.policy import make_policy
+from brproxy.state_file import load_state, save_state
 from brproxy.telemetry.metrics import Metrics
 from brproxy.types import InvalidInputError
 
@@ -65,6 +67,8 @@ def build_service(config: Config) -> Service:
             for (name, workers), seed in zip(config.groups.items(), seeds, strict=True)
         ]
     )
+    if config.prediction.state_file:
+        load_state(Path(config.prediction.state_file), _predictors(fleet), config.prediction.predictor)
     metrics = Metrics(fleet)
     services = [
         GroupService(
@@ -105,6 +109,7 @@ def build_service(config: Config) -> Service:
             response_parse_bytes_max=limits.response_parse_bytes_max,
         ),
         ask_usage=config.estimate.ask_usage,
+        hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,
     )
 
@@ -139,6 +144,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         max_field_size=config.limits.header_bytes_max,
         shutdown_timeout=config.timeouts.drain_s,
     )
+    keeping = asyncio.create_task(_keep_state(config, service))
     try:
         await runner.setup()
         if config.health.enabled:
@@ -149,9 +155,30 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
     finally:
         await runner.cleanup()
         await prober.stop()
+        keeping.cancel()
+        _save_state(config, service)
         for group in service.groups:
             group.driver.close()
         await service.upstream.close()
+
+
+async def _keep_state(config: Config, service: Service) -> None:
+    """Write what predictors have learnt now and then."""
+    if not config.prediction.state_file:
+        return
+    while True:
+        await asyncio.sleep(config.prediction.state_interval_s)
+        _save_state(config, service)
+
+
+def _save_state(config: Config, service: Service) -> None:
+    if config.prediction.state_file:
+        path = Path(config.prediction.state_file)
+        save_state(path, _predictors(service.fleet), config.prediction.predictor)
+
+
+def _predictors(fleet: Fleet) -> dict[str, AnyPredictor]:
+    return {group.name: group.dispatcher.predictor for group in fleet.groups}
 
 
 async def _listen(runner: web.AppRunner, config: Config) -> int:

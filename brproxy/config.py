@@ -70,6 +70,10 @@ class PredictionBase(Section):
     predictor: Annotated[str, _known(PREDICTORS)] = Field(
         default="survival", description="Name of the predictor."
     )
+    state_file: str = Field(
+        default="", description="File that keeps what was learnt across restarts; empty: nothing is kept."
+    )
+    state_interval_s: Seconds = Field(default=300.0, description="Between two writes of that file (seconds).")
 
 
 def _table(name: str, base: type[Section], tables: dict[str, type[BaseModel]]) -> type[Any]:

@@ -13,10 +13,14 @@ import numpy as np
 
 from brproxy.ledger import BoolArray, Entry, Ledger
 from brproxy.lifecycle import Event
-from brproxy.prediction.predictor import AnyPredictor
+from brproxy.prediction.predictor import ActiveRequests, AnyPredictor, truncate
+from brproxy.prediction.quality import QualityMonitor
 from brproxy.routing.policy import AnyPolicy
 from brproxy.routing.view import NOT_ADMITTED, FloatArray
 from brproxy.types import Assignment, BrproxyError, InvalidInputError, PendingRequest, RequestId, WorkerIndex
+
+ROUNDS_PER_SAMPLE = 16
+"""One in so many rounds with a forecast samples a prediction: measuring must cost less than deciding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,9 @@ class Dispatcher:
         self.policy = policy
         self.predictor = predictor
         self.limits = limits
+        self.quality = QualityMonitor()
         self._rng = rng
+        self._rounds = 0
 
     def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
         """Take a request into the pool; raises PoolFullError or PromptTooLongError."""
@@ -98,6 +104,9 @@ class Dispatcher:
         entry = self.ledger.end(request_id, event)
         if event is Event.FINISH and entry.output_tokens:
             self.predictor.observe(entry.request, entry.output_tokens)
+            self.quality.finished(request_id, entry.output_tokens)
+        else:
+            self.quality.dropped(request_id)
         return entry
 
     def _worth_seeing(self, routable: BoolArray) -> int:
@@ -132,4 +141,18 @@ class Dispatcher:
         horizon_steps = self.policy.horizon_steps(turnover_steps)
         if horizon_steps == 0:
             return None
-        return self.predictor.forecast(self.ledger.active(), self.ledger.workers, horizon_steps)
+        active = self.ledger.active()
+        self._rounds += 1
+        if self._rounds % ROUNDS_PER_SAMPLE == 0 and self.ledger.bound:
+            self._sample(active, horizon_steps)
+        return self.predictor.forecast(active, self.ledger.workers, horizon_steps)
+
+    def _sample(self, active: ActiveRequests, horizon_steps: int) -> None:
+        """Note what the predictor says of one running request, to be compared with the truth later."""
+        row = int(self._rng.integers(self.ledger.bound))
+        one = active.only(np.arange(self.ledger.bound) == row)
+        if not one.certain[0]:
+            survival = self.predictor.survival(one, horizon_steps)
+            truncate(survival, one)
+            request_id = RequestId(int(self.ledger.row_ids()[row]))
+            self.quality.watch(request_id, int(one.output_tokens[0]), survival[0])

@@ -8,22 +8,29 @@ from typing import Annotated, Self
 
 import typer
 import uvloop
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from brproxy.command import make_command, run_command
 from loadgen.client import ClientSettings, Lengths, Outcome
 from loadgen.cluster import ClusterSettings
 from loadgen.commands import demo as demonstration
+from loadgen.commands.bench import CASES as BENCH_CASES
+from loadgen.commands.bench import bench as run_bench
 from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.compare import compare as run_comparison
 from loadgen.commands.emulate import emulate as run_emulator
 from loadgen.commands.run import run as run_replay
 from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
+from loadgen.commands.simulate import simulate_all
+from loadgen.commands.simulation_plan import plan_simulation
 from loadgen.emulator.server import EmulatorSettings
+from loadgen.report.plots import plot_simulations
 from loadgen.report.schema import Report
 from loadgen.report.statistics import Slo
-from loadgen.report.tables import comparison_table, latency_table, outcome_table
+from loadgen.report.tables import comparison_table, latency_table, outcome_table, simulation_table
 
 app = make_command("loadgen", "The load generator of brproxy: emulate, replay, compare.")
 
@@ -35,21 +42,24 @@ StepPerKv = Annotated[float, typer.Option(help="a: what each KV token of the hea
 Prefill = Annotated[float, typer.Option(help="What a prompt token adds to the step that prefills it (µs).")]
 Speed = Annotated[float, typer.Option(help="Run so many times as fast as real time.")]
 Name = Annotated[
-    str, typer.Option("--workload", help="Synthetic workload: proprietary, azure-2024 or short.")
+    str, typer.Option("--workload", help="Synthetic workload: proprietary, azure-2024, short or repeated.")
 ]
 TraceFile = Annotated[
     Path | None,
     typer.Option(help="Trace file instead: Azure, Mooncake, BurstGPT or ShareGPT, told by content."),
 ]
 Requests = Annotated[int | None, typer.Option(help="Requests; of a trace the first so many, by default all.")]
-Rate = Annotated[float | None, typer.Option(help="Arrivals a second, in the deployment's time.")]
+RequestsPerS = Annotated[float | None, typer.Option(help="Arrivals a second, in the deployment's time.")]
+Rate = Annotated[
+    float | None, typer.Option(help="Arrivals as a share of what a perfectly balanced deployment could do.")
+]
 Cv = Annotated[float, typer.Option(help="Burstiness of arrivals: 1 Poisson, more is bursty, 0 uniform.")]
 TraceSpeed = Annotated[float, typer.Option(help="Replay a trace's own times so many times as fast.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Out = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")]
 
 SYNTHETIC_REQUESTS = 2000
-SYNTHETIC_LOAD = 1.1
+SYNTHETIC_RATE = 1.1
 
 
 @app.command()
@@ -84,7 +94,7 @@ def run(
     workload: Name = "short",
     trace: TraceFile = None,
     requests: Requests = None,
-    rate: Rate = None,
+    requests_per_s: RequestsPerS = None,
     cv: Cv = 1.0,
     trace_speed: TraceSpeed = 1.0,
     speed: Speed = 1.0,
@@ -109,7 +119,7 @@ def run(
     """
     scenario = Scenario(
         WorkloadChoice(workload, trace, _requests(requests, trace)),
-        Arrivals(rate, None, cv, trace_speed),
+        Arrivals(requests_per_s, None, cv, trace_speed),
         seed=seed,
     )
     drawn, _ = scenario.draw()
@@ -148,11 +158,8 @@ def compare(
     workload: Name = "short",
     trace: TraceFile = None,
     requests: Requests = None,
+    requests_per_s: RequestsPerS = None,
     rate: Rate = None,
-    load: Annotated[
-        float | None,
-        typer.Option(help="Arrivals as a share of what a perfectly balanced deployment could do."),
-    ] = None,
     cv: Cv = 1.0,
     trace_speed: TraceSpeed = 1.0,
     speed: Speed = 1.0,
@@ -161,16 +168,16 @@ def compare(
 ) -> None:
     """Run emulator and proxy under one policy after another, on the same arrivals.
 
-    Arrivals follow --rate, else --load, else a trace's own times; synthetic workloads have load 1.1.
+    Arrivals follow --requests-per-s, else --rate, else a trace's own times. Synthetic: rate 1.1.
     """
-    if rate is None and load is None and trace is None:
-        load = SYNTHETIC_LOAD
+    if rate is None and requests_per_s is None and trace is None:
+        rate = SYNTHETIC_RATE
     cluster = _cluster(
         workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
     )
     scenario = Scenario(
         WorkloadChoice(workload, trace, _requests(requests, trace)),
-        Arrivals(rate, load, cv, trace_speed),
+        Arrivals(requests_per_s, rate, cv, trace_speed),
         cluster,
         seed,
     )
@@ -191,13 +198,67 @@ def demo(
     cluster = scenario.cluster
     typer.echo(
         f"{cluster.workers} emulated workers with {cluster.slots} slots each, "
-        f"{scenario.workload.requests} chat requests at {scenario.arrivals.load} × capacity, "
+        f"{scenario.workload.requests} chat requests at {scenario.arrivals.rate} × capacity, "
         f"{speed:g} × real time."
     )
     report = _compare(scenario, settings)
     _write(report, out)
     Console().print(comparison_table(report))
     typer.echo(f"{demonstration.verdict(report)}\n\n{demonstration.NEXT_STEPS}")
+
+
+@app.command()
+def simulate(
+    scenario: Annotated[
+        Path | None, typer.Option(help="Scenario file (TOML); left out: its defaults.")
+    ] = None,
+    policies: Annotated[
+        str | None, typer.Option(help="NAME[:key=value,…][+late|+early][@PREDICTOR], separated by commas.")
+    ] = None,
+    predictor: Annotated[str | None, typer.Option(help="For policies that name none.")] = None,
+    trace: TraceFile = None,
+    workers: Annotated[int | None, typer.Option(help="DP workers, in place of the scenario's.")] = None,
+    rate: Rate = None,
+    seed: Seed = 1,
+    seeds: Annotated[int | None, typer.Option(help="Repeat with so many seeds, from --seed on.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Simulations at once; left out: one each core.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw loads, imbalance and latencies (PNG or SVG).")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Run the production dispatcher, policies and predictors in virtual time, side by side."""
+    plan = plan_simulation(scenario, policies, predictor, trace, workers, rate)
+    first_to_last = range(seed, seed + (plan.seeds if seeds is None else seeds))
+    with _Bars() as bars:
+        bars.begin("simulations", len(plan.policies) * len(first_to_last))
+        report = simulate_all(plan.scenario, plan.policies, first_to_last, bars.advance, processes)
+    _write(report, out)
+    Console().print(simulation_table(report, plan.published))
+    if plot is not None:
+        plot_simulations(plan.scenario(seed), plan.policies, plot)
+
+
+@app.command()
+def bench(
+    rounds: Annotated[int, typer.Option(min=1, help="Decision rounds to time for each size.")] = 1000,
+    seed: Seed = 0,
+) -> None:
+    """Time one decision round by size of the deployment: workers, active, waiting, horizon."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("G", "active", "waiting", "H", "admitted", "P50 µs", "P99 µs"):
+        table.add_column(column, justify="right")
+    with _Bars() as bars:
+        bars.begin("sizes", len(BENCH_CASES))
+        for case in BENCH_CASES:
+            result = run_bench(case, rounds, seed)
+            bars.advance("sizes")
+            sizes = (case.workers, case.workers * case.slots, case.waiting, case.horizon_steps)
+            times = (f"{result.p50_s * 1e6:,.0f}", f"{result.p99_s * 1e6:,.0f}")
+            table.add_row(*(f"{size:,}" for size in sizes), f"{result.admitted:.1f}", *times)
+    Console().print(table)
 
 
 def _compare(scenario: Scenario, settings: ComparisonSettings) -> Report:
@@ -254,6 +315,10 @@ class _Bars:
         self._progress.start()
         self._lost = 0
         self._task = self._progress.add_task(name, total=requests, lost="")
+
+    def advance(self, _name: str) -> None:
+        """Count something that is done."""
+        self._progress.update(self._task, advance=1)
 
     def finished(self, outcome: Outcome) -> None:
         """Count a request."""

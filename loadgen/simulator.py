@@ -19,7 +19,7 @@ from brproxy.prediction.predictor import AnyPredictor, PredictorParams, make_pre
 from brproxy.routing.policy import PolicyParams, make_policy
 from brproxy.types import PendingRequest, RequestId
 from loadgen.barrier import BarrierRecord, BarrierStats
-from loadgen.cluster import Cluster, ClusterSettings
+from loadgen.cluster import Cluster, ClusterSettings, IntArray
 from loadgen.workload import TraceRequest, Workload
 
 FloatArray = NDArray[np.float64]
@@ -43,6 +43,7 @@ class Simulation:
 
     ``wait_s``: arrival to the step that admits it. ``ttft_s``: arrival to first token. ``tpot_s``: time for
     each token after the first. ``steady_s``: from 25 % to 95 % of the arrivals, what ``barrier`` is over.
+    ``loads``: start of each step (float64[S]) and KV tokens of each worker in it (int64[S, G]), if kept.
     """
 
     barrier: BarrierStats
@@ -54,18 +55,31 @@ class Simulation:
     finished: BoolArray
     preemptions: int
     predictor: AnyPredictor
+    loads: tuple[FloatArray, IntArray]
 
 
 def simulate(
-    workload: Workload, settings: ClusterSettings, choice: SimulatedPolicy, seed: int, *, drain: bool = True
+    workload: Workload,
+    settings: ClusterSettings,
+    choice: SimulatedPolicy,
+    seed: int,
+    *,
+    drain: bool = True,
+    keep_loads: bool = False,
 ) -> Simulation:
     """Run ``workload`` to its end, or without ``drain`` to the end of its steady part."""
-    return _Run(workload, settings, choice, seed).run(drain=drain)
+    return _Run(workload, settings, choice, seed, keep_loads=keep_loads).run(drain=drain)
 
 
 class _Run:
     def __init__(
-        self, workload: Workload, settings: ClusterSettings, choice: SimulatedPolicy, seed: int
+        self,
+        workload: Workload,
+        settings: ClusterSettings,
+        choice: SimulatedPolicy,
+        seed: int,
+        *,
+        keep_loads: bool,
     ) -> None:
         limits = WorkerLimits(settings.slots, settings.kv_capacity_tokens)
         self._dispatcher = Dispatcher(
@@ -85,6 +99,8 @@ class _Run:
         self._first_s = np.full(count, np.nan)
         self._last_s = np.full(count, np.nan)
         self._next = 0
+        self._keep_loads = keep_loads
+        self._loads: list[tuple[float, IntArray]] = []
 
     def run(self, *, drain: bool) -> Simulation:
         count = len(self._requests)
@@ -102,6 +118,8 @@ class _Run:
                     break
                 now_s = float(self._arrival_s[self._next])
                 continue
+            if self._keep_loads:
+                self._loads.append((now_s, step.kv_tokens))
             tokens = self._step(now_s, now_s + step.duration_s)
             self._record.add(now_s, step.duration_s, step.kv_tokens, tokens)
             now_s += step.duration_s
@@ -111,9 +129,8 @@ class _Run:
         """Let everything arrive that is due, each at its own time."""
         while self._next < len(self._requests) and self._arrival_s[self._next] <= now_s:
             request = self._requests[self._next]
-            request_id = self._dispatcher.arrive(pending_request(request), request.arrival_s)
-            # The ledger numbers requests from 0 in order of arrival: ids are positions here.
-            assert request_id == self._next  # noqa: S101
+            # The ledger numbers requests from 0 in order of arrival: ids are positions in the workload.
+            self._dispatcher.arrive(pending_request(request), request.arrival_s)
             self._next += 1
 
     def _decide(self, now_s: float) -> None:
@@ -158,11 +175,18 @@ class _Run:
             finished=finished,
             preemptions=self._cluster.preemptions,
             predictor=self._dispatcher.predictor,
+            loads=(
+                np.array([start_s for start_s, _ in self._loads]),
+                np.array([kv_tokens for _, kv_tokens in self._loads]),
+            ),
         )
 
 
 def pending_request(request: TraceRequest) -> PendingRequest:
     """Return a workload's request as the router sees it, with what only a simulator knows."""
     return PendingRequest(
-        request.prompt_tokens, prompt_hash=request.prompt_key, output_tokens_true=request.output_tokens
+        request.prompt_tokens,
+        prompt_hash=request.prompt_key,
+        prefix_hash=request.prefix_key,
+        output_tokens_true=request.output_tokens,
     )

@@ -12,13 +12,15 @@ class TraceRequest:
     """One request of a workload.
 
     ``arrival_s`` counts from the workload's start. Requests with the same ``prompt_key`` send the same
-    prompt text; None means a text of its own. Raises InvalidInputError on counts that no engine could serve.
+    prompt text; None means a text of its own. Prompts with the same ``prefix_key`` begin alike. Raises
+    InvalidInputError on counts that no engine could serve.
     """
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
     prompt_key: int | None = None
+    prefix_key: int | None = None
 
     def __post_init__(self) -> None:
         """Check ranges here, so that every trace format reports them alike."""

@@ -22,8 +22,10 @@ class RequestFacts:
     """What a request's body says about the load that it will be.
 
     ``prompt_tokens`` is exact for token-id prompts and None otherwise; ``prompt_bytes`` is the UTF-8 length
-    of its text. ``sequences`` are decoded side by side. ``usage_can_be_asked`` tells that a stream could
-    report usage if the proxy asked, and that the client has not said anything about it.
+    of its text. ``sequences`` are decoded side by side. ``runs_to_max``: the engine is told to ignore the end
+    of the text. ``prompt_hash`` and ``prefix_hash`` are there when they were asked for.
+    ``usage_can_be_asked`` tells that a stream could report usage if the proxy asked, and that the client has
+    not said anything about it.
     """
 
     model: str = ""
@@ -32,6 +34,10 @@ class RequestFacts:
     prompt_bytes: int = 0
     sequences: int = 1
     output_tokens_max: int | None = None
+    runs_to_max: bool = False
+    prompt_hash: int | None = None
+    prefix_hash: int | None = None
+    user: str = ""
     usage_can_be_asked: bool = False
 
 
@@ -69,8 +75,10 @@ class Dialect(ABC):
     MODELS_PATH: ClassVar[str] = "/v1/models"
 
     @abstractmethod
-    def read_request(self, path: str, content_type: str, body: bytes) -> RequestFacts:
-        """Return what ``body`` says; never raises."""
+    def read_request(
+        self, path: str, content_type: str, body: bytes, *, hashes: bool = False
+    ) -> RequestFacts:
+        """Return what ``body`` says; never raises. ``hashes``: identify the prompt and its beginning too."""
 
     @abstractmethod
     def ask_usage(self, body: bytes) -> bytes:

@@ -6,7 +6,10 @@ here: what they cost in KV tokens depends on the model, and the engine's usage r
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Any, NamedTuple
+
+import orjson
 
 # Where prompts are, in /v1/completions, chat, responses, messages, embeddings, rerank, score and tokenize.
 _PROMPT_KEYS = (
@@ -49,6 +52,28 @@ def prompt_size(document: dict[str, Any]) -> PromptSize:
         if key == "prompt" and isinstance(value, list) and value and not _is_token(value[0]):
             prompts = len(value)
     return PromptSize(tokens, text_bytes, prompts)
+
+
+def prompt_hashes(document: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Return stable 63-bit hashes of the whole prompt and of its beginning; None without a prompt.
+
+    The beginning is all messages but the last, or the first quarter of a single text: what requests made from
+    one template have in common.
+    """
+    for key in ("messages", "prompt", "input"):
+        prompt = document.get(key)
+        if not prompt:
+            continue
+        beginning = (
+            prompt[:-1] if key == "messages" and len(prompt) > 1 else prompt[: max(1, len(prompt) // 4)]
+        )
+        return _hash(prompt), _hash(beginning)
+    return None, None
+
+
+def _hash(value: object) -> int:
+    digest = blake2b(orjson.dumps(value), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def _measure(value: object) -> tuple[int, int]:

@@ -110,7 +110,9 @@ class Handlers:
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
-        facts = self._client_dialect.read_request(request.path, request.content_type, body or b"")
+        facts = self._client_dialect.read_request(
+            request.path, request.content_type, body or b"", hashes=self._service.hash_prompts
+        )
         model = facts.model or _model_in_path(request.path)
         try:
             service = self._service.choose(model)
@@ -121,7 +123,15 @@ class Handlers:
             prompt_tokens = self._service.estimator.prompt_tokens(facts.model, facts.prompt_bytes)
         retry_after_s = self._service.limits.retry_after_s
         try:
-            pending = PendingRequest(prompt_tokens, facts.model, facts.output_tokens_max)
+            pending = PendingRequest(
+                prompt_tokens,
+                facts.model,
+                facts.output_tokens_max,
+                facts.runs_to_max,
+                facts.prompt_hash,
+                facts.prefix_hash,
+                facts.user,
+            )
             with service.driver.admit(pending) as lease:
                 return await self._attempts(request, service, lease, facts, body)
         except PromptTooLongError as error:

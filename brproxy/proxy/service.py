@@ -49,6 +49,7 @@ class Service:
     limits: ServiceLimits
     relay_limits: RelayLimits
     ask_usage: bool
+    hash_prompts: bool
     health_checks: bool
 
     def choose(self, model: str) -> GroupService:

@@ -63,6 +63,7 @@ class FleetCollector(Collector):
             "brproxy_imbalance_kv_tokens", "Booked load of the heaviest less the lightest worker", _imbalance
         )
         yield self._per_group("brproxy_envelope_kv_tokens", "Booked load of the heaviest worker", _envelope)
+        yield from self._quality()
         yield self._per_worker("brproxy_worker_kv_tokens", "KV tokens booked on the worker", _kv_tokens)
         yield self._per_worker("brproxy_worker_requests", "Requests bound to the worker", _requests)
         yield self._per_worker("brproxy_worker_routable", "1 if the worker may be chosen", _routable)
@@ -72,6 +73,32 @@ class FleetCollector(Collector):
         for group in self._fleet.groups:
             family.add_metric([group.name], value(group))
         return family
+
+    def _quality(self) -> Iterator[GaugeMetricFamily]:
+        """Yield how good predictions are; a figure that cannot be told yet is absent, not zero."""
+        families = {
+            "samples": GaugeMetricFamily(
+                "brproxy_prediction_samples", "Predictions compared with the truth", labels=["group"]
+            ),
+            "auc": GaugeMetricFamily(
+                "brproxy_prediction_auc", "AUC of p_fin, termination within the horizon", labels=["group"]
+            ),
+            "mae_steps": GaugeMetricFamily(
+                "brproxy_prediction_mae_steps", "Mean error of the remaining steps", labels=["group"]
+            ),
+            "calibration_error": GaugeMetricFamily(
+                "brproxy_prediction_calibration_error",
+                "Mean distance of p_fin from what happened",
+                labels=["group"],
+            ),
+        }
+        for group in self._fleet.groups:
+            quality = group.dispatcher.quality.report()
+            for name, family in families.items():
+                value = getattr(quality, name)
+                if value is not None:
+                    family.add_metric([group.name], value)
+        yield from families.values()
 
     def _per_worker(self, name: str, text: str, values: _WorkerValues) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=["group", "worker"])

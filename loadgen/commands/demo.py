@@ -16,7 +16,7 @@ SETTINGS = ComparisonSettings(policies=("round-robin", BASELINE, "least-kv", BAL
 
 SCENARIO = Scenario(
     workload=WorkloadChoice(name="short", requests=3600),
-    arrivals=Arrivals(load=1.1),
+    arrivals=Arrivals(rate=1.1),
     # Small enough for a laptop: half the slots of a large deployment and shorter prompts. So that KV tokens
     # weigh as much in a step as they do there, each costs more of it.
     cluster=ClusterSettings(workers=8, slots=32, step_s_per_kv_token=0.5e-6),

@@ -42,12 +42,12 @@ class WorkloadChoice:
 class Arrivals:
     """When requests arrive; the first of these that is given decides.
 
-    ``rate_per_s`` requests a second; ``load`` as a share of the perfect capacity; else the trace's own times,
+    ``requests_per_s``; ``rate``, as a share of the perfect capacity; else the trace's own times,
     ``trace_speed`` times as fast. ``cv``: coefficient of variation of the gaps, 1 is Poisson.
     """
 
-    rate_per_s: float | None = None
-    load: float | None = None
+    requests_per_s: float | None = None
+    rate: float | None = None
     cv: float = 1.0
     trace_speed: float = 1.0
 
@@ -66,13 +66,13 @@ class Scenario:
         rng = np.random.default_rng(self.seed)
         workload, has_times = self.workload.load(rng)
         capacity = perfect_capacity(workload, self.cluster)
-        rate_per_s = self.arrivals.rate_per_s
-        if rate_per_s is None and self.arrivals.load is not None:
-            rate_per_s = self.arrivals.load * capacity.requests_per_s
+        rate_per_s = self.arrivals.requests_per_s
+        if rate_per_s is None and self.arrivals.rate is not None:
+            rate_per_s = self.arrivals.rate * capacity.requests_per_s
         if rate_per_s is not None:
             return with_gamma_arrivals(workload, rate_per_s, self.arrivals.cv, rng), capacity
         if not has_times:
-            msg = f"workload {workload.name!r} has no arrival times: give --rate"
+            msg = f"workload {workload.name!r} has no arrival times: give --requests-per-s"
             raise InvalidInputError(msg)
         return faster(workload, self.arrivals.trace_speed), capacity
 
@@ -82,8 +82,8 @@ class Scenario:
         return {
             "workload": workload.name,
             "requests": len(workload.requests),
-            "rate_per_s": self.arrivals.rate_per_s,
-            "load": self.arrivals.load,
+            "requests_per_s": self.arrivals.requests_per_s,
+            "rate": self.arrivals.rate,
             "cv": self.arrivals.cv,
             "trace_speed": self.arrivals.trace_speed,
             "seed": self.seed,

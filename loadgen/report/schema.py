@@ -52,6 +52,9 @@ class PolicyResult(_Document):
     goodput_requests_per_s: float | None = Field(
         default=None, description="Requests that met every SLO, per second."
     )
+    intervals: dict[str, float] = Field(
+        default_factory=dict, description="Half-widths of 95 % confidence intervals over seeds, by figure."
+    )
     warnings: list[str] = Field(default_factory=list, description="Why figures may not be trusted.")
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich import box
 from rich.table import Table
 
 from loadgen.report.schema import Percentiles, PolicyResult, Report
+
+PublishedFigures = tuple[float, float]
+"""Imbalance in KV tokens and TPOT P95 in ms, as a publication gives them."""
 
 BALANCING_PREFIX = "br-"
 """Policies of ours; all others are baselines."""
@@ -106,3 +111,34 @@ def _number(value: float | None, style: str) -> str:
 def _relative(value: float | None, base: float | None, style: str) -> str:
     ratio = f"\n[dim]×{value / base:.2f}[/dim]" if value is not None and base else ""
     return _number(value, style) + ratio
+
+
+def simulation_table(report: Report, published: Mapping[str, PublishedFigures]) -> Table:
+    """Return simulated policies side by side, ± the confidence interval, beside published figures."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("policy", overflow="fold")
+    columns = ("imbalance\nKV tokens", "idle %", "of perfect\n%", "TPOT\nP95 ms", "wait\nP99 s")
+    for column in (*columns, *(("paper:\nimbal.", "TPOT") if published else ())):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in report.policies:
+        cells = [
+            _measured(result, "imbalance_kv_tokens", 1, ",.0f"),
+            _measured(result, "idle_fraction", 100, ".2f"),
+            _measured(result, "throughput_of_perfect", 100, ".1f"),
+            _measured(result, "tpot_ms_p95", 1, ".1f"),
+            _measured(result, "wait_ms_p99", 1e-3, ".1f"),
+        ]
+        if published:
+            figures = published.get(result.policy)
+            cells += ["-", "-"] if figures is None else [f"{figures[0]:,.0f}", f"{figures[1]:.1f}"]
+        table.add_row(result.policy, *cells)
+    return table
+
+
+def _measured(result: PolicyResult, figure: str, factor: float, style: str) -> str:
+    value: float | None = getattr(result, figure)
+    if value is None:
+        return "-"
+    interval = result.intervals.get(figure)
+    spread = "" if interval is None else f" [dim]±{interval * factor:{style}}[/dim]"
+    return f"{value * factor:{style}}{spread}"

@@ -35,7 +35,7 @@ def test_the_same_seed_draws_the_same_requests(name):
 
 def test_unknown_workload():
     with pytest.raises(
-        UnknownNameError, match="unknown workload 'x'; allowed: proprietary, azure-2024, short"
+        UnknownNameError, match="unknown workload 'x'; allowed: proprietary, azure-2024, short, repeated"
     ):
         synthetic_workload("x", 1, rng())
 

@@ -16,7 +16,7 @@ from brproxy.engines.dialect import (
     Usage,
     register_dialect,
 )
-from brproxy.engines.prompt import prompt_size
+from brproxy.engines.prompt import prompt_hashes, prompt_size
 
 _DONE = b"[DONE]"
 _DONE_FACTS = EventFacts(done=True)
@@ -27,6 +27,7 @@ _OUTPUT_LIMIT_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens"
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
 _FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
 _FORM_BYTES_MAX = 1 << 16
+_USER_CHARS_MAX = 256
 
 
 @register_dialect("openai")
@@ -35,7 +36,9 @@ class OpenAIDialect(Dialect):
 
     HEALTH_PATH: ClassVar[str] = "/v1/models"
 
-    def read_request(self, path: str, content_type: str, body: bytes) -> RequestFacts:
+    def read_request(
+        self, path: str, content_type: str, body: bytes, *, hashes: bool = False
+    ) -> RequestFacts:
         """See Dialect.read_request."""
         if content_type == "multipart/form-data":
             return RequestFacts(model=_form_model(body))
@@ -45,6 +48,7 @@ class OpenAIDialect(Dialect):
         size = prompt_size(document)
         stream = document.get("stream") is True
         choices = _count(document.get("n")) or 1
+        prompt_hash, prefix_hash = prompt_hashes(document) if hashes else (None, None)
         return RequestFacts(
             model=_text(document.get("model")),
             stream=stream,
@@ -54,6 +58,10 @@ class OpenAIDialect(Dialect):
             output_tokens_max=next(
                 (n for key in _OUTPUT_LIMIT_KEYS if (n := _count(document.get(key))) is not None), None
             ),
+            runs_to_max=document.get("ignore_eos") is True,
+            prompt_hash=prompt_hash,
+            prefix_hash=prefix_hash,
+            user=_text(document.get("user"))[:_USER_CHARS_MAX],
             usage_can_be_asked=stream and self.ends_with_done(path) and "stream_options" not in document,
         )
 

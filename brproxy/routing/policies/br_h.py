@@ -14,7 +14,7 @@ from brproxy.routing.policy import PolicyParams, RoutingPolicy, register_policy
 from brproxy.routing.view import ClusterView, IntArray
 
 HORIZON_STEPS_MAX = 512
-_TURNOVERS_AHEAD = 2.0
+_TURNOVERS_AHEAD = 3.0
 _TURNOVER_STEPS_MIN = 2.0
 _DECAY_LENGTHS = 3.0
 
@@ -30,7 +30,7 @@ def lookahead_for(turnover_steps: float) -> Lookahead:
     """Return how far to look ahead for a deployment whose slots turn over every ``turnover_steps``.
 
     A wrong admission is corrected by later ones, of which a worker gets one each turnover: so the decay
-    length of the discounts is a multiple of it, ``2 * (turnover - 2)`` steps, and H is three decay lengths.
+    length of the discounts is a multiple of it, ``3 * (turnover - 2)`` steps, and H is three decay lengths.
     Where slots turn over in two steps or less there is nothing to foresee, and H = 0 makes BR-H BR-0. Found
     by simulation over five workloads (see the architecture's decisions).
     """
@@ -57,6 +57,11 @@ class BrHParams(BalanceParams):
         description="γ: discount for each step ahead (ratio). Left out: follows how fast slots turn over.",
     )
     alpha: float = Field(default=1.0, gt=0, description="α: what a token of filled margin is worth (weight).")
+    beta_per_worker: float = Field(
+        default=16.0,
+        gt=0,
+        description="β / G: the price of raising the projected envelope (times G). The paper uses 1.",
+    )
 
 
 @register_policy("br-h")

@@ -60,7 +60,7 @@ async def test_compare_prints_a_table_and_writes_the_document(tmp_path):
     assert "×: relative to join-shortest-queue, the strongest baseline" in out
     report = Report.model_validate(json.loads(out_file.read_text(encoding="utf-8")))
     assert [result.policy for result in report.policies] == policies.split(",")
-    assert report.scenario["load"] == 1.1
+    assert report.scenario["rate"] == 1.1
     for result in report.policies:
         assert (result.requests, result.lost) == (40, 0)
         assert 0 <= result.idle_fraction < 1
@@ -83,7 +83,18 @@ async def test_run_against_an_emulator(tmp_path):
     process, urls = await emulating("--workers", "1", "--speed", "20")
     out_file = tmp_path / "out.json"
     code, out, err = await run(
-        *("run", "--target", urls[0], "--requests", "20", "--rate", "5", "--speed", "20", "--verify"),
+        *(
+            "run",
+            "--target",
+            urls[0],
+            "--requests",
+            "20",
+            "--requests-per-s",
+            "5",
+            "--speed",
+            "20",
+            "--verify",
+        ),
         *("--slo-ttft-ms", "60000", "--label", "direct", "--out", str(out_file)),
     )
     await stop(process)
@@ -98,7 +109,7 @@ async def test_run_against_an_emulator(tmp_path):
 
 async def test_run_counts_what_it_lost(unused_tcp_port):
     target = f"http://127.0.0.1:{unused_tcp_port}"
-    code, out, _ = await run("run", "--target", target, "--requests", "3", "--rate", "100")
+    code, out, _ = await run("run", "--target", target, "--requests", "3", "--requests-per-s", "100")
     assert code == 0
     assert re.search(r"connect\s+3", out)
 
@@ -111,7 +122,7 @@ async def test_run_counts_what_it_lost(unused_tcp_port):
         (("compare", "--workers", "0"), "loadgen: workers and slots must be at least 1, got 0 and 64"),
         (
             ("run", "--target", "http://127.0.0.1:1"),
-            "loadgen: workload 'short' has no arrival times: give --rate",
+            "loadgen: workload 'short' has no arrival times: give --requests-per-s",
         ),
         (("run", "--target", "x", "--trace", "/no.csv"), "loadgen: /no.csv: cannot be read: No such file"),
         (("run", "--target", "x", "--requests", "0"), "loadgen: requests must be at least 1, got 0"),
@@ -189,7 +200,7 @@ def test_the_demos_policies_exist():
 
 
 def test_a_scenario_is_repeatable():
-    scenario = Scenario(WorkloadChoice("short", None, 50), Arrivals(load=0.9), ClusterSettings(2, 4), seed=5)
+    scenario = Scenario(WorkloadChoice("short", None, 50), Arrivals(rate=0.9), ClusterSettings(2, 4), seed=5)
     workload, capacity = scenario.draw()
     assert scenario.draw() == (workload, capacity)
     span_s = workload.requests[-1].arrival_s
@@ -199,4 +210,4 @@ def test_a_scenario_is_repeatable():
 
 def test_a_synthetic_workload_needs_a_number():
     with pytest.raises(InvalidInputError, match="give --requests"):
-        Scenario(WorkloadChoice("short", None, None), Arrivals(rate_per_s=1.0)).draw()
+        Scenario(WorkloadChoice("short", None, None), Arrivals(requests_per_s=1.0)).draw()

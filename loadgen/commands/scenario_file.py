@@ -1,0 +1,98 @@
+"""Scenario files (TOML): everything that makes a simulation repeatable, and figures to compare it with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from brproxy.validation import Section, load_toml, validate
+from loadgen.cluster import ClusterSettings
+from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
+from loadgen.traces.synthetic import WORKLOADS
+
+Number = Annotated[float, Field(strict=False)]
+
+
+class WorkloadSection(Section):
+    """Where requests come from."""
+
+    name: str = Field(default="proprietary", description=f"Synthetic workload: {', '.join(WORKLOADS)}.")
+    trace: str = Field(default="", description="Trace file in its place, relative to the scenario file.")
+    requests_per_worker: int = Field(
+        default=1500, ge=1, description="Requests for each worker; of a trace the first so many."
+    )
+
+
+class ArrivalsSection(Section):
+    """When they arrive."""
+
+    rate: Number | None = Field(
+        default=1.1,
+        gt=0,
+        description="Share of the perfect capacity; a trace may leave it out for its own times.",
+    )
+    cv: Number = Field(default=1.0, ge=0, le=100, description="Burstiness: 1 is Poisson, more is bursty.")
+    trace_speed: Number = Field(default=1.0, gt=0, description="A trace's own times, so many times as fast.")
+
+
+class ClusterSection(Section):
+    """The deployment."""
+
+    workers: int = Field(default=8, ge=1, description="DP workers.")
+    slots: int = Field(default=64, ge=1, description="Requests that a worker runs at once.")
+    kv_capacity_tokens: int | None = Field(default=None, ge=1, description="KV cache; left out: unlimited.")
+    step_base_ms: Number = Field(default=30.0, gt=0, description="t0.")
+    step_ns_per_kv_token: Number = Field(default=100.0, ge=0, description="a.")
+    prefill_us_per_token: Number = Field(default=0.0, ge=0, description="Added to the step that prefills.")
+
+
+class PaperRow(Section):
+    """A row of a published table, to be shown beside ours."""
+
+    policy: str
+    imbalance_kv_tokens: Number
+    tpot_ms_p95: Number
+    output_tokens_per_s: Number
+
+
+class ScenarioFile(Section):
+    """A whole scenario file."""
+
+    title: str = ""
+    policies: list[str] = Field(min_length=1)
+    predictor: str = "survival"
+    seeds: int = Field(default=1, ge=1, le=1000, description="Repetitions, with one seed after another.")
+    workload: WorkloadSection = Field(default_factory=WorkloadSection)
+    arrivals: ArrivalsSection = Field(default_factory=ArrivalsSection)
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    paper: list[PaperRow] = Field(default_factory=list)
+
+    def scenario(self, folder: Path, seed: int, workers: int | None, rate: float | None) -> Scenario:
+        """Return the scenario for one seed; ``workers`` and ``rate`` replace the file's."""
+        cluster = self.cluster
+        count = cluster.workers if workers is None else workers
+        trace = folder / self.workload.trace if self.workload.trace else None
+        return Scenario(
+            WorkloadChoice(self.workload.name, trace, self.workload.requests_per_worker * count),
+            Arrivals(
+                rate=self.arrivals.rate if rate is None else rate,
+                cv=self.arrivals.cv,
+                trace_speed=self.arrivals.trace_speed,
+            ),
+            ClusterSettings(
+                workers=count,
+                slots=cluster.slots,
+                kv_capacity_tokens=cluster.kv_capacity_tokens,
+                step_base_s=cluster.step_base_ms / 1e3,
+                step_s_per_kv_token=cluster.step_ns_per_kv_token / 1e9,
+                prefill_s_per_token=cluster.prefill_us_per_token / 1e6,
+            ),
+            seed,
+        )
+
+
+def load_scenario(path: Path) -> ScenarioFile:
+    """Read and check a scenario file; raises ConfigError, whose text is one line."""
+    return validate(ScenarioFile, load_toml(path), str(path))

@@ -1,0 +1,92 @@
+"""Pictures of simulations: load of each worker under the envelope, imbalance, and latencies.
+
+Needs the ``plots`` extra (matplotlib).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brproxy.types import InvalidInputError
+from loadgen.commands.scenario import Scenario
+from loadgen.simulator import SimulatedPolicy, Simulation, simulate
+
+_STEPS_DRAWN = 600
+
+
+def plot_simulations(scenario: Scenario, policies: Mapping[str, SimulatedPolicy], path: Path) -> None:
+    """Simulate ``policies`` once and draw them, a column each; raises InvalidInputError."""
+    plt = _pyplot()
+    workload, _ = scenario.draw()
+    figure, axes = plt.subplots(
+        3, len(policies), figsize=(5.0 * len(policies), 9.0), squeeze=False, sharey="row"
+    )
+    latencies: list[tuple[str, Simulation]] = []
+    for column, (label, choice) in enumerate(policies.items()):
+        simulation = simulate(workload, scenario.cluster, choice, scenario.seed, keep_loads=True)
+        latencies.append((label, simulation))
+        _draw_loads(axes[0][column], label, simulation)
+        _draw_imbalance(axes[1][column], simulation)
+    for column in range(len(policies)):
+        axes[2][column].remove()
+    _draw_distributions(figure, latencies)
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        msg = f"{path}: cannot be drawn: {error}"
+        raise InvalidInputError(msg) from error
+    finally:
+        plt.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl  # noqa: PLC0415
+    except ImportError as error:
+        msg = "--plot needs matplotlib: pip install 'brproxy[plots]'"
+        raise InvalidInputError(msg) from error
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    return plt
+
+
+def _draw_loads(axes: Any, label: str, simulation: Simulation) -> None:
+    """Draw every worker's load over the steady part, and the envelope above them."""
+    start_s, loads = simulation.loads
+    inside = np.flatnonzero((start_s >= simulation.steady_s[0]) & (start_s < simulation.steady_s[1]))
+    shown = inside[:: max(1, len(inside) // _STEPS_DRAWN)]
+    axes.plot(start_s[shown], loads[shown] / 1e3, linewidth=0.6, alpha=0.7)
+    axes.plot(start_s[shown], loads[shown].max(axis=1) / 1e3, color="black", linewidth=1.0, label="envelope")
+    axes.set_title(label)
+    axes.set_xlabel("time (s)")
+    axes.set_ylabel("KV tokens of each worker (thousands)")
+    axes.legend(loc="lower right")
+
+
+def _draw_imbalance(axes: Any, simulation: Simulation) -> None:
+    start_s, loads = simulation.loads
+    shown = slice(None, None, max(1, len(start_s) // _STEPS_DRAWN))
+    axes.plot(start_s[shown], (loads[shown].max(axis=1) - loads[shown].min(axis=1)) / 1e3, linewidth=0.8)
+    axes.axvspan(*simulation.steady_s, alpha=0.08, label="steady part")
+    axes.set_xlabel("time (s)")
+    axes.set_ylabel("imbalance, max - min (thousands)")
+    axes.legend(loc="upper right")
+
+
+def _draw_distributions(figure: Any, simulations: list[tuple[str, Simulation]]) -> None:
+    """Draw the distributions of TPOT and waiting, all policies in each."""
+    for position, (title, unit, factor) in enumerate((("TPOT", "ms", 1e3), ("wait", "s", 1.0))):
+        axes = figure.add_subplot(3, 2, 5 + position)
+        for label, simulation in simulations:
+            values = simulation.tpot_s if title == "TPOT" else simulation.wait_s
+            values = np.sort(values[~np.isnan(values)]) * factor
+            axes.plot(values, np.arange(1, len(values) + 1) / len(values), label=label)
+        axes.set_xlabel(f"{title} ({unit})")
+        axes.set_ylabel("share of requests")
+        axes.legend()

@@ -1,0 +1,285 @@
+"""Every predictor against its formula and one contract, request by request and step by step."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brproxy.prediction.curve_table import NO_SLOT, CurveTable
+from brproxy.prediction.lengths import LengthGrid, LengthWindow, length_grid
+from brproxy.prediction.predictor import (
+    LENGTH_UNLIMITED,
+    PREDICTORS,
+    ActiveRequests,
+    PredictorParams,
+    Prospect,
+    make_predictor,
+)
+from brproxy.prediction.predictors.exact_match import ExactMatchPredictor
+from brproxy.prediction.predictors.survival import SurvivalParams
+from brproxy.prediction.projection import project_certain
+from brproxy.types import PendingRequest
+
+WORKERS = 3
+REQUEST = PendingRequest(1)
+# (worker, kv_tokens, output_tokens, length_max, certain); short outputs lie where the grid is exact.
+rows_of_any_kind = st.lists(
+    st.tuples(
+        st.integers(0, WORKERS - 1),
+        st.integers(0, 5000),
+        st.integers(0, 40),
+        st.sampled_from([LENGTH_UNLIMITED, 5, 30, 45, 60]),
+        st.booleans(),
+    ).map(lambda row: (*row[:4], row[4] and row[3] != LENGTH_UNLIMITED)),
+    max_size=12,
+)
+
+
+def active_of(rows, curves=None):
+    columns = list(zip(*rows, strict=True)) or [[]] * 5
+    worker, kv, output, limit, certain = (np.array(c, dtype=np.int64) for c in columns)
+    curve = np.zeros(len(rows), dtype=np.int64) if curves is None else np.array(curves, dtype=np.int64)
+    return ActiveRequests(worker, kv, output, curve, limit, certain.astype(bool))
+
+
+def plain(worker, kv_tokens, output_tokens):
+    return (worker, kv_tokens, output_tokens, LENGTH_UNLIMITED, False)
+
+
+class Reference:
+    """Survival with plain loops."""
+
+    def __init__(self, lengths, params):
+        self.lengths = [min(length, params.output_tokens_max) for length in lengths][-params.window :]
+        self.params = params
+        kept = self.lengths
+        self.mean = max(1.0, sum(kept) / len(kept)) if kept else params.prior_output_tokens
+
+    def runs_on(self, age, h):
+        later = min(age + h, self.params.output_tokens_max)
+        age = min(age, self.params.output_tokens_max)
+        alive_later = sum(length > later for length in self.lengths)
+        alive_now = sum(length > age for length in self.lengths)
+        return (alive_later + (1 - 1 / self.mean) ** h) / (alive_now + 1)
+
+    def probability(self, row, h):
+        _, _, streamed, limit, certain = row
+        if h == 0:
+            return 1.0
+        if h >= max(1, limit - streamed):
+            return 0.0
+        return 1.0 if certain else self.runs_on(streamed, h)
+
+    def forecast(self, rows, horizon_steps):
+        forecast = np.zeros((WORKERS, horizon_steps + 1))
+        for row in rows:
+            for h in range(horizon_steps + 1):
+                forecast[row[0], h] += self.probability(row, h) * (row[1] + h)
+        return forecast
+
+
+@given(st.lists(st.integers(0, 60), max_size=30), rows_of_any_kind, st.integers(0, 12), st.integers(1, 10))
+def test_survival_is_its_formula(lengths, rows, horizon_steps, window):
+    params = SurvivalParams(window=window, output_tokens_max=50, prior_output_tokens=20.0)
+    predictor = make_predictor("survival", params)
+    for length in lengths:
+        predictor.observe(REQUEST, length)
+    forecast = predictor.forecast(active_of(rows), WORKERS, horizon_steps)
+    assert forecast == pytest.approx(Reference(lengths, params).forecast(rows, horizon_steps))
+
+
+@pytest.mark.parametrize("name", PREDICTORS.names())
+@given(rows=rows_of_any_kind)
+def test_contract(name, rows):
+    predictor = make_predictor(name)
+    for length in (5, 30, 0, 1 << 40):
+        predictor.observe(PendingRequest(1, prompt_hash=length % 7, prefix_hash=1), length)
+    forecast = predictor.forecast(active_of(rows), WORKERS, 7)
+    assert forecast.shape == (WORKERS, 8)
+    now = [sum(row[1] for row in rows if row[0] == g) for g in range(WORKERS)]
+    assert forecast[:, 0] == pytest.approx(now), "column 0 is the load now"
+    assert (forecast >= 0).all()
+    survival = predictor.survival(active_of(rows), 7)
+    assert survival.shape == (len(rows), 8)
+    assert (np.diff(survival, axis=1) <= 1e-12).all(), "nobody comes back"
+    assert predictor.mean_output_tokens >= 1
+
+
+@pytest.mark.parametrize("name", PREDICTORS.names())
+def test_state_is_kept(name):
+    def request(i):
+        return PendingRequest(1, "m", prompt_hash=i % 5, prefix_hash=i % 2, user="u")
+
+    first, second = make_predictor(name), make_predictor(name)
+    for i in range(100):
+        first.observe(request(i), 10 * (i % 5) + i % 3)
+    second.restore(first.state())
+    rows = [plain(i % WORKERS, 100, i % 40) for i in range(20)]
+    for predictor in (first, second):
+        # The cache of curves is refreshed at different moments: ask both for a fresh one.
+        predictor.observe(request(0), 20)
+        predictor.forecast(active_of(rows), WORKERS, 3)
+    curves = [[p.prospect(request(i)).curve for i in range(20)] for p in (first, second)]
+    forecasts = [
+        p.forecast(active_of(rows, c), WORKERS, 9) for p, c in zip((first, second), curves, strict=True)
+    ]
+    assert forecasts[0] == pytest.approx(forecasts[1], rel=0.02)
+
+
+@pytest.mark.parametrize("state", [{}, {"lengths": 5}, {"lengths": ["x"]}])
+def test_a_state_that_is_none_is_refused(state):
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        make_predictor("survival").restore(state)
+
+
+def test_survival_learns_that_outputs_are_short():
+    predictor = make_predictor("survival")
+    before = predictor.forecast(active_of([plain(0, 1000, 5)]), 1, 10)[0, 10]
+    for _ in range(200):
+        predictor.observe(REQUEST, 8)
+    assert predictor.forecast(active_of([plain(0, 1000, 5)]), 1, 10)[0, 10] < 0.1 * before
+
+
+def test_the_window_forgets():
+    predictor = make_predictor("survival", SurvivalParams(window=10))
+    for length in [1000] * 10 + [4] * 10:
+        predictor.observe(REQUEST, length)
+    assert predictor.mean_output_tokens == 4
+
+
+def test_what_a_request_says_makes_its_prospect():
+    predictor = make_predictor("survival")
+    assert predictor.prospect(REQUEST) == Prospect()
+    assert predictor.prospect(PendingRequest(1, output_tokens_max=9)) == Prospect(0, 9, certain=False)
+    certain = PendingRequest(1, output_tokens_max=9, runs_to_max=True)
+    assert predictor.prospect(certain) == Prospect(0, 9, certain=True)
+    assert predictor.prospect(PendingRequest(1, runs_to_max=True)) == Prospect()
+
+
+def test_the_oracle_knows():
+    oracle = make_predictor("oracle")
+    assert oracle.prospect(PendingRequest(1, output_tokens_true=7)) == Prospect(0, 7, certain=True)
+    assert oracle.prospect(PendingRequest(1, output_tokens_max=5, output_tokens_true=7)).length_max == 5
+    assert oracle.prospect(REQUEST) == Prospect()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 99), st.integers(-3, 20)), max_size=15))
+def test_certain_requests_need_no_loop_over_steps(rows):
+    worker, kv, remaining = (
+        np.array(c, dtype=np.int64) for c in (zip(*rows, strict=True) if rows else [[]] * 3)
+    )
+    expected = np.zeros((3, 9))
+    for g, tokens, left in rows:
+        for h in range(9):
+            expected[g, h] += (tokens + h) if h == 0 or h < left else 0
+    assert project_certain(worker, kv, remaining, 3, 8) == pytest.approx(expected)
+
+
+def learnt(name, samples, **params):
+    predictor = make_predictor(name, PREDICTORS.get(name).Params(**params))
+    for request, lengths in samples:
+        for length in lengths:
+            predictor.observe(request, length)
+    return predictor
+
+
+def still_running(predictor, request, age, h):
+    curve = predictor.prospect(request).curve
+    return predictor.survival(active_of([plain(0, 0, age)], [curve]), h)[0, h]
+
+
+SHORT, LONG = PendingRequest(1, prompt_hash=1), PendingRequest(1, prompt_hash=2)
+
+
+def test_exact_match_tells_prompts_apart():
+    predictor = learnt("exact-match", [(SHORT, [10] * 30), (LONG, [50] * 30)])
+    assert still_running(predictor, SHORT, 5, 10) < 0.05
+    assert still_running(predictor, LONG, 5, 10) > 0.95
+    assert 0.3 < still_running(predictor, PendingRequest(1, prompt_hash=3), 5, 10) < 0.7
+
+
+def test_exact_match_falls_back_once_all_its_siblings_have_ended():
+    predictor = learnt("exact-match", [(SHORT, [10] * 30), (LONG, [50] * 30)])
+    # 20 tokens in, this is no short one after all: only the global curve knows such requests.
+    assert still_running(predictor, SHORT, 20, 10) > 0.9
+
+
+def test_a_key_seen_once_leans_on_its_parent():
+    predictor = learnt("exact-match", [(LONG, [50] * 200), (SHORT, [10])], prior_samples=4.0)
+    assert 0.7 < still_running(predictor, SHORT, 0, 20) < 0.95
+
+
+def test_hierarchical_knows_a_template_it_has_not_seen_this_prompt_of():
+    template = [(PendingRequest(1, prompt_hash=i, prefix_hash=77), [10]) for i in range(30)]
+    others = [(PendingRequest(1, prompt_hash=100 + i, prefix_hash=100 + i), [50]) for i in range(200)]
+    unseen = PendingRequest(1, prompt_hash=999, prefix_hash=77)
+    assert still_running(learnt("hierarchical", template + others), unseen, 0, 20) < 0.1
+    assert still_running(learnt("exact-match", template + others), unseen, 0, 20) > 0.8
+
+
+def test_hierarchical_knows_who_asks():
+    mine = [(PendingRequest(1, "m", prompt_hash=i, user="me"), [10]) for i in range(50)]
+    others = [(PendingRequest(1, "m", prompt_hash=100 + i, user="you"), [50]) for i in range(200)]
+    predictor = learnt("hierarchical", mine + others)
+    assert still_running(predictor, PendingRequest(1, "m", user="me"), 0, 20) < 0.1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40)), min_size=1, max_size=40),
+    st.integers(0, 2),
+    st.integers(0, 30),
+    st.floats(0.1, 5.0),
+)
+def test_backing_off_is_its_formula(observed, key, age, prior_samples):
+    params = ExactMatchPredictor.Params(prior_samples=prior_samples)
+    predictor = ExactMatchPredictor(params)
+    for own, length in observed:
+        predictor.observe(PendingRequest(1, prompt_hash=own), length)
+    parent = Reference([length for _, length in observed], params)
+    own = [length for own, length in observed if own == key]
+    reached = (sum(length > age for length in parent.lengths) + 1) / (len(parent.lengths) + 1)
+    for h in (0, 1, 5, 20):
+        alive_later = sum(length > age + h for length in own)
+        alive_now = sum(length > age for length in own)
+        expected = (alive_later + prior_samples * reached * parent.runs_on(age, h)) / (
+            alive_now + prior_samples * reached
+        )
+        assert still_running(predictor, PendingRequest(1, prompt_hash=key), age, h) == pytest.approx(expected)
+
+
+def test_the_grid_is_exact_for_short_lengths_and_two_per_cent_for_long_ones():
+    grid = length_grid(32768)
+    assert grid.points[:65].tolist() == list(range(65))
+    assert grid.points[-1] == 32768
+    assert (np.diff(grid.points)[64:] <= np.maximum(1, 0.02 * grid.points[64:-1])).all()
+    assert len(grid) < 450
+    assert grid.positions(np.array([0, 64, 10**9])).tolist() == [0, 64, len(grid) - 1]
+
+
+@given(st.lists(st.integers(0, 500), max_size=40), st.integers(1, 20))
+def test_a_window_counts_what_is_above_each_point(lengths, size):
+    grid = LengthGrid(300)
+    window = LengthWindow(grid, size)
+    for length in lengths:
+        window.add(length)
+    kept = [min(length, 300) for length in lengths][-size:]
+    assert window.alive.tolist() == [sum(length > point for length in kept) for point in grid.points.tolist()]
+    assert len(window) == len(kept)
+
+
+def test_a_table_forgets_the_key_that_was_used_longest_ago():
+    table = CurveTable(LengthGrid(50), keys_max=2, window=5)
+    for key, length in (("a", 10), ("b", 20), ("a", 12), ("c", 30)):
+        table.add(key, length)
+    assert table.find("b") == table.find(None) == NO_SLOT
+    assert table.samples[table.find("a")] == 2
+    assert table.alive[table.find("c"), 29] == 1
+    assert table.alive[table.find("c"), 5] == 1, "nothing of the key whose place it took"
+    assert dict(table.items()) == {"a": [10, 12], "c": [30]}
+    table.add(None, 5)
+    assert not table.samples[NO_SLOT]
+
+
+def test_parameters_of_another_predictor_are_refused():
+    with pytest.raises(TypeError, match="takes SurvivalParams"):
+        make_predictor("survival", PredictorParams())
