@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -227,6 +228,9 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
             config.routing.policy,
             groups,
         )
+        # What exists now stays until the end: the collector need not go through it again and again.
+        gc.collect()
+        gc.freeze()
         await stop.wait()
         log.info("stopping: running requests have %g s to finish", config.timeouts.drain_s)
     log.info("stopped")

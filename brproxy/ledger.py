@@ -215,8 +215,8 @@ class Ledger:
             slots_free=np.where(routable, slots_free, 0),
             kv_capacity=self._kv_capacity,
             kv_free=kv_free,
-            prompt_tokens=_column(e.prompt_tokens for e in waiting),
-            passed_over=_column(e.passed_over for e in waiting),
+            prompt_tokens=np.array([e.prompt_tokens for e in waiting], dtype=np.int64),
+            passed_over=np.array([e.passed_over for e in waiting], dtype=np.int64),
             forecast=kv_tokens.astype(np.float64)[:, None] if forecast is None else forecast,
             turnover_steps=self.turnover_steps(output_tokens_mean),
         )
@@ -334,7 +334,3 @@ class Ledger:
             for column, value in zip(self._columns, moved, strict=True):
                 column[row] = value
         entry.row = NO_ROW
-
-
-def _column(values: Iterator[int]) -> IntArray:
-    return np.fromiter(values, dtype=np.int64)

@@ -80,9 +80,11 @@ class BalanceRound:
         self._discount_sum = fscore.discount_sum
         self._discounted_load: FloatArray = self._forecast @ fscore.discounts
         self._prompts: list[int] = view.prompt_tokens.tolist()
+        self._prompt_max = max(self._prompts, default=0)
         self._waiting = list(range(view.waiting))
         self._open = view.slots_free > 0
-        self._tie_break = rng.permutation(view.workers)
+        self._rng = rng
+        self._tie_break: IntArray | None = None
         self._decision = np.full(view.waiting, NOT_ADMITTED, dtype=np.int64)
 
     def run(self) -> IntArray:
@@ -105,17 +107,23 @@ class BalanceRound:
         if len(workers) == 0:
             return None
         loads = self._discounted_load[workers]
-        least = loads.min()
+        least = float(loads.min())
         ties = workers[loads <= least + _TIE * max(1.0, abs(least))]
-        if len(ties) > 1:
-            order = np.lexsort((self._tie_break[ties], -self._state.slots_free[ties]))
-            return int(ties[order[0]])
-        return int(ties[0])
+        return int(ties[0]) if len(ties) == 1 else self._of_equals(ties)
+
+    def _of_equals(self, workers: IntArray) -> int:
+        """Return the one of ``workers`` with the most free slots, by a random order of the round at last."""
+        if self._tie_break is None:
+            self._tie_break = self._rng.permutation(self._view.workers).astype(np.int64)
+        order = np.lexsort((self._tie_break[workers], -self._state.slots_free[workers]))
+        return int(workers[order[0]])
 
     def _choose(self, worker: int) -> list[int]:
         """Return the requests to admit to ``worker``; empty when none of the window has KV room."""
         kv_free = int(self._state.kv_free[worker])
-        window = [i for i in self._waiting[: self._params.window] if self._prompts[i] <= kv_free]
+        window = self._waiting[: self._params.window]
+        if kv_free < self._prompt_max:
+            window = [i for i in window if self._prompts[i] <= kv_free]
         if not window:
             return []
         margins = self._envelope - self._forecast[worker]
@@ -123,7 +131,9 @@ class BalanceRound:
         size_max = min(int(self._state.slots_free[worker]), self._subset_max(), len(window))
         if size_max > 1:
             sums = subset_sums(prompts, size_max)
-            best, score = self._fscore.best(margins, np.where(sums <= kv_free, sums, np.inf))
+            if kv_free < size_max * self._prompt_max:
+                sums = np.where(sums <= kv_free, sums, np.inf)
+            best, score = self._fscore.best(margins, sums)
             if score > 0:
                 return [window[i] for i in subset_members(len(window), best)]
         # One request; also when nothing pays: the least harmful, so that no slot idles and nobody starves.

@@ -70,16 +70,22 @@ class FScore:
         The first of equally good ones. ``inf`` marks a demand that must not be chosen.
         """
         lowest, highest = self.top(margins)
-        inside = (demands >= lowest) & (demands <= highest) & (demands < np.inf)
-        if inside.any():
-            position = int(np.argmax(inside))
+        inside = demands >= lowest
+        if highest < np.inf:
+            below_top = demands < lowest
+            inside &= demands <= highest
+        else:
+            below_top = ~inside
+            inside &= demands < np.inf
+        position = int(np.argmax(inside))
+        if inside[position]:
             return position, float(self.score(margins, demands[position : position + 1])[0])
-        below = np.where(demands < lowest, demands, -np.inf).max()
-        above = np.where(demands > highest, demands, np.inf).min()
-        sides = np.array([side for side in (below, above) if np.isfinite(side)])
-        if not len(sides):
+        below = demands.max(where=below_top, initial=-np.inf)
+        above = demands.min(where=~below_top, initial=np.inf)
+        sides = [side for side in (below, above) if np.isfinite(side)]
+        if not sides:
             return 0, -np.inf
-        scores = self.score(margins, sides)
-        best = scores.max()
-        position = int(np.argmax(np.isin(demands, sides[scores == best])))
-        return position, float(best)
+        scores = self.score(margins, np.array(sides)).tolist()
+        best = max(scores)
+        equals = [demands == side for side, score in zip(sides, scores, strict=True) if score == best]
+        return int(np.argmax(np.logical_or.reduce(equals))), float(best)

@@ -66,7 +66,9 @@ def bench(case: BenchCase, rounds: int, seed: int) -> BenchResult:
     steady = _SteadyState(case, np.random.default_rng(seed))
     for _ in range(_ROUNDS_BEFORE):
         steady.round()
+    # As the proxy does once it has started.
     gc.collect()
+    gc.freeze()
     timed = [steady.round() for _ in range(rounds)]
     durations_s, admitted = zip(*timed, strict=True)
     p50_s, p99_s = np.percentile(durations_s, (50, 99)).tolist()
@@ -92,6 +94,7 @@ class _SteadyState:
         self._lengths = self._outputs()
         for _ in range(_FINISHED_BEFORE):
             self._predictor.observe(PendingRequest(0), next(self._lengths))
+        self._leaving_share = 1 / self._predictor.mean_output_tokens
         self._prompts = self._prompt_tokens()
         self._routable = np.ones(case.workers, dtype=bool)
         self._fill()
@@ -118,7 +121,7 @@ class _SteadyState:
         ledger = self._dispatcher.ledger
         ids = ledger.row_ids()
         ledger.grow_rows(np.ones(len(ids), dtype=bool))
-        leaving = self._rng.random(len(ids)) < 1 / self._predictor.mean_output_tokens
+        leaving = self._rng.random(len(ids)) < self._leaving_share
         # A round without anything to decide says nothing: at least one request leaves.
         leaving[self._rng.integers(len(ids))] = True
         for request_id in ids[leaving].tolist():
