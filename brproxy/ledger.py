@@ -72,6 +72,7 @@ class Ledger:
         ]
         self._slots = np.array([w.slots for w in workers], dtype=np.int64)
         self._kv_capacity = np.array(capacity, dtype=np.int64)
+        self._slots_total = int(self._slots.sum())
         self._kv_tokens = [0] * len(workers)
         self._requests = [0] * len(workers)
         self._ids = count()
@@ -138,7 +139,7 @@ class Ledger:
     @property
     def slots_total(self) -> int:
         """Slots of all workers together."""
-        return int(self._slots.sum())
+        return self._slots_total
 
     def turnover_steps(self, output_tokens_mean: float) -> float:
         """Return how many steps pass between two requests that leave a full worker (steps)."""

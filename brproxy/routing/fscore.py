@@ -17,6 +17,7 @@ is one inside the top, else the nearest below or the nearest above: no other nee
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,21 +26,19 @@ from brproxy.routing.view import FloatArray
 
 @dataclass(frozen=True, slots=True)
 class FScore:
-    """The weights of the F-score: ``discounts[H+1]`` (d_0 = 1), ``alpha``, ``beta``."""
+    """The weights of the F-score: ``discounts[H+1]`` (d_0 = 1), their sum, ``alpha``, ``beta``."""
 
     discounts: FloatArray
+    discount_sum: float
     alpha: float
     beta: float
 
-    @classmethod
-    def make(cls, horizon_steps: int, gamma: float, alpha: float, beta: float) -> FScore:
-        """Build the weights for d = (1, γ, …, γ^H)."""
-        return cls(gamma ** np.arange(horizon_steps + 1, dtype=np.float64), alpha, beta)
-
-    @property
-    def discount_sum(self) -> float:
-        """Σ_h d_h."""
-        return float(self.discounts.sum())
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def make(horizon_steps: int, gamma: float, alpha: float, beta: float) -> FScore:
+        """Return the weights for d = (1, γ, …, γ^H); they are shared, do not write to them."""
+        discounts = gamma ** np.arange(horizon_steps + 1, dtype=np.float64)
+        return FScore(discounts, float(discounts.sum()), alpha, beta)
 
     def score(self, margins: FloatArray, demands: FloatArray) -> FloatArray:
         """Return F for each of ``demands`` (float64[K], candidate values of D) on one worker.

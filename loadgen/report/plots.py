@@ -22,19 +22,18 @@ def plot_simulations(scenario: Scenario, policies: Mapping[str, SimulatedPolicy]
     """Simulate ``policies`` once and draw them, a column each; raises InvalidInputError."""
     plt = _pyplot()
     workload, _ = scenario.draw()
-    figure, axes = plt.subplots(
-        3, len(policies), figsize=(5.0 * len(policies), 9.0), squeeze=False, sharey="row"
-    )
-    latencies: list[tuple[str, Simulation]] = []
+    figure = plt.figure(figsize=(max(8.0, 4.5 * len(policies)), 9.0), layout="constrained")
+    over_time, distributions = figure.subfigures(2, 1, height_ratios=(2, 1))
+    axes = over_time.subplots(2, len(policies), squeeze=False, sharey="row")
+    simulations: list[tuple[str, Simulation]] = []
     for column, (label, choice) in enumerate(policies.items()):
         simulation = simulate(workload, scenario.cluster, choice, scenario.seed, keep_loads=True)
-        latencies.append((label, simulation))
+        simulations.append((label, simulation))
         _draw_loads(axes[0][column], label, simulation)
         _draw_imbalance(axes[1][column], simulation)
-    for column in range(len(policies)):
-        axes[2][column].remove()
-    _draw_distributions(figure, latencies)
-    figure.tight_layout()
+    axes[0][0].set_ylabel("KV tokens of each worker (thousands)")
+    axes[1][0].set_ylabel("imbalance, max - min (thousands)")
+    _draw_distributions(distributions, simulations)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
@@ -65,7 +64,6 @@ def _draw_loads(axes: Any, label: str, simulation: Simulation) -> None:
     axes.plot(start_s[shown], loads[shown].max(axis=1) / 1e3, color="black", linewidth=1.0, label="envelope")
     axes.set_title(label)
     axes.set_xlabel("time (s)")
-    axes.set_ylabel("KV tokens of each worker (thousands)")
     axes.legend(loc="lower right")
 
 
@@ -75,18 +73,17 @@ def _draw_imbalance(axes: Any, simulation: Simulation) -> None:
     axes.plot(start_s[shown], (loads[shown].max(axis=1) - loads[shown].min(axis=1)) / 1e3, linewidth=0.8)
     axes.axvspan(*simulation.steady_s, alpha=0.08, label="steady part")
     axes.set_xlabel("time (s)")
-    axes.set_ylabel("imbalance, max - min (thousands)")
     axes.legend(loc="upper right")
 
 
 def _draw_distributions(figure: Any, simulations: list[tuple[str, Simulation]]) -> None:
     """Draw the distributions of TPOT and waiting, all policies in each."""
-    for position, (title, unit, factor) in enumerate((("TPOT", "ms", 1e3), ("wait", "s", 1.0))):
-        axes = figure.add_subplot(3, 2, 5 + position)
-        for label, simulation in simulations:
-            values = simulation.tpot_s if title == "TPOT" else simulation.wait_s
-            values = np.sort(values[~np.isnan(values)]) * factor
-            axes.plot(values, np.arange(1, len(values) + 1) / len(values), label=label)
-        axes.set_xlabel(f"{title} ({unit})")
-        axes.set_ylabel("share of requests")
-        axes.legend()
+    left, right = figure.subplots(1, 2)
+    for label, simulation in simulations:
+        for axes, values in ((left, simulation.tpot_s * 1e3), (right, simulation.wait_s)):
+            shown = np.sort(values[~np.isnan(values)])
+            axes.plot(shown, np.arange(1, len(shown) + 1) / len(shown), label=label)
+    left.set_xlabel("TPOT (ms)")
+    right.set_xlabel("wait (s)")
+    left.set_ylabel("share of requests")
+    right.legend(loc="lower right")

@@ -116,8 +116,8 @@ def _relative(value: float | None, base: float | None, style: str) -> str:
 def simulation_table(report: Report, published: Mapping[str, PublishedFigures]) -> Table:
     """Return simulated policies side by side, ± the confidence interval, beside published figures."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("policy", overflow="fold")
-    columns = ("imbalance\nKV tokens", "idle %", "of perfect\n%", "TPOT\nP95 ms", "wait\nP99 s")
+    table.add_column("policy", overflow="fold", min_width=19)
+    columns = ("imbal.\nKV tok.", "idle\n%", "of per-\nfect %", "TPOT\nP95 ms", "wait\nP99 s")
     for column in (*columns, *(("paper:\nimbal.", "TPOT") if published else ())):
         table.add_column(column, justify="right", no_wrap=True)
     for result in report.policies:
@@ -140,5 +140,5 @@ def _measured(result: PolicyResult, figure: str, factor: float, style: str) -> s
     if value is None:
         return "-"
     interval = result.intervals.get(figure)
-    spread = "" if interval is None else f" [dim]±{interval * factor:{style}}[/dim]"
+    spread = "" if interval is None else f"\n[dim]±{interval * factor:{style}}[/dim]"
     return f"{value * factor:{style}}{spread}"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from brproxy.routing.balance import BalanceParams, BalanceRound
 from brproxy.routing.fscore import FScore
+from brproxy.routing.policy import POLICIES
 from brproxy.routing.view import NOT_ADMITTED, ClusterView
 
 UNLIMITED = 1 << 40
@@ -184,3 +185,35 @@ def test_extreme_groups(workers):
     view = make_view([0] * workers, prompts=[0, 1 << 30], slots_free=[1] * workers)
     decision = decide(view).tolist()
     assert all(0 <= worker < workers for worker in decision[: min(2, workers)]) or workers == 1
+
+
+@settings(max_examples=150)
+@given(views(horizon_steps=2), st.integers(1, 8), st.integers(0, 3))
+def test_br_h_without_a_horizon_is_br_0_decision_by_decision(view, window, seed):
+    shared = {"window": window, "beta_per_worker": 1.0}
+    br_h = POLICIES.get("br-h")(POLICIES.get("br-h").Params(horizon_steps=0, **shared))
+    br_0 = POLICIES.get("br-0")(POLICIES.get("br-0").Params(**shared))
+    decisions = [policy.route(view, np.random.default_rng(seed)).tolist() for policy in (br_h, br_0)]
+    assert decisions[0] == decisions[1]
+
+
+def test_a_large_group_is_the_brute_force():
+    rng = np.random.default_rng(4)
+    kv_tokens = rng.integers(0, 400_000, 144).tolist()
+    prompts = [0, 1 << 30, *rng.lognormal(7.2, 1.3, 18).astype(int).tolist()]
+    view = make_view(kv_tokens, prompts, (rng.random(144) < 0.05).astype(int).tolist())
+    params = BalanceParams(window=12)
+    assert decide(view, params).tolist() == BruteForce(view, params, 1.0, 1.0, 144, 0).run()
+
+
+def test_nobody_is_passed_over_more_often_than_the_limit():
+    params = BalanceParams(passed_over_max=5)
+    passed_over = 0
+    for round_number in range(20):
+        # A giant that never pays, and a fresh small request each round that always does.
+        view = make_view([1000, 900], [5000, 50], [0, 1], passed_over=[passed_over, 0])
+        admitted = decide(view, params, seed=round_number).tolist()
+        if admitted[0] != NOT_ADMITTED:
+            break
+        passed_over += 1
+    assert passed_over == 5

@@ -1,0 +1,180 @@
+"""``loadgen simulate``: scenario files, policy texts, reports."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from brproxy.types import InvalidInputError
+from brproxy.validation import ConfigError
+from loadgen.cli import app
+from loadgen.commands.policy_spec import parse_policies, parse_policy
+from loadgen.commands.scenario_file import load_scenario
+from loadgen.commands.simulate import mean_of
+from loadgen.commands.simulation_plan import plan_simulation
+from loadgen.report.schema import PolicyResult
+
+FOLDER = Path(__file__).parents[3] / "config" / "scenarios"
+SMALL = """
+policies = ["join-shortest-queue", "br-0:beta_per_worker=1"]
+seeds = 2
+[workload]
+name = "short"
+requests_per_worker = 40
+[cluster]
+workers = 3
+slots = 4
+[[paper]]
+policy = "br-0:beta_per_worker=1"
+imbalance_kv_tokens = 51927
+tpot_ms_p95 = 79.3
+output_tokens_per_s = 943
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL, encoding="utf-8")
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["simulate", *map(str, arguments)], terminal_width=120)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_scenario_is_valid(path):
+    plan = plan_simulation(path, None, None, None, None, None)
+    assert plan.policies
+    assert set(plan.published) <= set(plan.policies), "a published row is shown beside a policy"
+    drawn = plan.scenario(1)
+    assert len(drawn.draw()[0].requests) == 1500 * drawn.cluster.workers
+
+
+def test_a_run_prints_a_table_and_writes_the_document(scenario, tmp_path):
+    out = tmp_path / "out.json"
+    result = invoke("--scenario", scenario, "--processes", 1, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "±" in result.output
+    assert "51,927" in result.output
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["scenario"]["seeds"] == 2
+    for policy in document["policies"]:
+        assert policy["wait_ms_p99"] > 0
+        assert policy["lost"] == 0
+        assert policy["requests"] == 2 * 3 * 40
+        assert policy["intervals"].keys() >= {"idle_fraction", "throughput_of_perfect"}
+
+
+def test_the_command_line_replaces_what_the_file_says(scenario, tmp_path):
+    out = tmp_path / "out.json"
+    result = invoke(
+        *("--scenario", scenario, "--policies", "br-h@oracle,least-kv+late", "--workers", 2),
+        *("--rate", 0.7, "--seeds", 1, "--seed", 9, "--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert [policy["policy"] for policy in document["policies"]] == ["br-h@oracle", "least-kv+late"]
+    assert (document["scenario"]["workers"], document["scenario"]["rate"]) == (2, 0.7)
+    assert document["scenario"]["seed"] == 9
+    assert document["policies"][0]["intervals"] == {}
+
+
+def test_a_trace_comes_with_its_own_times(scenario, tmp_path):
+    trace = tmp_path / "trace.csv"
+    rows = "".join(f"2024-05-12 00:00:{i:02}+00:00,100,5\n" for i in range(40))
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows, encoding="utf-8")
+    plan = plan_simulation(scenario, None, None, trace, None, None)
+    assert plan.scenario(1).draw()[0].requests[-1].arrival_s == 39
+    faster = plan_simulation(scenario, None, None, trace, None, 1.0)
+    assert faster.scenario(1).draw()[0].requests[-1].arrival_s < 39
+
+
+def test_pictures_are_drawn(scenario, tmp_path):
+    for name in ("picture.png", "picture.svg"):
+        path = tmp_path / name
+        result = invoke("--scenario", scenario, "--seeds", 1, "--plot", path)
+        assert result.exit_code == 0, result.output
+        assert path.stat().st_size > 10_000
+
+
+def test_without_matplotlib_it_says_what_to_install(scenario, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = invoke("--scenario", scenario, "--seeds", 1, "--plot", tmp_path / "x.png")
+    assert isinstance(result.exception, InvalidInputError)
+    assert str(result.exception) == "--plot needs matplotlib: pip install 'brproxy[plots]'"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("policies = []\n", r"policies: List should have at least 1 item"),
+        ('policies = ["br-0"]\nseedz = 1\n', r"seedz: unknown key; did you mean 'seeds'\?"),
+        ('policies = ["br-0"]\n[cluster]\nslots = 0\n', r"cluster.slots: must be at least 1, got 0"),
+        ('policies = ["br-0"]\n[[paper]]\npolicy = "x"\n', r"paper\[0\].imbalance_kv_tokens: is missing"),
+    ],
+)
+def test_bad_scenarios(text, message, tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"bad.toml: {message}"):
+        load_scenario(path)
+
+
+def test_a_policy_text():
+    choice = parse_policy("br-h:gamma=0.9,horizon_steps=80+early@oracle")
+    assert (choice.policy, choice.predictor) == ("br-h", "oracle")
+    params = choice.policy_params
+    assert (params.gamma, params.horizon_steps, params.late_binding) == (0.9, 80, False)
+    assert parse_policy("least-kv+late").policy_params.late_binding
+    assert parse_policy("br-h", "exact-match").predictor == "exact-match"
+
+
+def test_a_list_of_policy_texts():
+    chosen = parse_policies("br-h:gamma=0.9,horizon_steps=80@oracle, br-0,random")
+    assert list(chosen) == ["br-h:gamma=0.9,horizon_steps=80@oracle", "br-0", "random"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("br-9", "unknown policy 'br-9'; allowed: "),
+        ("br-h@nobody", "unknown predictor 'nobody'; allowed: exact-match, hierarchical, oracle, survival"),
+        ("br-0:windw=3", "policy 'br-0:windw=3': windw: unknown key; did you mean 'window'"),
+        ("br-0:window=0", "policy 'br-0:window=0': window: must be at least 1, got 0"),
+        ("br-0:window=x", "policy 'br-0:window=x': 'x' is not a TOML value"),
+        (" , ", "no policy is named"),
+    ],
+)
+def test_bad_policy_texts(text, message):
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        parse_policies(text)
+
+
+def result(idle):
+    return PolicyResult(
+        policy="br-0",
+        imbalance_kv_tokens=1.0,
+        idle_fraction=idle,
+        throughput_of_perfect=None,
+        output_tokens_per_s=1.0,
+        tpot_ms_p95=1.0,
+        ttft_ms_p95=1.0,
+        wait_ms_p99=1.0,
+        requests=10,
+        lost=1,
+    )
+
+
+def test_means_and_intervals_over_seeds():
+    mean = mean_of([result(0.1), result(0.2), result(0.3)])
+    assert mean.idle_fraction == pytest.approx(0.2)
+    # Student's t for two degrees of freedom, 4.303, times 0.1 / √3.
+    assert mean.intervals["idle_fraction"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert "throughput_of_perfect" not in mean.intervals
+    assert (mean.requests, mean.lost) == (30, 3)
+    assert mean_of([result(0.1)]).intervals == {}

@@ -1,0 +1,119 @@
+"""The simulator against the emulated deployment's own rules, and what it must show."""
+
+import numpy as np
+import pytest
+
+from brproxy.prediction.predictor import PREDICTORS
+from brproxy.routing.policies.br_h import Lookahead, lookahead_for
+from brproxy.routing.policy import POLICIES, make_policy
+from brproxy.types import InvalidInputError
+from loadgen.arrivals import with_gamma_arrivals
+from loadgen.capacity import perfect_capacity
+from loadgen.cluster import ClusterSettings
+from loadgen.commands.bench import BenchCase, bench
+from loadgen.simulator import SimulatedPolicy, simulate
+from loadgen.traces.synthetic import RepeatedPrompts, synthetic_workload
+from loadgen.workload import TraceRequest, Workload
+
+SMALL = ClusterSettings(workers=4, slots=8, step_s_per_kv_token=1e-6)
+
+
+def overload(name="short", requests=400, seed=1, settings=SMALL, rate=1.1):
+    rng = np.random.default_rng(seed)
+    workload = synthetic_workload(name, requests, rng)
+    capacity = perfect_capacity(workload, settings)
+    return with_gamma_arrivals(workload, rate * capacity.requests_per_s, 1.0, rng)
+
+
+@pytest.mark.parametrize("policy", POLICIES.names())
+@pytest.mark.parametrize("predictor", ["survival", "oracle"])
+def test_every_policy_finishes_everything(policy, predictor):
+    workload = overload()
+    run = simulate(workload, SMALL, SimulatedPolicy(policy, predictor), seed=0)
+    assert run.finished.all()
+    assert (run.wait_s >= 0).all()
+    assert (run.ttft_s > run.wait_s).all()
+    tokens = sum(request.output_tokens for request in workload.requests)
+    assert run.record.stats(0.0, np.inf).output_tokens == tokens
+
+
+def test_the_same_seed_gives_the_same_run():
+    first, second = (simulate(overload(), SMALL, SimulatedPolicy("br-h"), seed=3) for _ in range(2))
+    assert first.barrier == second.barrier
+    assert (first.wait_s == second.wait_s).all()
+
+
+def test_a_single_request_by_hand():
+    settings = ClusterSettings(2, 4, None, 0.030, 1e-5)
+    workload = Workload("one", (TraceRequest(0.0, 1000, 3),))
+    run = simulate(workload, settings, SimulatedPolicy("br-0"), seed=0)
+    steps_s = [0.030 + 1e-5 * (1000 + i) for i in range(3)]
+    assert run.ttft_s[0] == pytest.approx(steps_s[0])
+    assert run.tpot_s[0] == pytest.approx((steps_s[1] + steps_s[2]) / 2)
+    assert run.wait_s[0] == 0
+
+
+@pytest.mark.parametrize("policy", ["br-0", "br-h"])
+def test_balancing_balances(policy):
+    settings = ClusterSettings(workers=8, slots=32, step_s_per_kv_token=5e-7)
+    workload = overload(requests=3000, settings=settings)
+    baseline = simulate(workload, settings, SimulatedPolicy("join-shortest-queue"), 0, drain=False)
+    balanced = simulate(workload, settings, SimulatedPolicy(policy), 0, drain=False)
+    assert balanced.barrier.imbalance_kv_tokens < 0.45 * baseline.barrier.imbalance_kv_tokens
+    assert balanced.barrier.output_tokens > baseline.barrier.output_tokens
+
+
+def test_kv_capacity_holds_and_everything_is_served():
+    settings = ClusterSettings(workers=2, slots=16, kv_capacity_tokens=40_000)
+    workload = overload(requests=200, settings=settings)
+    for policy in ("join-shortest-queue", "br-0"):
+        run = simulate(workload, settings, SimulatedPolicy(policy), seed=0, keep_loads=True)
+        assert run.finished.all()
+        assert run.loads[1].max() <= 40_000
+
+
+def test_a_request_that_can_never_fit_is_an_error():
+    settings = ClusterSettings(workers=1, slots=1, kv_capacity_tokens=100)
+    workload = Workload("large", (TraceRequest(0.0, 101, 1),))
+    with pytest.raises(InvalidInputError, match="more than the KV capacity of any worker"):
+        simulate(workload, settings, SimulatedPolicy("br-0"), seed=0)
+
+
+def test_exact_match_is_nearer_to_the_oracle_than_survival_where_prompts_repeat():
+    settings = ClusterSettings(workers=4, slots=32)
+    rng = np.random.default_rng(2)
+    requests = RepeatedPrompts(templates=40, conversations=10).draw(2500, rng)
+    workload = Workload("repeated", requests)
+    capacity = perfect_capacity(workload, settings)
+    timed = with_gamma_arrivals(workload, 1.1 * capacity.requests_per_s, 1.0, rng)
+    idle = {
+        predictor: simulate(timed, settings, SimulatedPolicy("br-h", predictor), 0, drain=False)
+        for predictor in ("survival", "exact-match")
+    }
+    quality = {name: run.barrier.idle_fraction for name, run in idle.items()}
+    assert quality["exact-match"] < quality["survival"]
+
+
+def test_every_predictor_can_be_simulated():
+    for predictor in PREDICTORS.names():
+        assert simulate(overload(requests=150), SMALL, SimulatedPolicy("br-h", predictor), 0).finished.all()
+
+
+@pytest.mark.parametrize("turnover_steps", [0.1, 1.0, 2.0, 2.3])
+def test_where_slots_turn_over_quickly_br_h_is_br_0(turnover_steps):
+    assert lookahead_for(turnover_steps) == Lookahead(0, 1.0)
+    assert make_policy("br-h").horizon_steps(turnover_steps) == 0
+
+
+def test_the_lookahead_grows_with_the_turnover():
+    decay = [lookahead_for(turnover).horizon_steps for turnover in (3.0, 10.0, 20.0, 500.0)]
+    assert decay == sorted(decay)
+    assert decay[-1] == 512
+    assert lookahead_for(18.5) == Lookahead(149, pytest.approx(1 - 1 / 49.5))
+
+
+@pytest.mark.parametrize("horizon_steps", [0, 20])
+def test_the_bench_measures_rounds_that_admit(horizon_steps):
+    result = bench(BenchCase(3, 4, 10, horizon_steps), rounds=20, seed=0)
+    assert 0 < result.p50_s <= result.p99_s
+    assert 1 <= result.admitted <= 12
