@@ -123,6 +123,7 @@ class Dispatcher:
             late_binding=self.policy.params.late_binding,
             forecast=self._forecast(),
             output_tokens_mean=self.predictor.mean_output_tokens,
+            lookahead_turnovers=self.predictor.LOOKAHEAD_TURNOVERS,
         )
         decision = self.policy.route(view, self._rng)
         admitted: list[int] = np.flatnonzero(decision != NOT_ADMITTED).tolist()
@@ -138,7 +139,7 @@ class Dispatcher:
 
     def _forecast(self) -> FloatArray | None:
         turnover_steps = self.ledger.turnover_steps(self.predictor.mean_output_tokens)
-        horizon_steps = self.policy.horizon_steps(turnover_steps)
+        horizon_steps = self.policy.horizon_steps(turnover_steps, self.predictor.LOOKAHEAD_TURNOVERS)
         if horizon_steps == 0:
             return None
         active = self.ledger.active()

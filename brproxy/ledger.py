@@ -194,6 +194,7 @@ class Ledger:
         late_binding: bool,
         forecast: FloatArray | None = None,
         output_tokens_mean: float = 1.0,
+        lookahead_turnovers: float = 1.0,
     ) -> ClusterView:
         """Return what a policy sees when it decides over ``waiting``.
 
@@ -220,6 +221,7 @@ class Ledger:
             passed_over=np.array([e.passed_over for e in waiting], dtype=np.int64),
             forecast=kv_tokens.astype(np.float64)[:, None] if forecast is None else forecast,
             turnover_steps=self.turnover_steps(output_tokens_mean),
+            lookahead_turnovers=lookahead_turnovers,
         )
 
     # What happens.

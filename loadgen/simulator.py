@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.ledger import BoolArray, Ledger, WorkerLimits
 from brproxy.lifecycle import Event
-from brproxy.prediction.predictor import AnyPredictor, PredictorParams, make_predictor
+from brproxy.prediction.predictor import PredictorParams, make_predictor
+from brproxy.prediction.quality import PredictionQuality
 from brproxy.routing.policy import PolicyParams, make_policy
 from brproxy.types import PendingRequest, RequestId
 from loadgen.barrier import BarrierRecord, BarrierStats
@@ -54,7 +55,7 @@ class Simulation:
     tpot_s: FloatArray
     finished: BoolArray
     preemptions: int
-    predictor: AnyPredictor
+    quality: PredictionQuality
     loads: tuple[FloatArray, IntArray]
 
 
@@ -174,7 +175,7 @@ class _Run:
             tpot_s=tpot_s,
             finished=finished,
             preemptions=self._cluster.preemptions,
-            predictor=self._dispatcher.predictor,
+            quality=self._dispatcher.quality.report(),
             loads=(
                 np.array([start_s for start_s, _ in self._loads]),
                 np.array([kv_tokens for _, kv_tokens in self._loads]),

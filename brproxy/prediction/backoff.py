@@ -47,6 +47,10 @@ class BackoffParams(SurvivalParams):
 class BackoffPredictor(SurvivalPredictor):
     """Backs off over ``levels``; a curve's number packs the slots of its keys."""
 
+    # It names the steps at which requests end: what is further than that only blurs the margins near by.
+    LOOKAHEAD_TURNOVERS = 1.5
+    USES_KEYS = True
+
     Params = BackoffParams
     params: BackoffParams
 

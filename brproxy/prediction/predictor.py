@@ -82,6 +82,8 @@ class Predictor(ABC, Generic[P]):
     Params: ClassVar[type[PredictorParams]] = PredictorParams
     USES_KEYS: ClassVar[bool] = False
     """Whether it reads prompt and prefix hashes, which somebody has to compute."""
+    LOOKAHEAD_TURNOVERS: ClassVar[float] = 3.0
+    """How far ahead its forecasts are worth weighing (turnovers of a worker's slots), found by simulation."""
 
     def __init__(self, params: P) -> None:
         self.params = params

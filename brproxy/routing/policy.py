@@ -40,10 +40,10 @@ class RoutingPolicy(ABC, Generic[P]):
     def __init__(self, params: P) -> None:
         self.params = params
 
-    def horizon_steps(self, turnover_steps: float) -> int:
+    def horizon_steps(self, turnover_steps: float, lookahead_turnovers: float) -> int:
         """Return H: how many decode steps ahead the view's forecast must reach; 0 needs no predictor.
 
-        ``turnover_steps`` as in ClusterView.
+        The arguments are those of ClusterView.
         """
         return 0
 

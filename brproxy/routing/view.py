@@ -38,6 +38,7 @@ class ClusterView:
     ``passed_over[N]``: decision rounds in which a younger request was admitted instead.
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
     ``turnover_steps``: decode steps between two requests that leave a full worker, mean output / slots.
+    ``lookahead_turnovers``: how many of those the forecast is worth looking ahead.
     """
 
     kv_tokens: IntArray
@@ -50,6 +51,7 @@ class ClusterView:
     passed_over: IntArray
     forecast: FloatArray
     turnover_steps: float = 1.0
+    lookahead_turnovers: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse arrays whose shapes do not belong together; every policy relies on that."""

@@ -101,15 +101,15 @@ def test_every_predictor_can_be_simulated():
 
 @pytest.mark.parametrize("turnover_steps", [0.1, 1.0, 2.0, 2.3])
 def test_where_slots_turn_over_quickly_br_h_is_br_0(turnover_steps):
-    assert lookahead_for(turnover_steps) == Lookahead(0, 1.0)
-    assert make_policy("br-h").horizon_steps(turnover_steps) == 0
+    assert lookahead_for(turnover_steps, 3.0) == Lookahead(0, 1.0)
+    assert make_policy("br-h").horizon_steps(turnover_steps, 3.0) == 0
 
 
 def test_the_lookahead_grows_with_the_turnover():
-    decay = [lookahead_for(turnover).horizon_steps for turnover in (3.0, 10.0, 20.0, 500.0)]
+    decay = [lookahead_for(turnover, 3.0).horizon_steps for turnover in (3.0, 10.0, 20.0, 500.0)]
     assert decay == sorted(decay)
     assert decay[-1] == 512
-    assert lookahead_for(18.5) == Lookahead(149, pytest.approx(1 - 1 / 49.5))
+    assert lookahead_for(18.5, 3.0) == Lookahead(149, pytest.approx(1 - 1 / 49.5))
 
 
 @pytest.mark.parametrize("horizon_steps", [0, 20])

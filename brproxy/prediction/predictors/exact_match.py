@@ -13,8 +13,6 @@ from brproxy.types import PendingRequest
 class ExactMatchPredictor(BackoffPredictor):
     """What the same prompt was answered with before. Source: arXiv 2605.06113, ExactMatch."""
 
-    USES_KEYS = True
-
     @staticmethod
     def keys(request: PendingRequest) -> tuple[Hashable | None, ...]:
         """See BackoffPredictor.keys."""

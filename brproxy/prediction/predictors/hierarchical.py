@@ -13,8 +13,6 @@ from brproxy.types import PendingRequest
 class HierarchicalPredictor(BackoffPredictor):
     """Beyond the paper: a prompt never seen may still share its template, its model or its user."""
 
-    USES_KEYS = True
-
     @staticmethod
     def keys(request: PendingRequest) -> tuple[Hashable | None, ...]:
         """See BackoffPredictor.keys."""

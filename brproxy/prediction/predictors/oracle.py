@@ -14,6 +14,8 @@ class OraclePredictor(SurvivalPredictor):
     Source: arXiv 2605.06113, Oracle.
     """
 
+    LOOKAHEAD_TURNOVERS = 1.5
+
     def prospect(self, request: PendingRequest) -> Prospect:
         """See Predictor.prospect."""
         if request.output_tokens_true is None:

@@ -14,7 +14,6 @@ from brproxy.routing.policy import PolicyParams, RoutingPolicy, register_policy
 from brproxy.routing.view import ClusterView, IntArray
 
 HORIZON_STEPS_MAX = 512
-_TURNOVERS_AHEAD = 3.0
 _TURNOVER_STEPS_MIN = 2.0
 _DECAY_LENGTHS = 3.0
 
@@ -26,15 +25,15 @@ class Lookahead(NamedTuple):
     gamma: float
 
 
-def lookahead_for(turnover_steps: float) -> Lookahead:
+def lookahead_for(turnover_steps: float, lookahead_turnovers: float) -> Lookahead:
     """Return how far to look ahead for a deployment whose slots turn over every ``turnover_steps``.
 
     A wrong admission is corrected by later ones, of which a worker gets one each turnover: so the decay
-    length of the discounts is a multiple of it, ``3 * (turnover - 2)`` steps, and H is three decay lengths.
-    Where slots turn over in two steps or less there is nothing to foresee, and H = 0 makes BR-H BR-0. Found
-    by simulation over five workloads (see the architecture's decisions).
+    length of the discounts is a multiple of it, ``lookahead_turnovers * (turnover - 2)`` steps, and H is
+    three decay lengths. Where slots turn over in two steps or less there is nothing to foresee, and H = 0
+    makes BR-H BR-0. Found by simulation over five workloads (see the architecture's decisions).
     """
-    decay_steps = _TURNOVERS_AHEAD * (turnover_steps - _TURNOVER_STEPS_MIN)
+    decay_steps = lookahead_turnovers * (turnover_steps - _TURNOVER_STEPS_MIN)
     if decay_steps <= 1:
         return Lookahead(0, 1.0)
     return Lookahead(min(HORIZON_STEPS_MAX, math.ceil(_DECAY_LENGTHS * decay_steps)), 1 - 1 / decay_steps)
@@ -74,9 +73,9 @@ class BrHPolicy(RoutingPolicy[BrHParams]):
 
     Params: ClassVar[type[PolicyParams]] = BrHParams
 
-    def horizon_steps(self, turnover_steps: float) -> int:
+    def horizon_steps(self, turnover_steps: float, lookahead_turnovers: float) -> int:
         """See RoutingPolicy.horizon_steps."""
-        return self._lookahead(turnover_steps).horizon_steps
+        return self._lookahead(turnover_steps, lookahead_turnovers).horizon_steps
 
     @property
     def lookahead_requests(self) -> int:
@@ -86,12 +85,12 @@ class BrHPolicy(RoutingPolicy[BrHParams]):
     def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
         """See RoutingPolicy.route."""
         params = self.params
-        horizon_steps, gamma = self._lookahead(view.turnover_steps)
+        horizon_steps, gamma = self._lookahead(view.turnover_steps, view.lookahead_turnovers)
         fscore = FScore.make(horizon_steps, gamma, params.alpha, params.beta_per_worker * view.workers)
         return BalanceRound(view, params, fscore, rng).run()
 
-    def _lookahead(self, turnover_steps: float) -> Lookahead:
-        followed = lookahead_for(turnover_steps)
+    def _lookahead(self, turnover_steps: float, lookahead_turnovers: float) -> Lookahead:
+        followed = lookahead_for(turnover_steps, lookahead_turnovers)
         fixed = self.params
         return Lookahead(
             followed.horizon_steps if fixed.horizon_steps is None else fixed.horizon_steps,
