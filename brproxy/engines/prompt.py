@@ -62,12 +62,15 @@ def prompt_hashes(document: dict[str, Any]) -> tuple[int | None, int | None]:
     """
     for key in ("messages", "prompt", "input"):
         prompt = document.get(key)
-        if not prompt:
+        if not isinstance(prompt, str | list) or not prompt:
             continue
-        beginning = (
-            prompt[:-1] if key == "messages" and len(prompt) > 1 else prompt[: max(1, len(prompt) // 4)]
-        )
-        return _hash(prompt), _hash(beginning)
+        all_but_last = key == "messages" and len(prompt) > 1
+        beginning = prompt[:-1] if all_but_last else prompt[: max(1, len(prompt) // 4)]
+        try:
+            return _hash(prompt), _hash(beginning)
+        except orjson.JSONEncodeError:
+            # Nested more deeply than the encoder goes: nothing that comes again.
+            return None, None
     return None, None
 
 

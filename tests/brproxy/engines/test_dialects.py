@@ -194,3 +194,45 @@ def test_health_paths():
         "sglang": "/health",
         "vllm": "/health",
     }
+
+
+def hashes(**document):
+    facts = make_dialect("openai").read_request(CHAT, "application/json", orjson.dumps(document), hashes=True)
+    return facts.prompt_hash, facts.prefix_hash
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_prompts_are_identified_by_what_the_model_reads():
+    system = {"role": "system", "content": "be brief"}
+    first, second = (hashes(messages=[system, user(text)], seed=i) for i, text in enumerate(("a", "b")))
+    assert first == hashes(messages=[system, user("a")], seed=9, temperature=0.5)
+    assert first[0] != second[0]
+    assert first[1] == second[1], "all messages but the last are the same"
+    assert hashes(prompt="x" * 100 + "y")[1] == hashes(prompt="x" * 100 + "z")[1]
+    assert hashes(input=[1, 2, 3])[0] is not None
+    assert hashes(model="m") == (None, None)
+    assert hashes(messages=[]) == (None, None)
+
+
+@given(value=json_values)
+def test_any_prompt_can_be_identified(value):
+    for key in ("messages", "prompt", "input"):
+        hashes(**{key: value})
+
+
+def test_a_prompt_nested_too_deeply_is_not_identified():
+    body = b'{"prompt":' + b"[" * 600 + b"]" * 600 + b"}"
+    facts = make_dialect("openai").read_request("/v1/completions", "application/json", body, hashes=True)
+    assert facts.prompt_hash is None
+
+
+def test_hashes_are_made_only_when_somebody_reads_them():
+    assert request(messages=[user("a")]).prompt_hash is None
+
+
+def test_what_makes_the_length_certain():
+    facts = request(messages=[user("a")], max_tokens=9, ignore_eos=True, user="u" * 1000)
+    assert (facts.output_tokens_max, facts.runs_to_max, facts.user) == (9, True, "u" * 256)

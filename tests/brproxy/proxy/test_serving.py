@@ -6,6 +6,8 @@ import re
 import openai
 import pytest
 
+from brproxy.app import running_proxy
+from brproxy.config import parse_config
 from brproxy.routing.policy import POLICIES
 from loadgen.client import ClientSettings, Lengths, Replay
 from loadgen.cluster import ClusterSettings
@@ -123,3 +125,49 @@ async def test_a_request_waits_for_the_first_worker_to_come_up(
     assert response.status == 200
     response.close()
     await proxy.idle()
+
+
+async def ask_for(client, url, tokens, prompt="x"):
+    document = {"model": "emulated", "prompt": prompt, "max_tokens": tokens}
+    async with client.post(url + "/v1/completions", json=document) as response:
+        assert response.status == 200
+        await response.read()
+
+
+async def test_what_was_learnt_survives_a_restart(start_emulator, client, tmp_path):
+    emulator = await start_emulator(1)
+    document = {
+        "listen": {"port": 0},
+        "worker": [{"url": emulator.urls[0]}],
+        "prediction": {"state_file": str(tmp_path / "state.json")},
+    }
+    config = parse_config(document, "test")
+    async with running_proxy(config) as first:
+        for _ in range(3):
+            await ask_for(client, f"http://127.0.0.1:{first.port}", 7)
+    async with running_proxy(config) as second:
+        assert second.service.fleet.groups[0].dispatcher.predictor.mean_output_tokens == 7
+
+
+async def test_prompts_that_come_again_are_known(start_emulator, start_proxy, client):
+    emulator = await start_emulator(1)
+    proxy = await start_proxy(
+        emulator.urls, routing={"policy": "br-h"}, prediction={"predictor": "exact-match"}
+    )
+    for _ in range(4):
+        await ask_for(client, proxy.url, 9, "the same prompt")
+        await ask_for(client, proxy.url, 40, "another prompt")
+    predictor = proxy.groups[0].dispatcher.predictor
+    known = dict(predictor.state()["levels"][0])
+    assert sorted(known.values()) == [[9] * 4, [40] * 4]
+
+
+async def test_metrics_tell_how_good_predictions_are(start_emulator, start_proxy, client):
+    emulator = await start_emulator(1, slots=2)
+    proxy = await start_proxy(
+        emulator.urls, worker={"slots": 2}, routing={"policy": "br-h", "br-h": {"horizon_steps": 20}}
+    )
+    await asyncio.gather(*(ask_for(client, proxy.url, 10 + i % 30) for i in range(80)))
+    async with client.get(proxy.url + "/metrics") as response:
+        samples = re.search(r'brproxy_prediction_samples{group="default"} (\S+)', await response.text())
+    assert float(samples[1]) > 0
