@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import aiohttp
 from multidict import CIMultiDict
@@ -15,6 +16,9 @@ from yarl import URL
 
 from brproxy.proxy.headers import Headers
 from brproxy.types import BrproxyError
+
+_STALE_MAX = 4
+"""Kept connections to one worker that may turn out to be closed before the worker counts as failed."""
 
 # What aiohttp would add by itself: the client's headers are the whole truth.
 _NOT_OURS_TO_ADD = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
@@ -47,11 +51,29 @@ class WorkerRequest:
     body: bytes | None
 
 
+class _Reuse:
+    """Whether a request went out on a connection that was kept from an earlier one."""
+
+    __slots__ = ("reused",)
+
+    def __init__(self) -> None:
+        self.reused = False
+
+
+async def _note_reuse(
+    _session: aiohttp.ClientSession, context: SimpleNamespace, _params: aiohttp.TraceConnectionReuseconnParams
+) -> None:
+    context.trace_request_ctx.reused = True
+
+
 class Upstream:
     """The proxy's HTTP client: raw paths, no redirects, no cookies, no decompression."""
 
     def __init__(self, timeouts: UpstreamTimeouts, header_bytes_max: int) -> None:
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_reuseconn.append(_note_reuse)
         self._session = aiohttp.ClientSession(
+            trace_configs=[tracing],
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=timeouts.keepalive_s),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect_s),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -70,21 +92,28 @@ class Upstream:
 
         Raises WorkerFailedError, and TimeoutError when a timeout that the caller set runs out.
         """
-        origin = outgoing.origin
-        url = URL(origin + outgoing.target, encoded=True)
-        try:
-            return await self._session.request(
-                outgoing.method, url, headers=outgoing.headers, data=outgoing.body, allow_redirects=False
-            )
-        except aiohttp.ClientConnectorError as error:
-            raise WorkerFailedError(
-                f"cannot connect to {origin}: {_plain(error)}", unreachable=True
-            ) from error
-        except aiohttp.ConnectionTimeoutError as error:
-            raise WorkerFailedError(f"cannot connect to {origin} in time", unreachable=True) from error
-        except aiohttp.ClientError as error:
-            reason = f"{origin} closed the connection without an answer: {_plain(error)}"
-            raise WorkerFailedError(reason, unreachable=False) from error
+        for _ in range(_STALE_MAX):
+            reuse = _Reuse()
+            try:
+                return await self._send(outgoing, reuse)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                # Engines close idle connections when they like: that says nothing of the worker.
+                if isinstance(error, aiohttp.ClientConnectorError) or not reuse.reused:
+                    raise _failed(outgoing.origin, error) from error
+            except aiohttp.ClientError as error:
+                raise _failed(outgoing.origin, error) from error
+        reason = f"{outgoing.origin} closed {_STALE_MAX} kept connections one after another"
+        raise WorkerFailedError(reason, unreachable=False)
+
+    async def _send(self, outgoing: WorkerRequest, reuse: _Reuse) -> aiohttp.ClientResponse:
+        return await self._session.request(
+            outgoing.method,
+            URL(outgoing.origin + outgoing.target, encoded=True),
+            headers=outgoing.headers,
+            data=outgoing.body,
+            allow_redirects=False,
+            trace_request_ctx=reuse,
+        )
 
     async def get(
         self, origin: str, path: str, timeout_s: float, headers: Headers | None = None
@@ -104,6 +133,15 @@ class Upstream:
             raise WorkerFailedError(
                 f"{origin}{path} broke off: {_plain(error)}", unreachable=False
             ) from error
+
+
+def _failed(origin: str, error: aiohttp.ClientError) -> WorkerFailedError:
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return WorkerFailedError(f"cannot connect to {origin} in time", unreachable=True)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return WorkerFailedError(f"cannot connect to {origin}: {_plain(error)}", unreachable=True)
+    reason = f"{origin} closed the connection without an answer: {_plain(error)}"
+    return WorkerFailedError(reason, unreachable=False)
 
 
 def _plain(error: Exception) -> str:

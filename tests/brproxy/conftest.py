@@ -124,6 +124,7 @@ class ScriptedWorker:
             self.left.set()
             return False
         gone.cancel()
+        await asyncio.wait((gone,))
         return await script
 
 

@@ -51,6 +51,29 @@ async def test_a_reset_before_the_first_byte_is_retried(
     await proxy.idle()
 
 
+async def test_a_kept_connection_that_the_worker_has_closed_is_no_failure(
+    start_worker, start_proxy, client, fixed
+):
+    served = set()
+
+    async def one_request_a_connection(writer):
+        if writer in served:
+            writer.transport.abort()
+            return False
+        served.add(writer)
+        writer.write(fixed(b"{}"))
+        await writer.drain()
+        return True
+
+    worker = await start_worker(one_request_a_connection)
+    proxy = await start_proxy([worker.url], limits={"retries_max": 0})
+    for _ in range(5):
+        assert (await ask(client, proxy))[0] == 200
+    assert worker.connections == 5
+    assert len(worker.requests) == 9, "every kept connection was tried once"
+    await proxy.idle()
+
+
 async def test_when_all_workers_fail_it_is_a_502(start_worker, start_proxy, client, reset):
     workers = [await start_worker(reset()) for _ in range(4)]
     proxy = await start_proxy([worker.url for worker in workers], limits={"retries_max": 2})
