@@ -129,8 +129,8 @@ class Dispatcher:
         admitted: list[int] = np.flatnonzero(decision != NOT_ADMITTED).tolist()
         if not admitted:
             return []
-        passed_over = set(range(admitted[-1])).difference(admitted)
-        self.ledger.pass_over([waiting[i] for i in passed_over])
+        chosen = set(admitted)
+        self.ledger.pass_over([waiting[i] for i in range(admitted[-1]) if i not in chosen])
         assignments = [Assignment(waiting[i].id, WorkerIndex(int(decision[i]))) for i in admitted]
         for i, assignment in zip(admitted, assignments, strict=True):
             prospect = self.predictor.prospect(waiting[i].request)

@@ -27,6 +27,7 @@ BoolArray = NDArray[np.bool_]
 
 NO_WORKER = WorkerIndex(-1)
 NO_ROW = -1
+_NO_PROSPECT = Prospect()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +247,14 @@ class Ledger:
         self._leave_pool(request_id)
         entry.worker, entry.bound_s, entry.row = worker, now_s, len(self._rows)
         self._rows.append(entry)
-        values = (request_id, worker, entry.prompt_tokens, 0, *(prospect or Prospect()))
-        for column, value in zip(self._columns, values, strict=True):
-            column.append(value)
+        curve, length_max, certain = prospect or _NO_PROSPECT
+        self._row_id.append(request_id)
+        self._row_worker.append(worker)
+        self._row_kv_tokens.append(entry.prompt_tokens)
+        self._row_output_tokens.append(0)
+        self._row_curve.append(curve)
+        self._row_length_max.append(length_max)
+        self._row_certain.append(certain)
         self._kv_tokens[worker] += entry.prompt_tokens
         self._requests[worker] += 1
 

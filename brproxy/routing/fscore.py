@@ -45,8 +45,9 @@ class FScore:
 
         ``margins`` is float64[H+1]. For few demands: one product of a [K, H+1] matrix.
         """
-        overflow = np.maximum(demands[:, None] - margins, 0.0) @ self.discounts
-        score: FloatArray = self.alpha * self.discount_sum * demands - self.beta * overflow
+        overflow = demands[:, None] - margins
+        np.maximum(overflow, 0.0, out=overflow)
+        score: FloatArray = self.alpha * self.discount_sum * demands - self.beta * (overflow @ self.discounts)
         return score
 
     def top(self, margins: FloatArray) -> tuple[float, float]:
