@@ -148,8 +148,8 @@ class Ledger:
 
     def slots_free(self, routable: BoolArray) -> int:
         """Return the slots that the ``routable`` workers (bool[G]) have free together."""
-        free = np.maximum(self._slots - np.array(self._requests, dtype=np.int64), 0)
-        return int(free[routable].sum())
+        free = self._slots - np.array(self._requests, dtype=np.int64)
+        return int(np.maximum(free, 0) @ routable)
 
     def entry(self, request_id: RequestId) -> Entry:
         """Return the request's entry; raises LifecycleError once it has ended."""
@@ -215,7 +215,7 @@ class Ledger:
             kv_tokens=kv_tokens,
             requests=requests,
             slots=self._slots,
-            slots_free=np.where(routable, slots_free, 0),
+            slots_free=slots_free * routable,
             kv_capacity=self._kv_capacity,
             kv_free=kv_free,
             prompt_tokens=np.array([e.prompt_tokens for e in waiting], dtype=np.int64),

@@ -59,8 +59,11 @@ class ClusterView:
         if workers == 0:
             msg = "a barrier group needs at least one worker"
             raise InvalidInputError(msg)
-        per_worker = (self.requests, self.slots, self.slots_free, self.kv_capacity, self.kv_free)
-        if any(array.shape != (workers,) for array in per_worker):
+        shape = self.kv_tokens.shape
+        if not (
+            shape == self.requests.shape == self.slots.shape == self.slots_free.shape
+            and shape == self.kv_capacity.shape == self.kv_free.shape
+        ):
             msg = f"every per-worker array must have shape ({workers},)"
             raise InvalidInputError(msg)
         if self.passed_over.shape != self.prompt_tokens.shape:
