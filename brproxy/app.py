@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,15 @@ from brproxy.fleet import Fleet, Group
 from brproxy.health import GroupHealth, HealthThresholds
 from brproxy.ledger import Ledger, WorkerLimits
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
+from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
+from brproxy.proxy.forwarding import RelayLimits
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.prober import Prober, ProbeSettings
-from brproxy.proxy.relay import RelayLimits
 from brproxy.proxy.service import GroupService, Service, ServiceLimits
-from brproxy.proxy.upstream import Upstream, UpstreamTimeouts
+from brproxy.relay.client import RelayServer
+from brproxy.relay.pool import PoolSettings, WorkerPool
+from brproxy.relay.watch import Watch
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state, save_state
 from brproxy.telemetry.metrics import Metrics
@@ -71,28 +74,30 @@ def build_service(config: Config) -> Service:
     if config.prediction.state_file:
         load_state(Path(config.prediction.state_file), _predictors(fleet), config.prediction.predictor)
     metrics = Metrics(fleet)
-    services = [
-        GroupService(
+    limits, timeouts = config.limits, config.timeouts
+    pool_settings = PoolSettings(
+        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
+    )
+    services = {
+        group.name: GroupService(
             group,
             GroupDriver(
                 group,
                 clock,
                 config.routing.tick_ms / 1000,
-                on_round=partial(metrics.round, group.name),
-                on_end=partial(metrics.ended, group.name),
+                on_round=metrics.groups[group.name].round,
+                on_end=metrics.groups[group.name].ended,
             ),
-            tuple(w.url for w in config.groups[group.name]),
+            tuple(WorkerPool(w.url, pool_settings) for w in config.groups[group.name]),
             make_dialect(config.groups[group.name][0].engine),
         )
         for group in fleet.groups
-    ]
-    limits, timeouts = config.limits, config.timeouts
+    }
     return Service(
         groups=services,
         fleet=fleet,
-        upstream=Upstream(
-            UpstreamTimeouts(timeouts.connect_s, timeouts.keepalive_s), limits.header_bytes_max
-        ),
+        control=ControlClient(timeouts.connect_s, timeouts.keepalive_s, limits.header_bytes_max),
+        watch=Watch(_look_interval_s(config), partial(_expire, services.values())),
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
         metrics=metrics,
         clock=clock,
@@ -101,6 +106,7 @@ def build_service(config: Config) -> Service:
             retries_max=limits.retries_max,
             retry_after_s=limits.retry_after_s,
             body_bytes_max=limits.body_bytes_max,
+            upload_bytes_max=limits.upload_bytes_max,
             control_timeout_s=config.health.timeout_s,
         ),
         relay_limits=RelayLimits(
@@ -113,6 +119,18 @@ def build_service(config: Config) -> Service:
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,
     )
+
+
+def _look_interval_s(config: Config) -> float:
+    """Return how often time-outs are looked at: they are late by up to that, a tenth of the shortest."""
+    timeouts = config.timeouts
+    return min(1.0, 0.1 * min(timeouts.first_byte_s, timeouts.stall_s, timeouts.keepalive_s))
+
+
+def _expire(services: Iterable[GroupService], now_s: float) -> None:
+    for service in services:
+        for pool in service.pools:
+            pool.expire(now_s)
 
 
 class RunningProxy:
@@ -134,17 +152,17 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
     service = build_service(config)
     handlers = Handlers(service)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
-    prober = Prober(list(service.groups), service.upstream, service.clock, settings)
-    runner = web.AppRunner(
-        handlers.application(),
-        handler_cancellation=True,
+    prober = Prober(list(service.groups.values()), service.control, service.clock, settings)
+    server = RelayServer(
+        handlers.handle,
+        config.limits.body_bytes_max,
         auto_decompress=False,
         access_log=None,
         keepalive_timeout=config.timeouts.client_keepalive_s,
         max_line_size=config.limits.header_bytes_max,
         max_field_size=config.limits.header_bytes_max,
-        shutdown_timeout=config.timeouts.drain_s,
     )
+    runner = web.ServerRunner(server, shutdown_timeout=config.timeouts.drain_s)
     keeping = asyncio.create_task(_keep_state(config, service))
     try:
         await runner.setup()
@@ -152,15 +170,18 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             await prober.start()
         port = await _listen(runner, config)
         yield RunningProxy(service, handlers, port)
-        handlers.draining = True
+        handlers.pages.draining = True
     finally:
         await runner.cleanup()
         await prober.stop()
         keeping.cancel()
         _save_state(config, service)
-        for group in service.groups:
+        for group in service.groups.values():
             group.driver.close()
-        await service.upstream.close()
+            for pool in group.pools:
+                pool.close()
+        service.watch.close()
+        await service.control.close()
 
 
 async def _keep_state(config: Config, service: Service) -> None:
@@ -182,7 +203,7 @@ def _predictors(fleet: Fleet) -> dict[str, AnyPredictor]:
     return {group.name: group.dispatcher.predictor for group in fleet.groups}
 
 
-async def _listen(runner: web.AppRunner, config: Config) -> int:
+async def _listen(runner: web.ServerRunner, config: Config) -> int:
     listen = config.listen
     try:
         await web.TCPSite(runner, listen.host, listen.port, backlog=listen.backlog).start()

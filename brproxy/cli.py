@@ -17,8 +17,9 @@ from brproxy.config import Config, Worker, load_config
 from brproxy.config_reference import reference_table
 from brproxy.engines.dialect import make_dialect
 from brproxy.logs import configure_logging
+from brproxy.proxy.control import ControlClient
 from brproxy.proxy.prober import probe
-from brproxy.proxy.upstream import Upstream, UpstreamTimeouts, WorkerFailedError
+from brproxy.relay.errors import WorkerFailedError
 
 app = make_command("brproxy", "A load balancer for barrier-synchronised data-parallel LLM serving.")
 
@@ -51,27 +52,26 @@ def reference() -> None:
 
 async def _probe_all(config: Config) -> bool:
     """Print a line for each worker; return whether all answered."""
-    upstream = Upstream(
-        UpstreamTimeouts(config.timeouts.connect_s, config.timeouts.keepalive_s),
-        config.limits.header_bytes_max,
+    control = ControlClient(
+        config.timeouts.connect_s, config.timeouts.keepalive_s, config.limits.header_bytes_max
     )
     try:
-        results = await asyncio.gather(*(_probe(upstream, config, worker) for worker in config.worker))
+        results = await asyncio.gather(*(_probe(control, config, worker) for worker in config.worker))
     finally:
-        await upstream.close()
+        await control.close()
     return all(results)
 
 
-async def _probe(upstream: Upstream, config: Config, worker: Worker) -> bool:
+async def _probe(control: ControlClient, config: Config, worker: Worker) -> bool:
     dialect = make_dialect(worker.engine)
     path, timeout_s = config.health.path or dialect.HEALTH_PATH, config.health.timeout_s
     started_s = time.perf_counter()
-    result = await probe(upstream, worker.url, path, timeout_s)
+    result = await probe(control, worker.url, path, timeout_s)
     duration_ms = (time.perf_counter() - started_s) * 1000
     if not result.ok:
         typer.echo(f"worker {worker.label} [{worker.group}]: FAILED: {result.reason}")
         return False
-    models = await _models(upstream, worker.url, dialect.MODELS_PATH, timeout_s)
+    models = await _models(control, worker.url, dialect.MODELS_PATH, timeout_s)
     missing = sorted(worker.models - set(models)) if models else []
     note = f"; configured but not served: {', '.join(missing)}" if missing else ""
     served = ", ".join(models) or "none reported"
@@ -79,9 +79,9 @@ async def _probe(upstream: Upstream, config: Config, worker: Worker) -> bool:
     return True
 
 
-async def _models(upstream: Upstream, origin: str, path: str, timeout_s: float) -> list[str]:
+async def _models(control: ControlClient, origin: str, path: str, timeout_s: float) -> list[str]:
     try:
-        _, body = await upstream.get(origin, path, timeout_s)
+        _, body = await control.get(origin, path, timeout_s)
         return [str(entry["id"]) for entry in orjson.loads(body)["data"]]
     except (WorkerFailedError, orjson.JSONDecodeError, KeyError, TypeError):
         return []

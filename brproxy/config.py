@@ -173,6 +173,14 @@ class Limits(Section):
         description="Other workers tried when one fails before its first byte (workers).",
     )
     body_bytes_max: int = Field(default=64 * MIB, ge=1024, description="Request body; beyond: 413 (bytes).")
+    upload_bytes_max: int = Field(
+        default=4096 * MIB,
+        ge=1024,
+        description="Upload that is no JSON and is passed on as it comes; beyond: 413 (bytes).",
+    )
+    idle_connections_max: int = Field(
+        default=1024, ge=0, description="Idle connections kept to each worker (connections)."
+    )
     header_bytes_max: int = Field(
         default=32_768, ge=1024, le=MIB, description="Header line, of requests and responses (bytes)."
     )

@@ -90,10 +90,10 @@ class StreamCounter:
         self._booked_tokens = 0
         self.chunks = 0
 
-    def count(self) -> int:
-        """Count one more chunk; return the tokens to book for it."""
-        self.chunks += 1
-        self._chunks_since += 1
+    def count(self, chunks: int = 1) -> int:
+        """Count ``chunks`` more chunks; return the tokens to book for them."""
+        self.chunks += chunks
+        self._chunks_since += chunks
         return self._book(self._reported_tokens + round(self._chunks_since * self._tokens_per_chunk))
 
     def settle(self, output_tokens: int) -> int:

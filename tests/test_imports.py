@@ -30,9 +30,10 @@ ALLOWED = {
     "state_file": {"prediction"},
     "config": {"validation"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
-    "proxy": CORE | {"engines", "telemetry"},
-    "app": CORE | {"state_file", "engines", "telemetry", "config", "proxy"},
-    "cli": CORE | {"engines", "config", "config_reference", "proxy", "app", "command", "logs"},
+    "relay": {"types"},
+    "proxy": CORE | {"engines", "telemetry", "relay"},
+    "app": CORE | {"state_file", "engines", "telemetry", "config", "proxy", "relay"},
+    "cli": CORE | {"engines", "config", "config_reference", "proxy", "relay", "app", "command", "logs"},
     "__main__": {"cli"},
     "__init__": set(),
 }

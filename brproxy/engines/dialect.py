@@ -17,8 +17,7 @@ SEQUENCES_MAX = 1024
 """Most sequences that one request counts as, whatever its ``n`` says."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
+class RequestFacts(NamedTuple):
     """What a request's body says about the load that it will be.
 
     ``prompt_tokens`` is exact for token-id prompts and None otherwise; ``prompt_bytes`` is the UTF-8 length

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from brproxy.engines.dialect import Dialect, EventFacts, RequestFacts, Usage
+from brproxy.engines.dialect import PLAIN_TOKENS, Dialect, EventFacts, RequestFacts, Usage
+from brproxy.engines.plain import PlainEvent
 from brproxy.estimate import StreamCounter, TokenEstimator
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.sse import SseEvent
@@ -13,8 +14,21 @@ _NO_DATA = EventFacts()
 class Account:
     """Reads one worker's response to one request and keeps its lease up to date; never changes a byte.
 
-    ``usage_was_added``: the proxy asked for usage and the client did not.
+    ``usage_was_added``: the proxy asked for usage and the client did not. ``plain`` is what the ordinary
+    event of this stream looks like, once one has been seen.
     """
+
+    __slots__ = (
+        "_counter",
+        "_estimator",
+        "_facts",
+        "_lease",
+        "_usage",
+        "dialect",
+        "done",
+        "plain",
+        "usage_was_added",
+    )
 
     def __init__(
         self,
@@ -33,6 +47,7 @@ class Account:
         self._counter = StreamCounter(estimator.tokens_per_chunk(facts.model))
         self._usage: Usage | None = None
         self.done = False
+        self.plain: PlainEvent | None = None
 
     def look(self, event: SseEvent) -> EventFacts:
         """Book what one event says and return it."""
@@ -42,11 +57,17 @@ class Account:
         if facts.has_tokens:
             self._lease.first_token()
             self._lease.tokens(self._counter.count())
+        if facts is PLAIN_TOKENS:
+            self.plain = PlainEvent.learn(event.raw) or self.plain
         if facts.usage is not None:
             self._settle(facts.usage)
         if facts.done:
             self.done = True
         return facts
+
+    def count_plain(self, events: int) -> None:
+        """Book ``events`` events that look like ``plain``: the same as looking at each of them."""
+        self._lease.tokens(self._counter.count(events))
 
     def hides(self, facts: EventFacts) -> bool:
         """Tell whether the client must not see an event: it exists only because the proxy asked for it."""

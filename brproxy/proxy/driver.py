@@ -16,7 +16,7 @@ from brproxy.clock import Clock
 from brproxy.fleet import Group
 from brproxy.ledger import Entry
 from brproxy.lifecycle import TERMINAL, Event, State
-from brproxy.proxy.errors import ClientGoneError
+from brproxy.relay.errors import ClientGoneError
 from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
 
 
@@ -53,13 +53,17 @@ class GroupDriver:
         request_id = self._dispatcher.arrive(request, self.clock.now_s())
         return Lease(self, self._dispatcher.ledger.entry(request_id))
 
+    def decide_now(self, entry: Entry) -> bool:
+        """Decide at once if nobody waits for a tick; return whether ``entry`` is bound now."""
+        if self._tick is None:
+            self._run_round()
+        return entry.state is State.PREFILL
+
     async def wait(self, entry: Entry) -> WorkerIndex:
-        """Wait until ``entry`` is bound; raises WaitExpiredError."""
+        """Wait until ``entry``, which a tick is going to look at, is bound; raises WaitExpiredError."""
         waiter: asyncio.Future[WorkerIndex] = asyncio.get_running_loop().create_future()
         self._waiters[entry.id] = waiter
         try:
-            if self._tick is None:
-                self._run_round()
             return await waiter
         finally:
             del self._waiters[entry.id]
@@ -88,12 +92,15 @@ class GroupDriver:
             self._on_round(time.perf_counter() - started_s, len(assignments))
         for assignment in assignments:
             self._wake(assignment.request_id, assignment.worker)
+        if not self._dispatcher.ledger.pending:
+            self._tick = None
+            return
         for request_id in self._dispatcher.expired(now_s):
             entry = self._dispatcher.ledger.entry(request_id)
             self.end(entry, Event.EXPIRE)
             self._wake(request_id, None)
-        pending = self._dispatcher.ledger.pending
-        self._tick = asyncio.get_running_loop().call_later(self._tick_s, self._run_round) if pending else None
+        # Also when all have expired: whoever is about to wait relies on the tick.
+        self._tick = asyncio.get_running_loop().call_later(self._tick_s, self._run_round)
 
     def _wake(self, request_id: RequestId, worker: WorkerIndex | None) -> None:
         # A waiter may be gone or cancelled already: its handler is about to end the request itself.
@@ -143,6 +150,8 @@ class Lease:
 
     async def worker(self) -> WorkerIndex:
         """Wait for a worker; raises WaitExpiredError."""
+        if self._driver.decide_now(self.entry):
+            return self.entry.worker
         return await self._driver.wait(self.entry)
 
     def retry(self) -> None:

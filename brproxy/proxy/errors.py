@@ -11,12 +11,6 @@ from http import HTTPStatus
 import orjson
 from aiohttp import web
 
-from brproxy.types import BrproxyError
-
-
-class ClientGoneError(BrproxyError):
-    """The client closed its connection, or has stopped reading for too long."""
-
 
 @dataclass
 class ProxyError(Exception):
@@ -47,6 +41,15 @@ class ProxyError(Exception):
 def bad_request(message: str) -> ProxyError:
     """Return 400: the request could never be served here."""
     return ProxyError(HTTPStatus.BAD_REQUEST, message, "invalid_request_error")
+
+
+def upload_too_large(limit_bytes: int) -> ProxyError:
+    """Return 413: an upload that is passed on as it comes exceeds ``limits.upload_bytes_max``."""
+    return ProxyError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"The upload is larger than {limit_bytes} bytes, the most that this proxy passes on.",
+        "invalid_request_error",
+    )
 
 
 def unknown_model(message: str) -> ProxyError:

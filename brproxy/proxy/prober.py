@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from brproxy.clock import Clock
+from brproxy.proxy.control import ControlClient
 from brproxy.proxy.service import GroupService
-from brproxy.proxy.upstream import Upstream, WorkerFailedError
+from brproxy.relay.errors import WorkerFailedError
 from brproxy.types import WorkerIndex
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,10 @@ class ProbeResult:
     reason: str
 
 
-async def probe(upstream: Upstream, origin: str, path: str, timeout_s: float) -> ProbeResult:
+async def probe(control: ControlClient, origin: str, path: str, timeout_s: float) -> ProbeResult:
     """Ask ``origin`` once; never raises for what a worker does."""
     try:
-        status, _ = await upstream.get(origin, path, timeout_s)
+        status, _ = await control.get(origin, path, timeout_s)
     except WorkerFailedError as error:
         return ProbeResult(ok=False, reason=str(error))
     ok = HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES
@@ -46,17 +47,17 @@ class Prober:
     """Checks every worker of ``services`` for as long as it runs."""
 
     def __init__(
-        self, services: list[GroupService], upstream: Upstream, clock: Clock, settings: ProbeSettings
+        self, services: list[GroupService], control: ControlClient, clock: Clock, settings: ProbeSettings
     ) -> None:
         self._services = services
-        self._upstream = upstream
+        self._control = control
         self._clock = clock
         self._settings = settings
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Check every worker once, so that traffic need not wait for the first interval; then go on."""
-        workers = [(s, WorkerIndex(i)) for s in self._services for i in range(len(s.origins))]
+        workers = [(s, WorkerIndex(i)) for s in self._services for i in range(len(s.pools))]
         await asyncio.gather(*(self._check(service, worker) for service, worker in workers))
         for position, (service, worker) in enumerate(workers):
             # Spread over the interval, so that a large group is not asked all at one instant.
@@ -77,7 +78,7 @@ class Prober:
 
     async def _check(self, service: GroupService, worker: WorkerIndex) -> None:
         path = self._settings.path or service.dialect.HEALTH_PATH
-        result = await probe(self._upstream, service.origins[worker], path, self._settings.timeout_s)
+        result = await probe(self._control, service.pools[worker].origin, path, self._settings.timeout_s)
         health = service.group.health
         changed = health.record(worker, ok=result.ok, reason=result.reason, now_s=self._clock.now_s())
         if changed:

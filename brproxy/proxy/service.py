@@ -1,27 +1,29 @@
-"""What the handlers work with: each barrier group with its driver, its workers' origins and its dialect."""
+"""What the handlers work with: each barrier group with its driver, connections to its workers, its dialect."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from brproxy.clock import Clock
 from brproxy.engines.dialect import Dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
+from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
-from brproxy.proxy.relay import RelayLimits
-from brproxy.proxy.upstream import Upstream
+from brproxy.proxy.forwarding import RelayLimits
+from brproxy.relay.pool import WorkerPool
+from brproxy.relay.watch import Watch
 from brproxy.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
 class GroupService:
-    """One barrier group at work; ``origins[G]`` are its workers' "http://host:port"."""
+    """One barrier group at work; ``pools[G]`` are the connections to its workers."""
 
     group: Group
     driver: GroupDriver
-    origins: tuple[str, ...]
+    pools: tuple[WorkerPool, ...]
     dialect: Dialect
 
 
@@ -33,16 +35,18 @@ class ServiceLimits:
     retries_max: int
     retry_after_s: int
     body_bytes_max: int
+    upload_bytes_max: int
     control_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything behind the handlers."""
+    """Everything behind the handlers; ``groups`` are by name."""
 
-    groups: Sequence[GroupService]
+    groups: Mapping[str, GroupService]
     fleet: Fleet
-    upstream: Upstream
+    control: ControlClient
+    watch: Watch
     estimator: TokenEstimator
     metrics: Metrics
     clock: Clock
@@ -54,5 +58,4 @@ class Service:
 
     def choose(self, model: str) -> GroupService:
         """Return the group for a request; raises UnknownModelError."""
-        chosen = self.fleet.choose(model)
-        return next(service for service in self.groups if service.group is chosen)
+        return self.groups[self.fleet.choose(model).name]

@@ -2,16 +2,18 @@
 
 Counters and histograms hold the first; the second is read from the ledger when somebody scrapes.
 
-Nothing here runs per token: a request is counted once, when it ends, and gauges are computed when asked for.
-Label values come from the configuration only, so the number of series is bounded by it.
+Nothing here runs per token, and a request costs a few list appends: values are sorted into their buckets many
+at a time. Label values come from the configuration only, so the number of series is bounded by it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+import numpy as np
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from brproxy.fleet import Fleet, Group
@@ -19,9 +21,170 @@ from brproxy.ledger import Entry
 
 _WAIT_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ROUND_S = (50e-6, 100e-6, 150e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3)
+_UNSORTED_MAX = 1024
 
 _GroupValue = Callable[[Group], float]
 _WorkerValues = Callable[[Group], Sequence[float]]
+
+
+class Histogram:
+    """Values by bucket; ``bounds`` are the buckets' upper ends, the last is infinite."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = np.array(bounds)
+        self._labels = [*map(repr, map(float, bounds)), "+Inf"]
+        self._counts = np.zeros(len(bounds) + 1, dtype=np.int64)
+        self._sum = 0.0
+        self._unsorted: list[float] = []
+
+    def observe(self, value: float) -> None:
+        """Take in one value."""
+        self._unsorted.append(value)
+        if len(self._unsorted) >= _UNSORTED_MAX:
+            self._sort()
+
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Put everything so far into ``family`` under ``labels``."""
+        self._sort()
+        cumulative = np.cumsum(self._counts).tolist()
+        family.add_metric(labels, list(zip(self._labels, cumulative, strict=True)), self._sum)
+
+    def _sort(self) -> None:
+        bucket = np.searchsorted(self._bounds, self._unsorted, side="left")
+        self._counts += np.bincount(bucket, minlength=len(self._counts))
+        self._sum += sum(self._unsorted)
+        self._unsorted.clear()
+
+
+class GroupMetrics:
+    """What has happened in one barrier group."""
+
+    def __init__(self, worker_names: Sequence[str]) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.retries: dict[str, int] = dict.fromkeys(worker_names, 0)
+        self.output_tokens = 0
+        self.admitted = 0
+        self.wait_s = Histogram(_WAIT_S)
+        self.ttft_s = Histogram(_WAIT_S)
+        self.round_s = Histogram(_ROUND_S)
+
+    def ended(self, entry: Entry) -> None:
+        """Count a request that has ended."""
+        self.outcomes[entry.state.name] += 1
+        self.output_tokens += entry.output_tokens
+        if entry.bound_s is not None:
+            self.wait_s.observe(entry.bound_s - entry.arrived_s)
+        if entry.first_token_s is not None:
+            self.ttft_s.observe(entry.first_token_s - entry.arrived_s)
+
+    def round(self, duration_s: float, admitted: int) -> None:
+        """Count a decision round that admitted something."""
+        self.round_s.observe(duration_s)
+        self.admitted += admitted
+
+
+class Metrics(Collector):
+    """The metrics of one proxy, and their exposition; ``groups`` are by name."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._rejected: Counter[str] = Counter()
+        self.groups = {group.name: GroupMetrics(group.worker_names) for group in fleet.groups}
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def exposition(self) -> bytes:
+        """Return everything in the Prometheus text format."""
+        return generate_latest(self._registry)
+
+    def reject(self, status: int | str) -> None:
+        """Count a request that the proxy answered itself; "stream": within a stream that had begun."""
+        self._rejected[str(int(status)) if isinstance(status, int) else status] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family."""
+        yield from self._counters()
+        yield from self._histograms()
+        yield from self._state()
+        yield from self._quality()
+
+    def _counters(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "brproxy_requests", "Requests that ended, by outcome", labels=["group", "outcome"]
+        )
+        retries = CounterMetricFamily(
+            "brproxy_retries", "Requests taken back from a failed worker", labels=["group", "worker"]
+        )
+        tokens = CounterMetricFamily("brproxy_output_tokens", "Tokens streamed to clients", labels=["group"])
+        admitted = CounterMetricFamily("brproxy_admitted", "Requests bound to a worker", labels=["group"])
+        for name, metrics in self.groups.items():
+            for outcome, count in metrics.outcomes.items():
+                requests.add_metric([name, outcome.lower()], count)
+            for worker, count in metrics.retries.items():
+                retries.add_metric([name, worker], count)
+            tokens.add_metric([name], metrics.output_tokens)
+            admitted.add_metric([name], metrics.admitted)
+        rejected = CounterMetricFamily(
+            "brproxy_rejected", "Requests that the proxy answered itself", labels=["status"]
+        )
+        for status, count in self._rejected.items():
+            rejected.add_metric([status], count)
+        yield from (requests, retries, tokens, admitted, rejected)
+
+    def _histograms(self) -> Iterator[Metric]:
+        wait = HistogramMetricFamily("brproxy_wait_seconds", "Time in the pool", labels=["group"])
+        ttft = HistogramMetricFamily("brproxy_ttft_seconds", "Arrival to first token", labels=["group"])
+        rounds = HistogramMetricFamily(
+            "brproxy_round_seconds", "One decision round that admits", labels=["group"]
+        )
+        for name, metrics in self.groups.items():
+            metrics.wait_s.add_to(wait, [name])
+            metrics.ttft_s.add_to(ttft, [name])
+            metrics.round_s.add_to(rounds, [name])
+        yield from (wait, ttft, rounds)
+
+    def _state(self) -> Iterator[Metric]:
+        """Yield gauges of every group and worker, as they are now."""
+        yield self._per_group("brproxy_pool_requests", "Requests waiting in the proxy", _pending)
+        yield self._per_group(
+            "brproxy_imbalance_kv_tokens", "Booked load of the heaviest less the lightest worker", _imbalance
+        )
+        yield self._per_group("brproxy_envelope_kv_tokens", "Booked load of the heaviest worker", _envelope)
+        yield self._per_worker("brproxy_worker_kv_tokens", "KV tokens booked on the worker", _kv_tokens)
+        yield self._per_worker("brproxy_worker_requests", "Requests bound to the worker", _requests)
+        yield self._per_worker("brproxy_worker_routable", "1 if the worker may be chosen", _routable)
+
+    def _quality(self) -> Iterator[Metric]:
+        """Yield how good predictions are; a figure that cannot be told yet is absent, not zero."""
+        families = {
+            name: GaugeMetricFamily(f"brproxy_prediction_{name}", text, labels=["group"])
+            for name, text in (
+                ("samples", "Predictions compared with the truth"),
+                ("auc", "AUC of p_fin, termination within the horizon"),
+                ("mae_steps", "Mean error of the remaining steps"),
+                ("calibration_error", "Mean distance of p_fin from what happened"),
+            )
+        }
+        for group in self._fleet.groups:
+            quality = group.dispatcher.quality.report()
+            for name, family in families.items():
+                value = getattr(quality, name)
+                if value is not None:
+                    family.add_metric([group.name], value)
+        yield from families.values()
+
+    def _per_group(self, name: str, text: str, value: _GroupValue) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, text, labels=["group"])
+        for group in self._fleet.groups:
+            family.add_metric([group.name], value(group))
+        return family
+
+    def _per_worker(self, name: str, text: str, values: _WorkerValues) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, text, labels=["group", "worker"])
+        for group in self._fleet.groups:
+            for worker, value in zip(group.worker_names, values(group), strict=True):
+                family.add_metric([group.name, worker], value)
+        return family
 
 
 def _pending(group: Group) -> float:
@@ -48,101 +211,3 @@ def _requests(group: Group) -> Sequence[float]:
 def _routable(group: Group) -> Sequence[float]:
     routable: list[float] = group.health.routable().astype(float).tolist()
     return routable
-
-
-class FleetCollector(Collector):
-    """Gauges of every group and worker, read at the moment of the scrape."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield one family for each gauge."""
-        yield self._per_group("brproxy_pool_requests", "Requests waiting in the proxy", _pending)
-        yield self._per_group(
-            "brproxy_imbalance_kv_tokens", "Booked load of the heaviest less the lightest worker", _imbalance
-        )
-        yield self._per_group("brproxy_envelope_kv_tokens", "Booked load of the heaviest worker", _envelope)
-        yield from self._quality()
-        yield self._per_worker("brproxy_worker_kv_tokens", "KV tokens booked on the worker", _kv_tokens)
-        yield self._per_worker("brproxy_worker_requests", "Requests bound to the worker", _requests)
-        yield self._per_worker("brproxy_worker_routable", "1 if the worker may be chosen", _routable)
-
-    def _per_group(self, name: str, text: str, value: _GroupValue) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(name, text, labels=["group"])
-        for group in self._fleet.groups:
-            family.add_metric([group.name], value(group))
-        return family
-
-    def _quality(self) -> Iterator[GaugeMetricFamily]:
-        """Yield how good predictions are; a figure that cannot be told yet is absent, not zero."""
-        families = {
-            "samples": GaugeMetricFamily(
-                "brproxy_prediction_samples", "Predictions compared with the truth", labels=["group"]
-            ),
-            "auc": GaugeMetricFamily(
-                "brproxy_prediction_auc", "AUC of p_fin, termination within the horizon", labels=["group"]
-            ),
-            "mae_steps": GaugeMetricFamily(
-                "brproxy_prediction_mae_steps", "Mean error of the remaining steps", labels=["group"]
-            ),
-            "calibration_error": GaugeMetricFamily(
-                "brproxy_prediction_calibration_error",
-                "Mean distance of p_fin from what happened",
-                labels=["group"],
-            ),
-        }
-        for group in self._fleet.groups:
-            quality = group.dispatcher.quality.report()
-            for name, family in families.items():
-                value = getattr(quality, name)
-                if value is not None:
-                    family.add_metric([group.name], value)
-        yield from families.values()
-
-    def _per_worker(self, name: str, text: str, values: _WorkerValues) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(name, text, labels=["group", "worker"])
-        for group in self._fleet.groups:
-            for worker, value in zip(group.worker_names, values(group), strict=True):
-                family.add_metric([group.name, worker], value)
-        return family
-
-
-class Metrics:
-    """The counters and histograms of one proxy, and their exposition."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(FleetCollector(fleet))
-        self.requests = self._counter("requests", "Requests that ended, by outcome", "group", "outcome")
-        self.rejected = self._counter("rejected", "Requests that the proxy answered itself", "status")
-        self.retries = self._counter("retries", "Requests taken back from a failed worker", "group", "worker")
-        self.output_tokens = self._counter("output_tokens", "Tokens streamed to clients", "group")
-        self.wait_s = self._histogram("wait_seconds", "Time in the pool", _WAIT_S, "group")
-        self.ttft_s = self._histogram("ttft_seconds", "Arrival to first token", _WAIT_S, "group")
-        self.round_s = self._histogram("round_seconds", "One decision round that admits", _ROUND_S, "group")
-        self.admitted = self._counter("admitted", "Requests bound to a worker", "group")
-
-    def exposition(self) -> bytes:
-        """Return everything in the Prometheus text format."""
-        return generate_latest(self._registry)
-
-    def ended(self, group: str, entry: Entry) -> None:
-        """Count a request that has ended."""
-        self.requests.labels(group, entry.state.name.lower()).inc()
-        self.output_tokens.labels(group).inc(entry.output_tokens)
-        if entry.bound_s is not None:
-            self.wait_s.labels(group).observe(entry.bound_s - entry.arrived_s)
-        if entry.first_token_s is not None:
-            self.ttft_s.labels(group).observe(entry.first_token_s - entry.arrived_s)
-
-    def round(self, group: str, duration_s: float, admitted: int) -> None:
-        """Count a decision round that admitted something."""
-        self.round_s.labels(group).observe(duration_s)
-        self.admitted.labels(group).inc(admitted)
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"brproxy_{name}", text, labels, registry=self._registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"brproxy_{name}", text, labels, buckets=buckets, registry=self._registry)

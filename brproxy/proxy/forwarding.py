@@ -1,0 +1,346 @@
+"""From the worker's response to the client's: bytes pass unchanged, counting tokens only looks.
+
+Three ways through. A *stream* of server-sent events: its first event is held until it shows whether the
+worker took the request (an engine may refuse with status 200), an incomplete event is held until it is whole,
+and a stream that breaks off ends with an error event and no clean end. A *refusal* is kept, because another
+worker may take the request. Everything else is a *reply*: its bytes pass as they come, and a copy of a JSON
+reply is read for usage at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from brproxy.proxy.accounting import Account
+from brproxy.proxy.errors import ProxyError, stream_broke_off, worker_silent
+from brproxy.proxy.sse import SseEvent, SseSplitter, event_data
+from brproxy.relay.client import Client
+from brproxy.relay.connection import Exchange, WorkerConnection
+from brproxy.relay.errors import BrokenResponseError, ClientGoneError, WorkerFailedError
+from brproxy.relay.fields import REQUEST_ID
+from brproxy.relay.framing import (
+    Framing,
+    choose_framing,
+    chunk,
+    interim_head,
+    last_chunk,
+    response_head,
+    upgrade_head,
+)
+from brproxy.relay.response import ResponseHead
+from brproxy.types import BrproxyError
+
+_HELD_BYTES_MAX = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLimits:
+    """Limits of one response: seconds of silence, bytes of an event looked into and of a reply kept."""
+
+    first_byte_s: float
+    stall_s: float
+    event_bytes_max: int
+    response_parse_bytes_max: int
+
+
+class WorkerRefusedError(BrproxyError):
+    """The worker's queue is full: it said so instead of taking the request.
+
+    ``head`` and ``body`` are what it answered, which the client gets unchanged if no other worker takes the
+    request.
+    """
+
+    def __init__(self, head: ResponseHead, body: bytes) -> None:
+        super().__init__(f"the worker refused the request with status {head.status}")
+        self.head = head
+        self.body = body
+
+
+class Forwarding(Exchange):
+    """One request to one worker, and that worker's response to the client.
+
+    ``outcome`` is done when the response is complete, or fails with WorkerFailedError or WorkerRefusedError
+    while the client has seen nothing, ProxyError when the worker stayed silent or broke off (the client has
+    been told), ClientGoneError when the client stopped reading.
+    """
+
+    __slots__ = (
+        "_account",
+        "_chunked",
+        "_client",
+        "_connection",
+        "_copy",
+        "_framing",
+        "_head",
+        "_held",
+        "_is_refusal",
+        "_is_stream",
+        "_is_tunnel",
+        "_limits",
+        "_path",
+        "_request_id",
+        "_splitter",
+        "_write",
+        "deadline_s",
+        "is_committed",
+        "limit_s",
+        "outcome",
+        "progressed",
+    )
+
+    def __init__(
+        self, client: Client, account: Account, limits: RelayLimits, path: str, method: str, request_id: bytes
+    ) -> None:
+        super().__init__(bodiless=method == "HEAD")
+        self._client = client
+        self._account = account
+        self._limits = limits
+        self._path = path
+        self._request_id = request_id
+        self._connection: WorkerConnection
+        self._head: ResponseHead
+        self._framing = Framing.NONE
+        self._chunked = False
+        self._splitter: SseSplitter
+        self._is_stream = False
+        self._is_refusal = False
+        self._is_tunnel = False
+        self._held = b""
+        self._copy: bytearray | None = None
+        self._write = client.write
+        self.is_committed = False
+        self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.progressed = False
+        self.limit_s = limits.first_byte_s
+        self.deadline_s = 0.0
+
+    def send(self, connection: WorkerConnection, request: bytes, *, whole: bool) -> None:
+        """Put the request on ``connection``."""
+        self._connection = connection
+        connection.send(self, request, whole=whole)
+
+    def close(self) -> None:
+        """Leave; a response that is not complete is abandoned with its connection."""
+        self._client.finish()
+        if not self.outcome.done() or self.outcome.cancelled():
+            self._connection.abandon()
+        else:
+            # Seen, whoever asks: a handler that is cancelled does not.
+            self.outcome.exception()
+
+    # What the worker's connection tells.
+
+    def interim(self, head: ResponseHead) -> None:
+        """See Exchange.interim. The proxy has answered ``Expect`` by itself; early hints pass."""
+        if head.status != 100 and not self._client.is_http10:
+            self._write(interim_head(head))
+
+    def head(self, head: ResponseHead) -> None:
+        """See Exchange.head."""
+        self.progressed = True
+        self._head = head
+        if self._account.dialect.is_refusal(head.status):
+            self._is_refusal = True
+            self.receive = self._hold
+        elif head.media_type == b"text/event-stream" and not head.is_encoded and not self.bodiless:
+            self._is_stream = True
+            self._splitter = SseSplitter(self._limits.event_bytes_max)
+            self.receive = self._stream
+        else:
+            if head.media_type == b"application/json" and head.status < 300 and not head.is_encoded:
+                self._copy = bytearray()
+            self.receive = self._reply
+
+    def end(self, trailers: bytes) -> None:
+        """See Exchange.end."""
+        if self._is_refusal:
+            self._fail(WorkerRefusedError(self._head, self._held))
+            return
+        if self._is_stream and not self._end_stream():
+            return
+        if self._copy:
+            self._account.reply(bytes(self._copy))
+        self._account.learn()
+        if not self.is_committed:
+            self._commit()
+        if self._chunked:
+            self._write(last_chunk(trailers))
+        elif self._framing is Framing.UNTIL_CLOSE:
+            self._client.close()
+        self._succeed()
+
+    def upgraded(self, head: ResponseHead, rest: bytes) -> None:
+        """See Exchange.upgraded: from here on bytes pass both ways until one side closes."""
+        self.is_committed = self._is_tunnel = True
+        self.limit_s = self._limits.stall_s
+        self._client.begin(self)
+        self._write(upgrade_head(head) + rest)
+        self.receive = self._from_tunnel
+        self._client.tunnel(self._to_tunnel)
+
+    def lost(self, error: WorkerFailedError | BrokenResponseError) -> None:
+        """See Exchange.lost."""
+        if self._is_tunnel:
+            # It has no other end.
+            self._client.close()
+            self._succeed()
+        elif self.is_committed:
+            self._break_off(stream_broke_off())
+        elif isinstance(error, WorkerFailedError):
+            self._fail(error)
+        else:
+            self._fail(WorkerFailedError(f"{error} before the first byte of its response"))
+
+    def worker_paused(self) -> None:
+        """See Exchange.worker_paused. An upload waits by itself."""
+        if self._is_tunnel:
+            self._client.pause()
+
+    def worker_resumed(self) -> None:
+        """See Exchange.worker_resumed."""
+        if self._is_tunnel:
+            self._client.resume()
+
+    # What the client and the clock tell.
+
+    def client_paused(self) -> None:
+        """See Paced.client_paused."""
+        if not self.outcome.done():
+            self._connection.pause()
+
+    def client_resumed(self) -> None:
+        """See Paced.client_resumed."""
+        self.progressed = True
+        if not self.outcome.done():
+            self._connection.resume()
+
+    def timed_out(self) -> None:
+        """See Watched.timed_out."""
+        if self.outcome.done():
+            return
+        self._connection.abandon()
+        if self._client.is_paused:
+            self._client.abort()
+            self._fail(ClientGoneError(f"the client has not read anything for {self.limit_s:g} s"))
+        else:
+            self._break_off(worker_silent(self.limit_s))
+
+    # The three ways through, and the tunnel.
+
+    def _stream(self, payload: bytes) -> None:
+        self.progressed = True
+        account = self._account
+        plain = account.plain
+        # The ordinary read, on a whole event: counted and passed on.
+        if plain is not None and self.is_committed and not self._splitter.tail:
+            events = plain.count(payload)
+            if events:
+                account.count_plain(events)
+                self._write(chunk(payload) if self._chunked else payload)
+                return
+        self._stream_exactly(payload)
+
+    def _stream_exactly(self, payload: bytes) -> None:
+        events = self._splitter.feed(payload)
+        for position, event in enumerate(events):
+            facts = self._account.look(event)
+            if not self.is_committed and facts.refused:
+                # The head says 200, but this and what follows is kept like the body of any refusal.
+                self._held += b"".join(e.raw for e in events[position:]) + self._splitter.tail
+                self._is_refusal = True
+                self.receive = self._hold
+                return
+            if not self._account.hides(facts):
+                self._held += event.raw
+            # Comments may come before the first data, which alone tells if it was taken.
+            if not self.is_committed and (event.data is not None or len(self._held) > _HELD_BYTES_MAX):
+                self._commit()
+        if self.is_committed:
+            self._pass_held()
+
+    def _end_stream(self) -> bool:
+        """Pass on what is left of a stream; return whether it is whole."""
+        tail = self._splitter.tail
+        self._account.look(SseEvent(tail, event_data(tail)))
+        head = self._head
+        # Where only the end of the connection frames it, [DONE] alone shows that it is whole.
+        is_framed = head.chunked or head.length is not None
+        if not is_framed and self._account.dialect.ends_with_done(self._path) and not self._account.done:
+            self.lost(BrokenResponseError("the stream ended without [DONE]"))
+            return False
+        self._held += tail
+        if not self.is_committed:
+            self._commit()
+        self._pass_held()
+        return True
+
+    def _reply(self, payload: bytes) -> None:
+        self.progressed = True
+        if not self.is_committed:
+            self._commit()
+        copy = self._copy
+        if copy is not None:
+            copy += payload
+            if len(copy) > self._limits.response_parse_bytes_max:
+                self._copy = None
+        self._write(chunk(payload) if self._chunked else payload)
+
+    def _hold(self, payload: bytes) -> None:
+        self.progressed = True
+        if len(self._held) < _HELD_BYTES_MAX:
+            self._held += payload
+
+    def _from_tunnel(self, data: bytes) -> None:
+        self.progressed = True
+        self._write(data)
+
+    def _to_tunnel(self, data: bytes) -> None:
+        self.progressed = True
+        self._connection.write(data)
+
+    # How they end.
+
+    def _commit(self) -> None:
+        """Send the worker's response head to the client: from here on nothing can be retried."""
+        head, client = self._head, self._client
+        rewritten = self._is_stream and self._account.usage_was_added
+        self._framing = choose_framing(
+            head, http10=client.is_http10, bodiless=self.bodiless, rewritten=rewritten
+        )
+        self._chunked = self._framing is Framing.CHUNKED
+        if self._framing is Framing.UNTIL_CLOSE:
+            client.keep_alive = False
+        more = b"" if REQUEST_ID in head.known else b"X-Request-Id: %b\r\n" % self._request_id
+        client.begin(self)
+        self.is_committed = True
+        self.limit_s = self._limits.stall_s
+        self._write(
+            response_head(
+                head, self._framing, keep_alive=bool(client.keep_alive), http10=client.is_http10, more=more
+            )
+        )
+
+    def _pass_held(self) -> None:
+        held = self._held
+        if held:
+            self._held = b""
+            self._write(chunk(held) if self._chunked else held)
+
+    def _break_off(self, error: ProxyError) -> None:
+        """Tell a client that has seen part of a response that there is no more."""
+        if self.is_committed:
+            if self._is_stream:
+                event = error.event()
+                self._write(chunk(event) if self._chunked else event)
+            # Without the framing's end: a client that ignores the event still sees a broken response.
+            self._client.close()
+        self._fail(error)
+
+    def _succeed(self) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)

@@ -1,0 +1,200 @@
+"""The client's side of the relay: everything that leans on aiohttp's internals, and nothing else.
+
+aiohttp's server accepts, parses and queues requests; what a worker answers goes to the client's transport
+past its writer. That leans on: ``RequestHandler`` being the client's asyncio protocol, with
+``pause_writing``, ``resume_writing`` and ``set_parser``, and asking a response only for ``prepare``,
+``write_eof`` and ``keep_alive``; ``BaseRequest._message`` telling of an upgrade; ``writer.output_size`` telling
+that a response has begun. tests/brproxy/relay/test_client.py pins each of these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, cast
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import HttpVersion11, RawRequestMessage
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler
+
+
+class Paced(Protocol):
+    """What follows how fast a client reads."""
+
+    def client_paused(self) -> None:
+        """Send no more: the client has not read what it was sent."""
+
+    def client_resumed(self) -> None:
+        """Send again: the client has caught up."""
+
+
+class ClientProtocol(RequestHandler):
+    """aiohttp's server protocol, which also tells whoever writes to the client how fast it reads."""
+
+    __slots__ = ("paced",)
+
+    def __init__(self, manager: web.Server, **settings: Any) -> None:
+        super().__init__(manager, **settings)
+        self.paced: Paced | None = None
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        super().pause_writing()
+        if self.paced is not None:
+            self.paced.client_paused()
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        super().resume_writing()
+        if self.paced is not None:
+            self.paced.client_resumed()
+
+
+class RelayServer(web.Server):
+    """aiohttp's low-level server with ClientProtocol; bodies that handlers read are limited in size."""
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        body_bytes_max: int,
+        **settings: Any,
+    ) -> None:
+        super().__init__(handler, request_factory=self._request, handler_cancellation=True)
+        self._settings = settings
+        self._body_bytes_max = body_bytes_max
+
+    def __call__(self) -> RequestHandler:
+        """Return the protocol of a new connection."""
+        return ClientProtocol(self, loop=self._loop, **self._settings)
+
+    def _request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        return web.BaseRequest(
+            message, payload, protocol, writer, task, self._loop, client_max_size=self._body_bytes_max
+        )
+
+
+class Answered(web.StreamResponse):
+    """What a handler returns when the client has had its response already, past aiohttp's writer."""
+
+    def __init__(self, client: Client, drain_s: float) -> None:
+        super().__init__()
+        self._client = client
+        self._drain_s = drain_s
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Whether another request may come on the connection."""
+        return self._client.keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Do nothing: the head has been sent."""
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Wait for a slow client, so that it cannot pile up responses by pipelining."""
+        await self._client.drained(self._drain_s)
+
+
+class Client:
+    """The client of one request: where its response goes, and what it can read."""
+
+    __slots__ = ("_protocol", "_request", "is_http10", "keep_alive", "transport", "write")
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        self._request = request
+        self._protocol = cast(ClientProtocol, request.protocol)
+        transport = request.transport
+        if transport is None:
+            msg = "the client left before its request was looked at"
+            raise ConnectionResetError(msg)
+        self.transport: asyncio.Transport = transport
+        self.write = transport.write
+        self.is_http10 = request.version < HttpVersion11
+        self.keep_alive = request.keep_alive
+
+    @property
+    def wants_upgrade(self) -> bool:
+        """Whether the client asks to go on in another protocol (Upgrade)."""
+        return bool(self._request._message.upgrade)  # noqa: SLF001 - there is no public way to ask
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it has not read what it was sent."""
+        return self._protocol.writing_paused
+
+    def begin(self, paced: Paced) -> None:
+        """Note that the response begins here: ``paced`` follows how fast it is read."""
+        # aiohttp must not put an error page behind what has been sent.
+        self._request.writer.output_size += 1
+        self._protocol.paced = paced
+
+    def finish(self) -> None:
+        """Note that nothing more is written for this request."""
+        self._protocol.paced = None
+
+    def tunnel(self, receive: Callable[[bytes], None]) -> None:
+        """Hand everything that the client sends from now on to ``receive``."""
+        self._protocol.set_parser(cast(Any, _Tunnel(receive)))
+
+    def pause(self) -> None:
+        """Read nothing from the client for now."""
+        self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        self.transport.resume_reading()
+
+    def close(self) -> None:
+        """Close the connection once what was written is sent."""
+        self.keep_alive = False
+        self.transport.close()
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self.keep_alive = False
+        self.transport.abort()
+
+    async def drained(self, limit_s: float) -> None:
+        """Wait until the client has read enough; after ``limit_s`` seconds the connection is aborted."""
+        if not self.is_paused:
+            return
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._request.writer.drain()
+        except TimeoutError:
+            self.abort()
+
+
+class _Tunnel:
+    """Takes the place of aiohttp's WebSocket parser; ``feed_data`` answers "not the end, nothing left"."""
+
+    def __init__(self, receive: Callable[[bytes], None]) -> None:
+        self._receive = receive
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        if data:
+            self._receive(data)
+        return False, b""
+
+    def feed_eof(self) -> None:
+        """Do nothing: the client has left, and its handler is cancelled."""
+
+
+async def continue_upload(request: web.BaseRequest) -> None:
+    """Answer ``Expect: 100-continue`` before the body is read (RFC 9110, section 10.1.1)."""
+    expectation = request.headers.get("Expect")
+    if expectation is None or request.version < HttpVersion11:
+        return
+    if expectation.lower() != "100-continue":
+        raise web.HTTPExpectationFailed(text=f"Unknown Expect: {expectation}")
+    if request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -1,0 +1,238 @@
+"""One connection to a worker: requests out, responses back, one at a time.
+
+What happens is told to the *exchange* that is on it, synchronously, from the event loop's read callback: no
+task and no queue stand between a worker's bytes and its client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import cast
+
+from brproxy.relay.errors import BrokenResponseError, StaleConnectionError, WorkerFailedError
+from brproxy.relay.response import ResponseHead, ResponseParser
+from brproxy.relay.states import Event, State, after
+
+
+class Exchange(ABC):
+    """One request to one worker and its response, as the connection sees it.
+
+    In this order: any number of ``interim``, then either ``upgraded``, or ``head``, ``receive`` for each read
+    that has body bytes (never empty), ``end``. ``lost`` may come instead of whatever would be next, and is
+    the last. ``receive`` is an attribute, so that what it does can follow from the head.
+    """
+
+    __slots__ = ("bodiless", "receive")
+
+    receive: Callable[[bytes], None]
+
+    def __init__(self, *, bodiless: bool) -> None:
+        self.bodiless = bodiless
+
+    @abstractmethod
+    def interim(self, head: ResponseHead) -> None:
+        """Take the head of a 1xx response."""
+
+    @abstractmethod
+    def head(self, head: ResponseHead) -> None:
+        """Take the response's head."""
+
+    @abstractmethod
+    def end(self, trailers: bytes) -> None:
+        """Note that the response is complete, and its connection free already. ``trailers`` are lines."""
+
+    @abstractmethod
+    def upgraded(self, head: ResponseHead, rest: bytes) -> None:
+        """Go on in another protocol; ``rest`` are the worker's first bytes in it."""
+
+    @abstractmethod
+    def worker_paused(self) -> None:
+        """Write no more: the worker has not read what was written."""
+
+    @abstractmethod
+    def worker_resumed(self) -> None:
+        """Write again: the worker has caught up."""
+
+    @abstractmethod
+    def lost(self, error: WorkerFailedError | BrokenResponseError) -> None:
+        """Note that there will be no (more) response."""
+
+
+class WorkerConnection(asyncio.Protocol):
+    """The protocol of one connection to ``origin``; ``on_idle`` is called when it may be used again."""
+
+    __slots__ = (
+        "_exchange",
+        "_heard",
+        "_on_idle",
+        "_parser",
+        "_transport",
+        "_used",
+        "_writable",
+        "idle_since_s",
+        "origin",
+        "request_is_whole",
+        "state",
+    )
+
+    def __init__(self, origin: str, head_bytes_max: int, on_idle: Callable[[WorkerConnection], None]) -> None:
+        self.origin = origin
+        self.state = State.IDLE
+        self.idle_since_s = 0.0
+        self.request_is_whole = True
+        self._on_idle = on_idle
+        self._parser = ResponseParser(head_bytes_max)
+        self._exchange: Exchange | None = None
+        self._transport: asyncio.Transport
+        self._used = False
+        self._heard = False
+        self._writable: asyncio.Future[None] | None = None
+
+    # What the proxy asks of it.
+
+    def send(self, exchange: Exchange, request: bytes, *, whole: bool = True) -> None:
+        """Put ``exchange`` on the connection; not ``whole``: the rest of the body comes by ``write``."""
+        self.state = after(self.state, Event.SEND)
+        self._exchange = exchange
+        self._heard = False
+        self.request_is_whole = whole
+        self._parser.expect(bodiless=exchange.bodiless)
+        self._transport.write(request)
+
+    def write(self, data: bytes) -> None:
+        """Send more of a request's body, or of a tunnel."""
+        self._transport.write(data)
+
+    async def writable(self) -> None:
+        """Wait until the worker has taken enough of what was written; returns at once when it is closed."""
+        if self._writable is not None:
+            await self._writable
+
+    def pause(self) -> None:
+        """Read nothing from the worker: its client cannot take more."""
+        self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        self._transport.resume_reading()
+
+    def abandon(self) -> None:
+        """Close, telling nobody: the client has left, or nothing more is wanted.
+
+        What a tunnel was given still goes out; anything else is not worth the wait.
+        """
+        self._exchange = None
+        if self.state is State.TUNNEL:
+            self._transport.close()
+        else:
+            self._transport.abort()
+        self.state = after(self.state, Event.LOST)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a request can be sent on it."""
+        return self.state is State.IDLE
+
+    # What the event loop tells it.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol. The ordinary read is a piece of a body."""
+        exchange = self._exchange
+        if exchange is None:
+            # Nobody has asked for anything: whatever this is, it belongs to no request.
+            self.abandon()
+            return
+        if self.state is State.TUNNEL:
+            exchange.receive(data)
+            return
+        parser = self._parser
+        try:
+            piece = parser.feed(data)
+        except BrokenResponseError as error:
+            self._break(error)
+            return
+        if self.state is State.WAITING:
+            self._heard = True
+            self._begin(exchange)
+        # The exchange may have abandoned the connection by now, at any of these calls.
+        if piece and self._exchange is exchange:
+            exchange.receive(piece)
+        if parser.complete and self._exchange is exchange and self.state is State.BODY:
+            self._complete(exchange, keep=parser.keep_alive)
+
+    def eof_received(self) -> None:
+        """See asyncio.Protocol. The transport closes itself; ``connection_lost`` has the rest to say."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._release_writer()
+        exchange = self._exchange
+        if exchange is not None and exc is None and self._parser.ends_with_connection():
+            self._complete(exchange, keep=False)
+            return
+        self._break(BrokenResponseError(f"{self.origin} closed the connection: {exc or 'end of stream'}"))
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._writable = asyncio.get_running_loop().create_future()
+        if self._exchange is not None:
+            self._exchange.worker_paused()
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._release_writer()
+        if self._exchange is not None:
+            self._exchange.worker_resumed()
+
+    # How they lead on.
+
+    def _begin(self, exchange: Exchange) -> None:
+        parser = self._parser
+        for interim in parser.interim:
+            exchange.interim(interim)
+        parser.interim.clear()
+        if parser.head is None or self._exchange is not exchange:
+            return
+        if parser.upgraded_rest is not None:
+            self.state = after(self.state, Event.UPGRADE)
+            exchange.upgraded(parser.head, parser.upgraded_rest)
+            return
+        self.state = after(self.state, Event.HEAD)
+        exchange.head(parser.head)
+
+    def _complete(self, exchange: Exchange, *, keep: bool) -> None:
+        self._exchange = None
+        # A worker that has answered before it read the whole request will not read the rest as one.
+        if keep and self.request_is_whole:
+            self._used = True
+            self.state = after(self.state, Event.END_KEEP)
+            self._on_idle(self)
+        else:
+            self.state = after(self.state, Event.END_CLOSE)
+            self._transport.close()
+        exchange.end(self._parser.trailers)
+
+    def _break(self, error: BrokenResponseError) -> None:
+        exchange, state = self._exchange, self.state
+        self._exchange = None
+        self.state = after(state, Event.LOST)
+        self._transport.abort()
+        if exchange is None:
+            return
+        if state is not State.WAITING:
+            exchange.lost(error)
+        elif self._used and not self._heard:
+            exchange.lost(StaleConnectionError(str(error)))
+        else:
+            exchange.lost(WorkerFailedError(f"{self.origin} gave no response: {error}"))
+
+    def _release_writer(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None

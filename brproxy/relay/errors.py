@@ -1,0 +1,25 @@
+"""What can go wrong between a client and a worker."""
+
+from __future__ import annotations
+
+from brproxy.types import BrproxyError
+
+
+class WorkerFailedError(BrproxyError):
+    """A worker gave no response; ``unreachable`` when it could not even be connected to."""
+
+    def __init__(self, reason: str, *, unreachable: bool = False) -> None:
+        super().__init__(reason)
+        self.unreachable = unreachable
+
+
+class StaleConnectionError(WorkerFailedError):
+    """A kept connection turned out to be closed: engines do that when they like, it says nothing of them."""
+
+
+class BrokenResponseError(BrproxyError):
+    """A worker's response is no HTTP, or ended before it was complete."""
+
+
+class ClientGoneError(BrproxyError):
+    """The client closed its connection, or has stopped reading for too long."""

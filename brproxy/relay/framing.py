@@ -1,0 +1,73 @@
+"""How a response is framed for the client: the head, the pieces of the body, the end. Pure.
+
+The body's bytes never change. A chunked response stays chunked (one chunk for each read), a length stays a
+length; only where the client cannot read what the worker sent, or where the body is rewritten, does the
+framing change (RFC 9112, section 6).
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from brproxy.relay.response import ResponseHead
+
+
+class Framing(Enum):
+    """What tells a client where the body ends."""
+
+    NONE = auto()
+    LENGTH = auto()
+    CHUNKED = auto()
+    UNTIL_CLOSE = auto()
+
+
+def choose_framing(head: ResponseHead, *, http10: bool, bodiless: bool, rewritten: bool) -> Framing:
+    """Return the framing for a client.
+
+    ``http10``: it knows no chunks. ``bodiless``: it asked with HEAD. ``rewritten``: the body may become
+    shorter than its Content-Length says.
+    """
+    if bodiless or head.has_no_body:
+        return Framing.NONE
+    if head.length is not None and not rewritten:
+        return Framing.LENGTH
+    return Framing.UNTIL_CLOSE if http10 else Framing.CHUNKED
+
+
+def response_head(
+    head: ResponseHead, framing: Framing, *, keep_alive: bool, http10: bool, more: bytes = b""
+) -> bytes:
+    """Return the head for a client; ``more`` are further lines."""
+    lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), head.lines, more]
+    if framing is Framing.CHUNKED:
+        lines.append(b"Transfer-Encoding: chunked\r\n")
+    elif framing is not Framing.UNTIL_CLOSE and head.length is not None:
+        lines.append(b"Content-Length: %b\r\n" % head.length)
+    if not keep_alive:
+        lines.append(b"Connection: close\r\n")
+    elif http10:
+        lines.append(b"Connection: keep-alive\r\n")
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+def interim_head(head: ResponseHead) -> bytes:
+    """Return the bytes of a 1xx response."""
+    return b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.lines)
+
+
+def upgrade_head(head: ResponseHead) -> bytes:
+    """Return the bytes of a 101 response, with the fields that make it one."""
+    protocol = head.known.get(b"upgrade", b"")
+    lines = b"Connection: Upgrade\r\nUpgrade: %b\r\n" % protocol
+    return b"HTTP/1.1 101 %b\r\n%b%b\r\n" % (head.reason, head.lines, lines)
+
+
+def chunk(payload: bytes) -> bytes:
+    """Return ``payload`` (not empty: that would be the end) as one chunk."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+def last_chunk(trailers: bytes) -> bytes:
+    """Return the end of a chunked body; ``trailers`` are lines."""
+    return b"0\r\n%b\r\n" % trailers

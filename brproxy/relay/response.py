@@ -1,0 +1,195 @@
+"""A worker's response, read with httptools: head, body and end, whatever frames it. Pure.
+
+``feed`` takes bytes as they come and returns the body bytes in them. The framing is tracked by the parser,
+chunk by chunk; no search for something that looks like an end.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import NamedTuple
+
+import httptools
+
+from brproxy.relay.errors import BrokenResponseError
+from brproxy.relay.fields import response_fields
+
+_READ_BYTES_MAX = 1 << 18
+"""Event loops hand over at most this much at once; a head may be complete only at its end."""
+
+
+class ResponseHead(NamedTuple):
+    """Status and header fields of a response.
+
+    ``lines`` are the fields that cross to a client; ``known`` are all by lower-case name. ``length`` is the
+    Content-Length, None without one; ``chunked``: that is how the body is framed.
+    """
+
+    status: int
+    reason: bytes
+    lines: bytes
+    known: dict[bytes, bytes]
+    length: bytes | None
+    chunked: bool
+
+    @property
+    def media_type(self) -> bytes:
+        """The content type without parameters, in lower case; empty without one."""
+        return self.known.get(b"content-type", b"").partition(b";")[0].strip().lower()
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the body is compressed, or otherwise not what its content type says."""
+        return self.known.get(b"content-encoding", b"identity").lower() != b"identity"
+
+    def with_length(self, length: int) -> ResponseHead:
+        """Return the head of a response whose body has ``length`` bytes."""
+        return self._replace(length=b"%d" % length, chunked=False)
+
+    @property
+    def has_no_body(self) -> bool:
+        """Whether a response with this status never has a body (RFC 9110, section 6.4.1)."""
+        return self.status in {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
+
+
+class ResponseParser:
+    """Reads one response after another from the bytes of one connection.
+
+    After ``feed``: ``head`` is there once the head is complete, ``complete`` once the whole response is,
+    ``keep_alive`` then tells whether another may follow. ``interim`` are the heads of 1xx responses that came
+    first; ``upgraded_rest`` the bytes behind a 101 head. ``trailers`` are lines ready to be sent.
+    """
+
+    __slots__ = (
+        "_bodiless",
+        "_feed",
+        "_fields",
+        "_head_bytes",
+        "_head_bytes_max",
+        "_in_trailers",
+        "_parser",
+        "_pieces",
+        "_reason",
+        "complete",
+        "head",
+        "interim",
+        "keep_alive",
+        "trailers",
+        "upgraded_rest",
+    )
+
+    def __init__(self, head_bytes_max: int) -> None:
+        self._head_bytes_max = head_bytes_max
+        self._pieces: list[bytes] = []
+        self._restart()
+        self.expect(bodiless=False)
+
+    def _restart(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._feed = self._parser.feed_data
+
+    def expect(self, *, bodiless: bool) -> None:
+        """Get ready for the next response; ``bodiless``: it answers a HEAD request."""
+        self._bodiless = bodiless
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._reason = b""
+        self._head_bytes = 0
+        self._in_trailers = False
+        self.head: ResponseHead | None = None
+        self.interim: list[ResponseHead] = []
+        self.complete = False
+        self.keep_alive = False
+        self.trailers = b""
+        self.upgraded_rest: bytes | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take in bytes and return the body bytes in them, b"" for none; raises BrokenResponseError."""
+        try:
+            self._feed(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self.upgraded_rest = data[upgrade.args[0] :]
+        except httptools.HttpParserError as error:
+            # After a bodiless response its length may have led the parser on: what follows is no matter.
+            if not (self._bodiless and self.head is not None):
+                # What a callback raised is the context of what the parser raises.
+                reason = error.__context__ if isinstance(error.__context__, BrokenResponseError) else error
+                msg = f"no valid HTTP response: {reason}"
+                raise BrokenResponseError(msg) from error
+        if self.head is None:
+            self._head_bytes += len(data)
+            if self._head_bytes > self._head_bytes_max + _READ_BYTES_MAX:
+                self._too_long("head")
+        elif self._bodiless:
+            return self._end_without_body()
+        pieces = self._pieces
+        if not pieces:
+            return b""
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return body
+
+    def ends_with_connection(self) -> bool:
+        """Tell whether the end of the connection now is the end of the response."""
+        head = self.head
+        return head is not None and not self.complete and not head.chunked and head.length is None
+
+    def _end_without_body(self) -> bytes:
+        if not self.complete:
+            # The parser waits for the body that the length announces: it cannot be used again.
+            self.complete = True
+            self.keep_alive = self._parser.should_keep_alive()
+            self._pieces.clear()
+            self._restart()
+        return b""
+
+    def _too_long(self, what: str) -> None:
+        msg = f"the response's {what} is longer than {self._head_bytes_max} bytes"
+        raise BrokenResponseError(msg)
+
+    # What httptools calls.
+
+    def on_message_begin(self) -> None:
+        """Refuse a second response: only what follows a 1xx response may begin one more."""
+        if self.complete:
+            msg = "more bytes than one response came for one request"
+            raise BrokenResponseError(msg)
+
+    def on_status(self, reason: bytes) -> None:
+        """Take a part of the reason phrase."""
+        self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a field of the head, or of the trailers."""
+        if self._in_trailers:
+            self.trailers += b"%b: %b\r\n" % (name, value)
+            if len(self.trailers) > self._head_bytes_max:
+                self._too_long("trailer section")
+        else:
+            self._fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """Make the head of what came; what follows as fields are trailers."""
+        status = self._parser.get_status_code()
+        lines, known = response_fields(self._fields)
+        coding = known.get(b"transfer-encoding")
+        if coding is not None and coding.strip().lower() != b"chunked":
+            msg = f"transfer coding {coding.decode('latin-1')!r} was not asked for"
+            raise BrokenResponseError(msg)
+        length = known.get(b"content-length")
+        head = ResponseHead(status, self._reason, lines, known, length, chunked=coding is not None)
+        if status < HTTPStatus.OK and status != HTTPStatus.SWITCHING_PROTOCOLS:
+            self.interim.append(head)
+            self._fields, self._reason = [], b""
+        else:
+            self.head = head
+            self._in_trailers = True
+
+    def on_body(self, piece: bytes) -> None:
+        """Take a piece of the body."""
+        self._pieces.append(piece)
+
+    def on_message_complete(self) -> None:
+        """Note the end; of an interim response only if it was the real one."""
+        if self.head is not None:
+            self.complete = True
+            self.keep_alive = self._parser.should_keep_alive()

@@ -1,0 +1,62 @@
+"""One coarse timer for all time-outs of the data plane.
+
+A timer for each read would cost as much as relaying the read. Instead everything that may time out notes
+that it made progress, and one look at all of them every ``interval_s`` moves their deadlines: a time-out is
+late by up to that, and a read costs one assignment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Watched(Protocol):
+    """What can time out: ``limit_s`` seconds after ``progressed`` was last set."""
+
+    progressed: bool
+    limit_s: float
+    deadline_s: float
+
+    def timed_out(self) -> None:
+        """Nothing has happened for ``limit_s``."""
+
+
+class Watch:
+    """Looks after everything added to it, every ``interval_s``; ``also`` is called at each look."""
+
+    def __init__(self, interval_s: float, also: Callable[[float], None]) -> None:
+        self._interval_s = interval_s
+        self._also = also
+        self._watched: set[Watched] = set()
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(interval_s, self._look)
+
+    def add(self, watched: Watched) -> None:
+        """Start looking after ``watched``, whose time begins now."""
+        watched.progressed = False
+        watched.deadline_s = self._loop.time() + watched.limit_s
+        self._watched.add(watched)
+
+    def discard(self, watched: Watched) -> None:
+        """Forget ``watched``."""
+        self._watched.discard(watched)
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        self._timer = self._loop.call_later(self._interval_s, self._look)
+        now_s = self._loop.time()
+        late = []
+        for watched in self._watched:
+            if watched.progressed:
+                watched.progressed = False
+                watched.deadline_s = now_s + watched.limit_s
+            elif now_s >= watched.deadline_s:
+                late.append(watched)
+        for watched in late:
+            watched.timed_out()
+        self._also(now_s)
