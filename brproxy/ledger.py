@@ -190,12 +190,10 @@ class Ledger:
         worker queues what it cannot run.
         """
         if late_binding:
-            rooms = zip(self._slots, self._requests, routable, strict=True)
-            slots_free = [max(slots - requests, 0) if ok else 0 for slots, requests, ok in rooms]
-            kv_free = [
-                max(capacity - kv_tokens, 0)
-                for capacity, kv_tokens in zip(self._kv_capacity, self._kv_tokens, strict=True)
-            ]
+            slots = zip(self._slots, self._requests, routable, strict=True)
+            slots_free = [most - taken if ok and most > taken else 0 for most, taken, ok in slots]
+            kv_tokens = zip(self._kv_capacity, self._kv_tokens, strict=True)
+            kv_free = [most - taken if most > taken else 0 for most, taken in kv_tokens]
         else:
             slots_free = [SLOTS_UNLIMITED if ok else 0 for ok in routable]
             kv_free = [KV_UNLIMITED_TOKENS] * self.workers

@@ -214,7 +214,7 @@ class BalancePolicy(RoutingPolicy[B]):
         eligible = state.eligible(prompt_tokens)
         if not eligible:
             return NOT_ADMITTED
-        limit = _tie_limit(min(discounted_load[g] for g in eligible))
+        limit = _tie_limit(min([discounted_load[g] for g in eligible]))
         ties = [g for g in eligible if discounted_load[g] <= limit]
         if len(ties) == 1:
             return ties[0]
