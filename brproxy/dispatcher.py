@@ -1,4 +1,4 @@
-"""The dispatcher of one barrier group: pool -> view -> forecast -> policy -> bindings. Synchronous, no I/O.
+"""The dispatcher of one barrier group: pool -> state -> forecast -> policy -> bindings. Synchronous, no I/O.
 
 The proxy drives it from a timer, the simulator from virtual time; both call the same three methods.
 """
@@ -16,7 +16,7 @@ from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import ActiveRequests, AnyPredictor, truncate
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.routing.policy import AnyPolicy
-from brproxy.routing.view import NOT_ADMITTED, FloatArray
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, RoundState
 from brproxy.types import Assignment, BrproxyError, InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 ROUNDS_PER_SAMPLE = 16
@@ -78,15 +78,18 @@ class Dispatcher:
         one by one, away from the workers that failed them as long as there are others.
         """
         assignments: list[Assignment] = []
-        if not self.ledger.pending or not routable.any():
+        may_be_chosen: list[bool] = routable.tolist()
+        if not self.ledger.pending or not any(may_be_chosen):
             return assignments
+        late_binding = self.policy.params.late_binding
         for entry in self.ledger.retrying():
-            others = routable.copy()
-            others[list(entry.avoid)] = False
-            assignments += self._route([entry], others if others.any() else routable, now_s)
-        waiting = list(islice(self.ledger.pending_by_age(), self._worth_seeing(routable)))
+            others = [ok and g not in entry.avoid for g, ok in enumerate(may_be_chosen)]
+            state = self.ledger.state(others if any(others) else may_be_chosen, late_binding=late_binding)
+            assignments += self._route([entry], state, now_s)
+        state = self.ledger.state(may_be_chosen, late_binding=late_binding)
+        waiting = list(islice(self.ledger.pending_by_age(), self._worth_seeing(state)))
         if waiting:
-            assignments += self._route(waiting, routable, now_s)
+            assignments += self._route(waiting, state, now_s)
         return assignments
 
     def expired(self, now_s: float) -> list[RequestId]:
@@ -109,49 +112,62 @@ class Dispatcher:
             self.quality.dropped(request_id)
         return entry
 
-    def _worth_seeing(self, routable: BoolArray) -> int:
+    def _worth_seeing(self, state: RoundState) -> int:
         """Return how many of the oldest requests a round can make use of."""
         if not self.policy.params.late_binding:
             return self.limits.requests_max
-        slots_free = self.ledger.slots_free(routable)
+        slots_free = sum(state.slots_free)
         return slots_free + self.policy.lookahead_requests if slots_free else 0
 
-    def _route(self, waiting: Sequence[Entry], routable: BoolArray, now_s: float) -> list[Assignment]:
-        view = self.ledger.view(
-            waiting,
-            routable,
-            late_binding=self.policy.params.late_binding,
-            forecast=self._forecast(),
-            output_tokens_mean=self.predictor.mean_output_tokens,
-            lookahead_turnovers=self.predictor.LOOKAHEAD_TURNOVERS,
-        )
-        decision = self.policy.route(view, self._rng)
-        admitted: list[int] = np.flatnonzero(decision != NOT_ADMITTED).tolist()
+    def _route(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> list[Assignment]:
+        decision = self._choose(waiting, state)
+        admitted = [i for i, worker in enumerate(decision) if worker != NOT_ADMITTED]
         if not admitted:
             return []
         chosen = set(admitted)
         self.ledger.pass_over([waiting[i] for i in range(admitted[-1]) if i not in chosen])
-        assignments = [Assignment(waiting[i].id, WorkerIndex(int(decision[i]))) for i in admitted]
+        assignments = [Assignment(waiting[i].id, WorkerIndex(decision[i])) for i in admitted]
         for i, assignment in zip(admitted, assignments, strict=True):
             prospect = self.predictor.prospect(waiting[i].request)
             self.ledger.bind(assignment.request_id, assignment.worker, now_s, prospect)
         return assignments
 
-    def _forecast(self) -> FloatArray | None:
+    def _choose(self, waiting: Sequence[Entry], state: RoundState) -> list[int]:
+        """Return the policy's decision: a worker for each of ``waiting``, or NOT_ADMITTED."""
+        workers, turnovers = self.ledger.workers, self.predictor.LOOKAHEAD_TURNOVERS
         turnover_steps = self.ledger.turnover_steps(self.predictor.mean_output_tokens)
-        horizon_steps = self.policy.horizon_steps(turnover_steps, self.predictor.LOOKAHEAD_TURNOVERS)
+        discounts = self.policy.discounts(turnover_steps, turnovers)
+        active = self._active(len(discounts) - 1)
+        if len(waiting) == 1:
+            load: Sequence[float] = state.kv_tokens
+            if active is not None:
+                load = self.predictor.discounted_load(active, workers, discounts).tolist()
+            return [self.policy.place(state, waiting[0].prompt_tokens, load, self._rng)]
+        view = ClusterView.of(
+            state,
+            [entry.prompt_tokens for entry in waiting],
+            [entry.passed_over for entry in waiting],
+            None if active is None else self.predictor.forecast(active, workers, len(discounts) - 1),
+            turnover_steps,
+            turnovers,
+        )
+        decision: list[int] = self.policy.route(view, self._rng).tolist()
+        return decision
+
+    def _active(self, horizon_steps: int) -> ActiveRequests | None:
+        """Return the bound requests, None where nobody looks ahead; now and then note what is predicted."""
         if horizon_steps == 0:
             return None
         active = self.ledger.active()
         self._rounds += 1
         if self._rounds % ROUNDS_PER_SAMPLE == 0 and self.ledger.bound:
             self._sample(active, horizon_steps)
-        return self.predictor.forecast(active, self.ledger.workers, horizon_steps)
+        return active
 
     def _sample(self, active: ActiveRequests, horizon_steps: int) -> None:
         """Note what the predictor says of one running request, to be compared with the truth later."""
         row = int(self._rng.integers(self.ledger.bound))
-        one = active.only(np.arange(self.ledger.bound) == row)
+        one = active.only(slice(row, row + 1))
         if not one.certain[0]:
             survival = self.predictor.survival(one, horizon_steps)
             truncate(survival, one)

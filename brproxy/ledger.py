@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from brproxy.lifecycle import TERMINAL, Event, LifecycleError, State, after
 from brproxy.prediction.predictor import ActiveRequests, Prospect
-from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, ClusterView, FloatArray, IntArray
+from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
 from brproxy.types import InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 BoolArray = NDArray[np.bool_]
@@ -68,12 +68,12 @@ class Ledger:
         if not workers:
             msg = "a barrier group needs at least one worker"
             raise InvalidInputError(msg)
-        capacity = [
+        self._slots = [w.slots for w in workers]
+        self._kv_capacity = [
             KV_UNLIMITED_TOKENS if w.kv_capacity_tokens is None else w.kv_capacity_tokens for w in workers
         ]
-        self._slots = np.array([w.slots for w in workers], dtype=np.int64)
-        self._kv_capacity = np.array(capacity, dtype=np.int64)
-        self._slots_total = int(self._slots.sum())
+        self._slots_total = sum(self._slots)
+        self._kv_capacity_max = max(self._kv_capacity)
         self._kv_tokens = [0] * len(workers)
         self._requests = [0] * len(workers)
         self._ids = count()
@@ -135,7 +135,7 @@ class Ledger:
     @property
     def kv_capacity_tokens_max(self) -> int:
         """KV capacity of the largest worker; a longer prompt can never be served."""
-        return int(self._kv_capacity.max())
+        return self._kv_capacity_max
 
     @property
     def slots_total(self) -> int:
@@ -145,11 +145,6 @@ class Ledger:
     def turnover_steps(self, output_tokens_mean: float) -> float:
         """Return how many steps pass between two requests that leave a full worker (steps)."""
         return output_tokens_mean * self.workers / self.slots_total
-
-    def slots_free(self, routable: BoolArray) -> int:
-        """Return the slots that the ``routable`` workers (bool[G]) have free together."""
-        free = self._slots - np.array(self._requests, dtype=np.int64)
-        return int(np.maximum(free, 0) @ routable)
 
     def entry(self, request_id: RequestId) -> Entry:
         """Return the request's entry; raises LifecycleError once it has ended."""
@@ -187,42 +182,28 @@ class Ledger:
         """Return the ids of the bound requests in the order of ``active`` and ``grow_rows``, int64[N]."""
         return np.array(self._row_id, dtype=np.int64)
 
-    def view(
-        self,
-        waiting: Sequence[Entry],
-        routable: BoolArray,
-        *,
-        late_binding: bool,
-        forecast: FloatArray | None = None,
-        output_tokens_mean: float = 1.0,
-        lookahead_turnovers: float = 1.0,
-    ) -> ClusterView:
-        """Return what a policy sees when it decides over ``waiting``.
+    def state(self, routable: Sequence[bool], *, late_binding: bool) -> RoundState:
+        """Return the workers as a decision round finds them (copies).
 
-        ``routable[G]`` masks workers that must not be chosen: they get no free slots, while their load still
+        ``routable`` (G) masks workers that must not be chosen: they get no free slots, while their load still
         counts for the envelope. Without ``late_binding`` slots and KV room are unlimited, because the
-        worker queues what it cannot run. ``forecast`` is float64[G, H+1]; None: the load now is all there is.
+        worker queues what it cannot run.
         """
-        kv_tokens = np.array(self._kv_tokens, dtype=np.int64)
-        requests = np.array(self._requests, dtype=np.int64)
         if late_binding:
-            slots_free = np.maximum(self._slots - requests, 0)
-            kv_free = np.maximum(self._kv_capacity - kv_tokens, 0)
+            slots = zip(self._slots, self._requests, routable, strict=True)
+            slots_free = [most - taken if ok and most > taken else 0 for most, taken, ok in slots]
+            kv_tokens = zip(self._kv_capacity, self._kv_tokens, strict=True)
+            kv_free = [most - taken if most > taken else 0 for most, taken in kv_tokens]
         else:
-            slots_free = np.full(self.workers, SLOTS_UNLIMITED, dtype=np.int64)
-            kv_free = np.full(self.workers, KV_UNLIMITED_TOKENS, dtype=np.int64)
-        return ClusterView(
-            kv_tokens=kv_tokens,
-            requests=requests,
+            slots_free = [SLOTS_UNLIMITED if ok else 0 for ok in routable]
+            kv_free = [KV_UNLIMITED_TOKENS] * self.workers
+        return RoundState(
+            kv_tokens=self._kv_tokens.copy(),
+            requests=self._requests.copy(),
             slots=self._slots,
-            slots_free=slots_free * routable,
+            slots_free=slots_free,
             kv_capacity=self._kv_capacity,
             kv_free=kv_free,
-            prompt_tokens=np.array([e.prompt_tokens for e in waiting], dtype=np.int64),
-            passed_over=np.array([e.passed_over for e in waiting], dtype=np.int64),
-            forecast=kv_tokens.astype(np.float64)[:, None] if forecast is None else forecast,
-            turnover_steps=self.turnover_steps(output_tokens_mean),
-            lookahead_turnovers=lookahead_turnovers,
         )
 
     # What happens.

@@ -17,6 +17,9 @@ from brproxy.types import BrproxyError
 class State(Enum):
     """Where a request is in its life."""
 
+    # There is one object for each member: no need to hash its name on every look-up of a transition.
+    __hash__ = object.__hash__
+
     PENDING = auto()
     PREFILL = auto()
     DECODE = auto()
@@ -28,6 +31,8 @@ class State(Enum):
 
 class Event(Enum):
     """What can happen to a request."""
+
+    __hash__ = object.__hash__
 
     BIND = auto()
     FIRST_TOKEN = auto()

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from brproxy.prediction.curve_table import CurveTable
-from brproxy.prediction.predictor import ActiveRequests, FloatArray
+from brproxy.prediction.predictor import ActiveRequests, BoolArray, FloatArray
 from brproxy.prediction.predictors.survival import SurvivalParams, SurvivalPredictor
 from brproxy.types import PendingRequest
 
@@ -106,9 +106,6 @@ class BackoffPredictor(SurvivalPredictor):
             curve |= table.find(key) << (_SLOT_BITS * level)
         return curve
 
-    def _by_age(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
-        known = active.curve != 0
-        if not known.any():
-            return super()._by_age(active, workers, horizon_steps)
-        own = self.project_each(active.only(known), workers, horizon_steps)
-        return own + super()._by_age(active.only(~known), workers, horizon_steps)
+    def _told_by_age(self, active: ActiveRequests, horizon_steps: int) -> BoolArray:
+        told: BoolArray = super()._told_by_age(active, horizon_steps) & (active.curve == 0)
+        return told

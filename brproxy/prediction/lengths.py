@@ -6,6 +6,8 @@ lengths; a length between two points belongs to the lower one.
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections import deque
 from functools import lru_cache
 
@@ -27,6 +29,7 @@ class LengthGrid:
         while points[-1] < length_max:
             points.append(min(length_max, max(points[-1] + 1, int(points[-1] * _RATIO))))
         self.length_max = length_max
+        self._points = points
         self.points: IntArray = np.array(points, dtype=np.int64)
         self.position: IntArray = np.searchsorted(self.points, np.arange(length_max + 1), side="right") - 1
 
@@ -34,8 +37,12 @@ class LengthGrid:
         """Return the grid positions of ``lengths`` (any shape, >= 0); the last for longer ones."""
         return self.position[np.minimum(lengths, self.length_max)]
 
+    def points_below(self, length: int) -> int:
+        """Return the number of grid points below ``length``: at those, an output that long is still alive."""
+        return bisect_left(self._points, length)
+
     def __len__(self) -> int:
-        return len(self.points)
+        return len(self._points)
 
 
 @lru_cache(maxsize=8)
@@ -51,8 +58,10 @@ class LengthWindow:
         self._grid = grid
         self._window = window
         self._length_sum = 0
+        # At p: how many of the lengths have p grid points below them. One number changes with each length,
+        # where the curve would change up to there; it is asked for less often.
+        self._above = array("q", bytes(8 * (len(grid) + 1)))
         self.lengths: deque[int] = deque()
-        self.alive: FloatArray = np.zeros(len(grid))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -62,18 +71,20 @@ class LengthWindow:
         """Mean of the remembered lengths (tokens); raises ZeroDivisionError without any."""
         return self._length_sum / len(self.lengths)
 
+    @property
+    def alive(self) -> FloatArray:
+        """The curve, float64[B]: how many of the remembered lengths are above each grid point."""
+        above = np.array(self._above, dtype=np.float64)
+        alive: FloatArray = len(self.lengths) - np.cumsum(above[:-1])
+        return alive
+
     def add(self, length: int) -> None:
         """Remember one more length (>= 0), and forget the oldest beyond the window."""
         length = min(length, self._grid.length_max)
         if len(self.lengths) == self._window:
             oldest = self.lengths.popleft()
-            self.alive[: self._above(oldest)] -= 1
+            self._above[self._grid.points_below(oldest)] -= 1
             self._length_sum -= oldest
         self.lengths.append(length)
-        self.alive[: self._above(length)] += 1
+        self._above[self._grid.points_below(length)] += 1
         self._length_sum += length
-
-    def _above(self, length: int) -> int:
-        """Return the number of grid points below ``length``: at those it is still alive."""
-        position = int(self._grid.position[length])
-        return position if int(self._grid.points[position]) == length else position + 1

@@ -64,8 +64,8 @@ class ActiveRequests:
     length_max: IntArray
     certain: BoolArray
 
-    def only(self, rows: BoolArray) -> ActiveRequests:
-        """Return the requests that ``rows`` (bool[N]) picks."""
+    def only(self, rows: BoolArray | slice) -> ActiveRequests:
+        """Return the requests that ``rows`` (bool[N] or a slice) picks."""
         return ActiveRequests(
             self.worker[rows],
             self.kv_tokens[rows],
@@ -122,6 +122,13 @@ class Predictor(ABC, Generic[P]):
         if not certain.all():
             forecast += self._project(active.only(~certain), workers, horizon_steps)
         return forecast
+
+    def discounted_load(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
+        """Return float64[G]: each worker's forecast weighed with ``discounts`` (float64[H+1]) and summed.
+
+        ``Σ_h d_h forecast[g, h]``: all that a request which waits alone needs to know.
+        """
+        return self.forecast(active, workers, len(discounts) - 1) @ discounts
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

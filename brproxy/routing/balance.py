@@ -15,21 +15,31 @@ Source: the paper's algorithm (arXiv 2605.06113), with what our simulator taught
 
 All workers share the envelope, so the one with the most headroom is the one with the least discounted load: a
 scalar for each worker, which an admission raises by the prompt times Σ d. A choice therefore costs a few
-operations on vectors of G, H and the window.
+operations on vectors of G, H and the window. A request that waits alone needs no more than those scalars: it
+goes to the least of them, and no envelope, margin or score has a say.
 """
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from pydantic import Field
 
 from brproxy.routing.fscore import FScore
-from brproxy.routing.policy import PolicyParams, RoundState
+from brproxy.routing.policy import PolicyParams, RoutingPolicy
 from brproxy.routing.subsets import SUBSET_SIZE_MAX, WINDOW_MAX, subset_members, subset_sums
-from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, IntArray
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, IntArray, RoundState
 
 _TIE = 1e-9
 """Discounted loads that differ by less than this share are equal: they are sums of floats."""
+
+
+def _tie_limit(least: float) -> float:
+    """Return the largest discounted load that equals ``least``."""
+    return least + _TIE * max(1.0, least)
 
 
 class BalanceParams(PolicyParams):
@@ -74,7 +84,8 @@ class BalanceRound:
         self._view = view
         self._params = params
         self._fscore = fscore
-        self._state = RoundState(view)
+        self._slots_free = view.slots_free.copy()
+        self._kv_free = view.kv_free.copy()
         self._forecast: FloatArray = view.forecast[:, : len(fscore.discounts)].copy()
         self._envelope: FloatArray = self._forecast.max(axis=0)
         self._discount_sum = fscore.discount_sum
@@ -107,20 +118,19 @@ class BalanceRound:
         if len(workers) == 0:
             return None
         loads = self._discounted_load[workers]
-        least = float(loads.min())
-        ties = workers[loads <= least + _TIE * max(1.0, abs(least))]
+        ties = workers[loads <= _tie_limit(float(loads.min()))]
         return int(ties[0]) if len(ties) == 1 else self._of_equals(ties)
 
     def _of_equals(self, workers: IntArray) -> int:
         """Return the one of ``workers`` with the most free slots, by a random order of the round at last."""
         if self._tie_break is None:
             self._tie_break = self._rng.permutation(self._view.workers).astype(np.int64)
-        order = np.lexsort((self._tie_break[workers], -self._state.slots_free[workers]))
+        order = np.lexsort((self._tie_break[workers], -self._slots_free[workers]))
         return int(workers[order[0]])
 
     def _choose(self, worker: int) -> list[int]:
         """Return the requests to admit to ``worker``; empty when none of the window has KV room."""
-        kv_free = int(self._state.kv_free[worker])
+        kv_free = int(self._kv_free[worker])
         window = self._waiting[: self._params.window]
         if kv_free < self._prompt_max:
             window = [i for i in window if self._prompts[i] <= kv_free]
@@ -128,7 +138,7 @@ class BalanceRound:
             return []
         margins = self._envelope - self._forecast[worker]
         prompts = np.array([self._prompts[i] for i in window], dtype=np.float64)
-        size_max = min(int(self._state.slots_free[worker]), self._subset_max(), len(window))
+        size_max = min(int(self._slots_free[worker]), self._subset_max(), len(window))
         if size_max > 1:
             sums = subset_sums(prompts, size_max)
             if kv_free < size_max * self._prompt_max:
@@ -141,7 +151,7 @@ class BalanceRound:
 
     def _subset_max(self) -> int:
         """Return 1 in stage 1 (slots for everybody who waits), R_max in stage 2."""
-        ample = int(self._state.slots_free[self._open].sum()) >= len(self._waiting)
+        ample = int(self._slots_free[self._open].sum()) >= len(self._waiting)
         return 1 if ample else self._params.subset_max
 
     def _overdue(self) -> list[int]:
@@ -155,7 +165,7 @@ class BalanceRound:
         workers = np.flatnonzero(self._open)
         if len(workers) == 0:
             return
-        kv_free = self._state.kv_free[workers]
+        kv_free = self._kv_free[workers]
         worker = self._most_headroom(workers[kv_free >= self._prompts[request]])
         if worker is None:
             self._open[workers[int(np.argmax(kv_free))]] = False
@@ -164,10 +174,49 @@ class BalanceRound:
 
     def _admit(self, worker: int, request: int) -> None:
         prompt_tokens = self._prompts[request]
-        self._state.admit(worker, prompt_tokens)
-        self._open[worker] &= self._state.slots_free[worker] > 0
+        self._slots_free[worker] -= 1
+        self._kv_free[worker] -= prompt_tokens
+        self._open[worker] &= self._slots_free[worker] > 0
         self._forecast[worker] += prompt_tokens
         np.maximum(self._envelope, self._forecast[worker], out=self._envelope)
         self._discounted_load[worker] += prompt_tokens * self._discount_sum
         self._waiting.remove(request)
         self._decision[request] = worker
+
+
+B = TypeVar("B", bound=BalanceParams)
+
+
+class BalancePolicy(RoutingPolicy[B]):
+    """What BR-0 and BR-H share: a policy is its F-score and its discounts."""
+
+    @property
+    def lookahead_requests(self) -> int:
+        """See RoutingPolicy.lookahead_requests."""
+        return self.params.window
+
+    @abstractmethod
+    def fscore(self, view: ClusterView) -> FScore:
+        """Return the F-score of a round over ``view``."""
+
+    def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
+        """See RoutingPolicy.route."""
+        return BalanceRound(view, self.params, self.fscore(view), rng).run()
+
+    def place(
+        self,
+        state: RoundState,
+        prompt_tokens: int,
+        discounted_load: Sequence[float],
+        rng: np.random.Generator,
+    ) -> int:
+        """See RoutingPolicy.place: the most headroom, then the most free slots, then at random."""
+        eligible = state.eligible(prompt_tokens)
+        if not eligible:
+            return NOT_ADMITTED
+        limit = _tie_limit(min([discounted_load[g] for g in eligible]))
+        ties = [g for g in eligible if discounted_load[g] <= limit]
+        if len(ties) == 1:
+            return ties[0]
+        order = rng.permutation(len(discounted_load)).tolist()
+        return min(ties, key=lambda g: (-state.slots_free[g], order[g]))

@@ -24,6 +24,14 @@ import numpy as np
 from brproxy.routing.view import FloatArray
 
 
+@lru_cache(maxsize=64)
+def discounts_for(horizon_steps: int, gamma: float) -> FloatArray:
+    """Return d = (1, γ, …, γ^H), float64[H+1], read-only."""
+    discounts: FloatArray = gamma ** np.arange(horizon_steps + 1, dtype=np.float64)
+    discounts.flags.writeable = False
+    return discounts
+
+
 @dataclass(frozen=True, slots=True)
 class FScore:
     """The weights of the F-score: ``discounts[H+1]`` (d_0 = 1), their sum, ``alpha``, ``beta``."""
@@ -36,8 +44,8 @@ class FScore:
     @staticmethod
     @lru_cache(maxsize=64)
     def make(horizon_steps: int, gamma: float, alpha: float, beta: float) -> FScore:
-        """Return the weights for d = (1, γ, …, γ^H); they are shared, do not write to them."""
-        discounts = gamma ** np.arange(horizon_steps + 1, dtype=np.float64)
+        """Return the weights for d = (1, γ, …, γ^H)."""
+        discounts = discounts_for(horizon_steps, gamma)
         return FScore(discounts, float(discounts.sum()), alpha, beta)
 
     def score(self, margins: FloatArray, demands: FloatArray) -> FloatArray:

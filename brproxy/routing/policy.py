@@ -7,14 +7,15 @@ give the same answer, in the proxy and in the simulator.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from brproxy.registry import Registry, make_configurable
-from brproxy.routing.view import NOT_ADMITTED, ClusterView, IntArray
+from brproxy.routing.fscore import discounts_for
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, IntArray, RoundState
 
 
 class PolicyParams(BaseModel):
@@ -40,12 +41,13 @@ class RoutingPolicy(ABC, Generic[P]):
     def __init__(self, params: P) -> None:
         self.params = params
 
-    def horizon_steps(self, turnover_steps: float, lookahead_turnovers: float) -> int:
-        """Return H: how many decode steps ahead the view's forecast must reach; 0 needs no predictor.
+    def discounts(self, turnover_steps: float, lookahead_turnovers: float) -> FloatArray:
+        """Return float64[H+1], d_0 = 1: what the load 0, 1, …, H decode steps ahead weighs.
 
-        The arguments are those of ClusterView.
+        It says how far the forecast must reach; with H = 0 no predictor is needed. The arguments are those
+        of ClusterView. The array is shared: do not write to it.
         """
-        return 0
+        return discounts_for(0, 1.0)
 
     @property
     def lookahead_requests(self) -> int:
@@ -57,6 +59,20 @@ class RoutingPolicy(ABC, Generic[P]):
         """Return int64[N]: the worker of each waiting request, NOT_ADMITTED for those that keep waiting.
 
         Never more than ``slots_free`` requests and ``kv_free`` prompt tokens go to a worker.
+        """
+
+    @abstractmethod
+    def place(
+        self,
+        state: RoundState,
+        prompt_tokens: int,
+        discounted_load: Sequence[float],
+        rng: np.random.Generator,
+    ) -> int:
+        """Return the worker of a request that waits alone, or NOT_ADMITTED: the same as ``route``.
+
+        Most rounds are such: one request has arrived and finds a free slot. ``discounted_load`` (G) is each
+        worker's forecast weighed with ``discounts``.
         """
 
 
@@ -80,28 +96,6 @@ def make_policy(name: str, params: PolicyParams | None = None) -> AnyPolicy:
     return make_configurable(POLICIES, name, params)
 
 
-class RoundState:
-    """What one decision round has changed so far: copies of the view's per-worker arrays."""
-
-    def __init__(self, view: ClusterView) -> None:
-        self.view = view
-        self.kv_tokens = view.kv_tokens.copy()
-        self.requests = view.requests.copy()
-        self.slots_free = view.slots_free.copy()
-        self.kv_free = view.kv_free.copy()
-
-    def eligible(self, prompt_tokens: int) -> IntArray:
-        """Return the workers with a free slot and KV room for a prompt, in index order."""
-        return np.flatnonzero((self.slots_free > 0) & (self.kv_free >= prompt_tokens)).astype(np.int64)
-
-    def admit(self, worker: int, prompt_tokens: int) -> None:
-        """Book a request, so that the rest of the round sees it."""
-        self.kv_tokens[worker] += prompt_tokens
-        self.requests[worker] += 1
-        self.slots_free[worker] -= 1
-        self.kv_free[worker] -= prompt_tokens
-
-
 class OneByOnePolicy(RoutingPolicy[P]):
     """A baseline: requests in order of arrival, each to the worker that ``choose`` names.
 
@@ -109,27 +103,38 @@ class OneByOnePolicy(RoutingPolicy[P]):
     """
 
     @abstractmethod
-    def choose(self, state: RoundState, eligible: IntArray, rng: np.random.Generator) -> int:
+    def choose(self, state: RoundState, eligible: list[int], rng: np.random.Generator) -> int:
         """Return one of ``eligible`` (never empty) for the next request."""
 
     def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
         """See RoutingPolicy.route."""
         decision = np.full(view.waiting, NOT_ADMITTED, dtype=np.int64)
-        state = RoundState(view)
+        state = RoundState.of(view)
         for i, prompt_tokens in enumerate(view.prompt_tokens.tolist()):
-            eligible = state.eligible(prompt_tokens)
-            if len(eligible) == 0:
+            worker = self.place(state, prompt_tokens, state.kv_tokens, rng)
+            if worker == NOT_ADMITTED:
                 break
-            worker = self.choose(state, eligible, rng)
             state.admit(worker, prompt_tokens)
             decision[i] = worker
         return decision
 
+    def place(
+        self,
+        state: RoundState,
+        prompt_tokens: int,
+        discounted_load: Sequence[float],
+        rng: np.random.Generator,
+    ) -> int:
+        """See RoutingPolicy.place."""
+        eligible = state.eligible(prompt_tokens)
+        return self.choose(state, eligible, rng) if eligible else NOT_ADMITTED
 
-def least(keys: IntArray, rng: np.random.Generator) -> int:
-    """Return the position of the smallest key, a random one of those that tie.
+
+def least(workers: Sequence[int], keys: Sequence[int], rng: np.random.Generator) -> int:
+    """Return the one of ``workers`` with the smallest of ``keys`` (G), a random one of those that tie.
 
     Ties are the common case on a quiet cluster; taking the first would pile everything onto worker 0.
     """
-    ties = np.flatnonzero(keys == keys.min())
-    return int(ties[0]) if len(ties) == 1 else int(ties[rng.integers(len(ties))])
+    lowest = min(keys[g] for g in workers)
+    ties = [g for g in workers if keys[g] == lowest]
+    return ties[0] if len(ties) == 1 else ties[rng.integers(len(ties))]

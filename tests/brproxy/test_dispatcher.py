@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolFullError, PoolLimits, PromptTooLongError
 from brproxy.ledger import Ledger, WorkerLimits
 from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import make_predictor
 from brproxy.routing.policy import POLICIES, make_policy
+from brproxy.routing.view import NOT_ADMITTED, ClusterView
 from brproxy.types import PendingRequest, WorkerIndex
 
 POOL = PoolLimits(100, 10.0)
@@ -140,3 +143,75 @@ def test_a_request_passed_over_is_counted():
         dispatcher.arrive(PendingRequest(prompt), 0.0)
     dispatcher.decide(0.0, routable(dispatcher))
     assert dispatcher.ledger.entry(old).passed_over == 1 or dispatcher.ledger.entry(old).worker == 1
+
+
+bound_requests = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sampled_from([5, 5, 60, 900]),
+        st.sampled_from([0, 3, 40]),
+        st.sampled_from([None, None, 10, 50, 900]),
+        st.booleans(),
+    ),
+    max_size=14,
+)
+"""Worker, prompt, output so far, ``max_tokens`` and whether the output gets exactly that long."""
+
+
+def decided_by_a_round(dispatcher, entry, mask, seed):
+    """What the policy says of a view with one waiting request, and each worker's discounted load."""
+    ledger, policy, predictor = dispatcher.ledger, dispatcher.policy, dispatcher.predictor
+    turnover = ledger.turnover_steps(predictor.mean_output_tokens)
+    discounts = policy.discounts(turnover, predictor.LOOKAHEAD_TURNOVERS)
+    forecast = predictor.forecast(ledger.active(), ledger.workers, len(discounts) - 1)
+    view = ClusterView.of(
+        ledger.state(mask, late_binding=policy.params.late_binding),
+        [entry.prompt_tokens],
+        [entry.passed_over],
+        forecast,
+        turnover,
+        predictor.LOOKAHEAD_TURNOVERS,
+    )
+    return int(policy.route(view, np.random.default_rng(seed))[0]), forecast @ discounts
+
+
+@settings(max_examples=250)
+@given(
+    policy=st.sampled_from(["br-0", "br-h", "br-h", "least-kv"]),
+    predictor=st.sampled_from(["survival", "exact-match"]),
+    bound=bound_requests,
+    limits=st.lists(
+        st.builds(WorkerLimits, st.integers(1, 5), st.sampled_from([None, 1000, 3000])),
+        min_size=4,
+        max_size=4,
+    ),
+    mask=st.lists(st.booleans(), min_size=4, max_size=4),
+    prompt=st.sampled_from([0, 70, 800]),
+    passed_over=st.sampled_from([0, 4096]),
+    seed=st.integers(0, 3),
+)
+def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
+    policy, predictor, bound, limits, mask, prompt, passed_over, seed
+):
+    ledger = Ledger(limits)
+    rng = np.random.default_rng(seed)
+    dispatcher = Dispatcher(ledger, make_policy(policy), make_predictor(predictor), rng, POOL)
+    for i in range(40):
+        dispatcher.predictor.observe(PendingRequest(1, prompt_hash=i % 3), 1 + 3 * i)
+    for i, (worker, prompt_tokens, output, limit, certain) in enumerate(bound):
+        request = PendingRequest(
+            prompt_tokens, output_tokens_max=limit, runs_to_max=certain, prompt_hash=i % 5
+        )
+        request_id = dispatcher.arrive(request, 0.0)
+        ledger.bind(request_id, WorkerIndex(worker), 0.0, dispatcher.predictor.prospect(request))
+        ledger.grow(request_id, output)
+    entry = ledger.entry(dispatcher.arrive(PendingRequest(prompt), 0.0))
+    entry.passed_over = passed_over
+    expected, load = decided_by_a_round(dispatcher, entry, mask, seed)
+    assignments = dispatcher.decide(0.0, np.array(mask))
+    worker = assignments[0].worker if assignments else NOT_ADMITTED
+    # Forecasts are single precision: nearer than that, either of two workers is right.
+    as_good = NOT_ADMITTED not in {worker, expected} and load[worker] == pytest.approx(
+        load[expected], rel=1e-5
+    )
+    assert worker == expected or (policy == "br-h" and as_good)

@@ -1,6 +1,5 @@
 """The ledger as a state machine: whatever happens, the books balance."""
 
-import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,7 +11,6 @@ from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED
 from brproxy.types import InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 WORKERS = 3
-ALL = np.ones(WORKERS, dtype=bool)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -119,29 +117,34 @@ def bound_ledger(limits, loads):
     return ledger
 
 
-def test_view_shows_what_is_free():
+def test_state_shows_what_is_free():
     ledger = bound_ledger([WorkerLimits(2, 1000), WorkerLimits(1)], [(0, 300), (1, 50), (1, 60)])
-    waiting = [ledger.entry(ledger.arrive(PendingRequest(p), 0.0)) for p in (7, 8)]
-    view = ledger.view(waiting, np.array([True, True]), late_binding=True)
-    assert view.kv_tokens.tolist() == [300, 110]
-    assert view.slots_free.tolist() == [1, 0], "never fewer than none"
-    assert view.kv_free.tolist() == [700, KV_UNLIMITED_TOKENS - 110]
-    assert view.prompt_tokens.tolist() == [7, 8]
-    assert view.forecast.tolist() == [[300.0], [110.0]]
+    state = ledger.state([True, True], late_binding=True)
+    assert state.kv_tokens == [300, 110]
+    assert state.requests == [1, 2]
+    assert state.slots_free == [1, 0], "never fewer than none"
+    assert state.kv_free == [700, KV_UNLIMITED_TOKENS - 110]
+    assert (state.slots, state.kv_capacity) == ([2, 1], [1000, KV_UNLIMITED_TOKENS])
 
 
-def test_view_masks_workers_that_must_not_be_chosen_but_counts_their_load():
+def test_state_masks_workers_that_must_not_be_chosen_but_counts_their_load():
     ledger = bound_ledger([WorkerLimits(4), WorkerLimits(4)], [(1, 500)])
-    view = ledger.view([], np.array([True, False]), late_binding=True)
-    assert view.slots_free.tolist() == [4, 0]
-    assert view.kv_tokens.tolist() == [0, 500]
+    state = ledger.state([True, False], late_binding=True)
+    assert state.slots_free == [4, 0]
+    assert state.kv_tokens == [0, 500]
 
 
-def test_view_for_early_binding_has_no_limits():
-    ledger = bound_ledger([WorkerLimits(1, 100)], [(0, 90)])
-    view = ledger.view([], np.array([True]), late_binding=False)
-    assert view.slots_free.tolist() == [SLOTS_UNLIMITED]
-    assert view.kv_free.tolist() == [KV_UNLIMITED_TOKENS]
+def test_state_for_early_binding_has_no_limits():
+    ledger = bound_ledger([WorkerLimits(1, 100), WorkerLimits(1)], [(0, 90)])
+    state = ledger.state([True, False], late_binding=False)
+    assert state.slots_free == [SLOTS_UNLIMITED, 0]
+    assert state.kv_free == [KV_UNLIMITED_TOKENS] * 2
+
+
+def test_a_round_that_changes_its_state_changes_no_books():
+    ledger = bound_ledger([WorkerLimits(4)], [(0, 5)])
+    ledger.state([True], late_binding=True).admit(0, 100)
+    assert (ledger.kv_tokens, ledger.requests) == ((5,), (1,))
 
 
 def test_impossible_calls_are_refused():

@@ -102,7 +102,7 @@ def test_every_predictor_can_be_simulated():
 @pytest.mark.parametrize("turnover_steps", [0.1, 1.0, 2.0, 2.3])
 def test_where_slots_turn_over_quickly_br_h_is_br_0(turnover_steps):
     assert lookahead_for(turnover_steps, 3.0) == Lookahead(0, 1.0)
-    assert make_policy("br-h").horizon_steps(turnover_steps, 3.0) == 0
+    assert make_policy("br-h").discounts(turnover_steps, 3.0).tolist() == [1.0]
 
 
 def test_the_lookahead_grows_with_the_turnover():

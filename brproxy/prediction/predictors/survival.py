@@ -11,6 +11,7 @@ from pydantic import Field
 from brproxy.prediction.lengths import LengthWindow, length_grid
 from brproxy.prediction.predictor import (
     ActiveRequests,
+    BoolArray,
     FloatArray,
     IntArray,
     Predictor,
@@ -90,13 +91,36 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         """See Predictor.survival."""
         return self._curves(horizon_steps)[self._grid.positions(active.output_tokens)].astype(np.float64)
 
+    def discounted_load(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
+        """See Predictor.discounted_load. Summing over the horizon first leaves two numbers for each age."""
+        by_age = ~active.certain & self._told_by_age(active, len(discounts) - 1)
+        if by_age.all():
+            return self._discounted_by_age(active, workers, discounts)
+        others = super().discounted_load(active.only(~by_age), workers, discounts)
+        return others + self._discounted_by_age(active.only(by_age), workers, discounts)
+
+    def _told_by_age(self, active: ActiveRequests, horizon_steps: int) -> BoolArray:
+        """Return bool[N]: those of uncertain length of which the curve of their age says everything."""
+        told: BoolArray = active.length_max - active.output_tokens > horizon_steps
+        return told
+
     def _project(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
         """Sum requests by worker and age first: most of them need no curve of their own."""
-        soon = active.length_max - active.output_tokens <= horizon_steps
-        if soon.any():
-            forecast = self.project_each(active.only(soon), workers, horizon_steps)
-            return forecast + self._by_age(active.only(~soon), workers, horizon_steps)
-        return self._by_age(active, workers, horizon_steps)
+        by_age = self._told_by_age(active, horizon_steps)
+        if by_age.all():
+            return self._by_age(active, workers, horizon_steps)
+        others = self.project_each(active.only(~by_age), workers, horizon_steps)
+        return others + self._by_age(active.only(by_age), workers, horizon_steps)
+
+    def _discounted_by_age(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
+        """Sum ``kv_tokens * Σ_h d_h P(h | age) + Σ_h d_h h P(h | age)`` over each worker's requests."""
+        weights = np.empty((len(discounts), 2), dtype=np.float32)
+        weights[:, 0] = discounts
+        weights[:, 1] = discounts * np.arange(len(discounts))
+        of_kv, of_growth = (self._curves(len(discounts) - 1) @ weights).T.astype(np.float64)
+        position = self._grid.positions(active.output_tokens)
+        each = of_kv[position] * active.kv_tokens + of_growth[position]
+        return np.bincount(active.worker, each, minlength=workers).astype(np.float64, copy=False)
 
     def _by_age(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
         curves = self._curves(horizon_steps)

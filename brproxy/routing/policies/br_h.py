@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import ClassVar, NamedTuple
 
-import numpy as np
 from pydantic import Field
 
-from brproxy.routing.balance import BalanceParams, BalanceRound
-from brproxy.routing.fscore import FScore
-from brproxy.routing.policy import PolicyParams, RoutingPolicy, register_policy
-from brproxy.routing.view import ClusterView, IntArray
+from brproxy.routing.balance import BalanceParams, BalancePolicy
+from brproxy.routing.fscore import FScore, discounts_for
+from brproxy.routing.policy import PolicyParams, register_policy
+from brproxy.routing.view import ClusterView, FloatArray
 
 HORIZON_STEPS_MAX = 512
 _TURNOVER_STEPS_MIN = 2.0
@@ -64,7 +63,7 @@ class BrHParams(BalanceParams):
 
 
 @register_policy("br-h")
-class BrHPolicy(RoutingPolicy[BrHParams]):
+class BrHPolicy(BalancePolicy[BrHParams]):
     """``F_g(Q) = α (Σ_h d_h) D(Q) - β Σ_h d_h (D(Q) - m_{g,h})+`` over projected margins, d_h = γ^h.
 
     Source: arXiv 2605.06113, BR-H. The view's forecast comes from a predictor; the round adds the prompt of
@@ -73,21 +72,15 @@ class BrHPolicy(RoutingPolicy[BrHParams]):
 
     Params: ClassVar[type[PolicyParams]] = BrHParams
 
-    def horizon_steps(self, turnover_steps: float, lookahead_turnovers: float) -> int:
-        """See RoutingPolicy.horizon_steps."""
-        return self._lookahead(turnover_steps, lookahead_turnovers).horizon_steps
+    def discounts(self, turnover_steps: float, lookahead_turnovers: float) -> FloatArray:
+        """See RoutingPolicy.discounts."""
+        return discounts_for(*self._lookahead(turnover_steps, lookahead_turnovers))
 
-    @property
-    def lookahead_requests(self) -> int:
-        """See RoutingPolicy.lookahead_requests."""
-        return self.params.window
-
-    def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
-        """See RoutingPolicy.route."""
-        params = self.params
+    def fscore(self, view: ClusterView) -> FScore:
+        """See BalancePolicy.fscore."""
         horizon_steps, gamma = self._lookahead(view.turnover_steps, view.lookahead_turnovers)
-        fscore = FScore.make(horizon_steps, gamma, params.alpha, params.beta_per_worker * view.workers)
-        return BalanceRound(view, params, fscore, rng).run()
+        beta = self.params.beta_per_worker * view.workers
+        return FScore.make(horizon_steps, gamma, self.params.alpha, beta)
 
     def _lookahead(self, turnover_steps: float, lookahead_turnovers: float) -> Lookahead:
         followed = lookahead_for(turnover_steps, lookahead_turnovers)

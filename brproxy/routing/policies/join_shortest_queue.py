@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from brproxy.routing.policy import OneByOnePolicy, PolicyParams, RoundState, least, register_policy
-from brproxy.routing.view import IntArray
+from brproxy.routing.policy import OneByOnePolicy, PolicyParams, least, register_policy
+from brproxy.routing.view import RoundState
 
 
 @register_policy("join-shortest-queue")
@@ -15,6 +15,6 @@ class JoinShortestQueuePolicy(OneByOnePolicy[PolicyParams]):
     What most routers for LLM workers ship as "least load": it counts requests, not their KV tokens.
     """
 
-    def choose(self, state: RoundState, eligible: IntArray, rng: np.random.Generator) -> int:
+    def choose(self, state: RoundState, eligible: list[int], rng: np.random.Generator) -> int:
         """See OneByOnePolicy.choose."""
-        return int(eligible[least(state.requests[eligible], rng)])
+        return least(eligible, state.requests, rng)

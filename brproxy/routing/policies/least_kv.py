@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from brproxy.routing.policy import OneByOnePolicy, PolicyParams, RoundState, least, register_policy
-from brproxy.routing.view import IntArray
+from brproxy.routing.policy import OneByOnePolicy, PolicyParams, least, register_policy
+from brproxy.routing.view import RoundState
 
 
 @register_policy("least-kv")
@@ -15,8 +15,8 @@ class LeastKvPolicy(OneByOnePolicy[PolicyParams]):
     The greedy balance of KV load: it fills the emptiest worker, whatever the prompt does to the envelope.
     """
 
-    def choose(self, state: RoundState, eligible: IntArray, rng: np.random.Generator) -> int:
+    def choose(self, state: RoundState, eligible: list[int], rng: np.random.Generator) -> int:
         """See OneByOnePolicy.choose."""
-        kv_tokens = state.kv_tokens[eligible]
-        lightest = eligible[kv_tokens == kv_tokens.min()]
-        return int(lightest[least(state.requests[lightest], rng)])
+        lowest = min(state.kv_tokens[g] for g in eligible)
+        lightest = [g for g in eligible if state.kv_tokens[g] == lowest]
+        return least(lightest, state.requests, rng)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from brproxy.routing.policy import OneByOnePolicy, PolicyParams, RoundState, least, register_policy
-from brproxy.routing.view import IntArray
+from brproxy.routing.policy import OneByOnePolicy, PolicyParams, least, register_policy
+from brproxy.routing.view import RoundState
 
 
 @register_policy("power-of-two")
@@ -15,9 +15,9 @@ class PowerOfTwoPolicy(OneByOnePolicy[PolicyParams]):
     Mitzenmacher 2001, "The power of two choices in randomized load balancing".
     """
 
-    def choose(self, state: RoundState, eligible: IntArray, rng: np.random.Generator) -> int:
+    def choose(self, state: RoundState, eligible: list[int], rng: np.random.Generator) -> int:
         """See OneByOnePolicy.choose."""
         if len(eligible) == 1:
-            return int(eligible[0])
-        pair = rng.choice(eligible, size=2, replace=False)
-        return int(pair[least(state.requests[pair], rng)])
+            return eligible[0]
+        pair: list[int] = rng.choice(eligible, size=2, replace=False).tolist()
+        return least(pair, state.requests, rng)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from brproxy.routing.policy import OneByOnePolicy, PolicyParams, RoundState, register_policy
-from brproxy.routing.view import IntArray
+from brproxy.routing.policy import OneByOnePolicy, PolicyParams, register_policy
+from brproxy.routing.view import RoundState
 
 
 @register_policy("round-robin")
@@ -19,8 +19,7 @@ class RoundRobinPolicy(OneByOnePolicy[PolicyParams]):
         super().__init__(params)
         self._last = -1
 
-    def choose(self, state: RoundState, eligible: IntArray, rng: np.random.Generator) -> int:
+    def choose(self, state: RoundState, eligible: list[int], rng: np.random.Generator) -> int:
         """See OneByOnePolicy.choose."""
-        after = eligible[eligible > self._last]
-        self._last = int(after[0] if len(after) else eligible[0])
+        self._last = next((g for g in eligible if g > self._last), eligible[0])
         return self._last

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from brproxy.routing.policy import OneByOnePolicy, PolicyParams, RoundState, register_policy
-from brproxy.routing.view import KV_UNLIMITED_TOKENS, FloatArray, IntArray
+from brproxy.routing.policy import OneByOnePolicy, PolicyParams, register_policy
+from brproxy.routing.view import KV_UNLIMITED_TOKENS, RoundState
 
 
 class VllmQueueParams(PolicyParams):
@@ -40,20 +40,19 @@ class VllmQueuePolicy(OneByOnePolicy[VllmQueueParams]):
         super().__init__(params)
         self._scan_start = 0
 
-    def choose(self, state: RoundState, eligible: IntArray, rng: np.random.Generator) -> int:
+    def choose(self, state: RoundState, eligible: list[int], rng: np.random.Generator) -> int:
         """See OneByOnePolicy.choose. Ties go to the first in scan order, as in vLLM."""
-        workers = state.view.workers
-        in_scan_order = eligible[np.argsort((eligible - self._scan_start) % workers, kind="stable")]
-        self._scan_start = (self._scan_start + 1) % workers
-        return int(in_scan_order[int(np.argmin(self._scores(state)[in_scan_order]))])
+        workers = len(state.requests)
+        start = self._scan_start
+        self._scan_start = (start + 1) % workers
+        return min(eligible, key=lambda g: (self._score(state, g), (g - start) % workers))
 
-    def _scores(self, state: RoundState) -> FloatArray:
-        running = np.minimum(state.requests, state.view.slots)
-        waiting = state.requests - running
+    def _score(self, state: RoundState, worker: int) -> float:
+        requests, capacity = state.requests[worker], state.kv_capacity[worker]
+        running = min(requests, state.slots[worker])
+        waiting = requests - running
         if self.params.formula == "waiting-weighted":
-            return (4 * waiting + running).astype(np.float64)
-        queue = np.maximum(self.params.client_count * state.requests, state.requests)
-        known = state.view.kv_capacity < KV_UNLIMITED_TOKENS
-        kv_usage = np.where(known, state.kv_tokens / np.maximum(state.view.kv_capacity, 1), 0.0)
-        scores: FloatArray = queue + waiting * 6.0 * np.maximum(0.0, kv_usage - 0.5)
-        return scores
+            return 4 * waiting + running
+        kv_usage = state.kv_tokens[worker] / max(capacity, 1) if capacity < KV_UNLIMITED_TOKENS else 0.0
+        queue = max(self.params.client_count * requests, waiting + running)
+        return queue + waiting * 6.0 * max(0.0, kv_usage - 0.5)

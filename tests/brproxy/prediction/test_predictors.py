@@ -108,6 +108,20 @@ def test_contract(name, rows):
 
 
 @pytest.mark.parametrize("name", PREDICTORS.names())
+@given(rows=rows_of_any_kind, horizon_steps=st.sampled_from([0, 1, 7, 30]), data=st.data())
+def test_the_discounted_load_is_the_forecast_weighed(name, rows, horizon_steps, data):
+    predictor = make_predictor(name)
+    for length in (5, 30, 0, 12, 45):
+        predictor.observe(PendingRequest(1, prompt_hash=length % 3, prefix_hash=1), length)
+    known = [predictor.prospect(PendingRequest(1, prompt_hash=i)).curve for i in range(3)]
+    curves = data.draw(st.lists(st.sampled_from(known), min_size=len(rows), max_size=len(rows)))
+    active, discounts = active_of(rows, curves), 0.9 ** np.arange(horizon_steps + 1)
+    load = predictor.discounted_load(active, WORKERS, discounts)
+    expected = predictor.forecast(active, WORKERS, horizon_steps) @ discounts
+    assert load == pytest.approx(expected, rel=1e-5, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", PREDICTORS.names())
 def test_state_is_kept(name):
     def request(i):
         return PendingRequest(1, "m", prompt_hash=i % 5, prefix_hash=i % 2, user="u")

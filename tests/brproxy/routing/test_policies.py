@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brproxy.registry import UnknownNameError
-from brproxy.routing.policy import POLICIES, PolicyParams, RoundState, make_policy
-from brproxy.routing.view import KV_UNLIMITED_TOKENS, NOT_ADMITTED, SLOTS_UNLIMITED, ClusterView
+from brproxy.routing.policy import POLICIES, PolicyParams, make_policy
+from brproxy.routing.view import KV_UNLIMITED_TOKENS, NOT_ADMITTED, SLOTS_UNLIMITED, ClusterView, RoundState
 
 NAMES = POLICIES.names()
 
@@ -67,6 +67,43 @@ def test_a_request_that_fits_is_not_left_while_slots_are_free(name, view):
     decision = policy.route(view, np.random.default_rng(0))
     fits = (view.prompt_tokens[0] <= view.kv_free[roomy]).any()
     assert not fits or (decision != NOT_ADMITTED).any()
+
+
+@st.composite
+def lone_views(draw):
+    """One waiting request; few distinct numbers, so that loads, slots and whole forecasts tie."""
+    workers = draw(st.integers(1, 6))
+    per_worker = lambda *values: np.array(  # noqa: E731
+        draw(st.lists(st.sampled_from(values), min_size=workers, max_size=workers)), dtype=np.int64
+    )
+    kv_tokens = per_worker(0, 100, 101, 5000)
+    return ClusterView(
+        kv_tokens=kv_tokens,
+        requests=per_worker(0, 1, 5),
+        slots=per_worker(1, 4),
+        slots_free=per_worker(0, 1, 3),
+        kv_capacity=per_worker(6000, KV_UNLIMITED_TOKENS),
+        kv_free=per_worker(0, 50, 400, KV_UNLIMITED_TOKENS),
+        prompt_tokens=np.array([draw(st.sampled_from([0, 50, 51, 1000]))]),
+        passed_over=np.array([draw(st.sampled_from([0, 5000]))]),
+        forecast=kv_tokens[:, None] + per_worker(-1, 0, 7)[:, None] * np.arange(65.0),
+        turnover_steps=draw(st.sampled_from([1.0, 4.0])),
+        lookahead_turnovers=3.0,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=300)
+@given(view=lone_views(), seed=st.integers(0, 3))
+def test_a_request_that_waits_alone_goes_where_a_round_would_put_it(name, view, seed):
+    by_round, alone = make_policy(name), make_policy(name)
+    discounts = alone.discounts(view.turnover_steps, view.lookahead_turnovers)
+    load = (view.forecast[:, : len(discounts)] @ discounts).tolist()
+    prompt_tokens = int(view.prompt_tokens[0])
+    rng = [np.random.default_rng(seed) for _ in range(2)]
+    for _ in range(3):  # Some policies remember what they did last.
+        expected = by_round.route(view, rng[0]).tolist()
+        assert alone.place(RoundState.of(view), prompt_tokens, load, rng[1]) == expected[0]
 
 
 def view_of(kv_tokens, requests, slots=4, prompts=(10,)):
@@ -144,7 +181,7 @@ def test_vllm_queue_scores(formula, client_count, capacity, scores):
     view = replace(view_of([800, 900], [6, 3]), kv_capacity=np.full(2, capacity, dtype=np.int64))
     policy_class = POLICIES.get("vllm-queue")
     policy = policy_class(policy_class.Params(formula=formula, client_count=client_count))
-    assert policy._scores(RoundState(view)).tolist() == pytest.approx(scores)
+    assert [policy._score(RoundState.of(view), worker) for worker in range(2)] == pytest.approx(scores)
 
 
 @pytest.mark.parametrize("formula", ["waiting-weighted", "0.33"])

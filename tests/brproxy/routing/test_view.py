@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from brproxy.routing.view import ClusterView
+from brproxy.routing.view import ClusterView, RoundState
 from brproxy.types import InvalidInputError
 
 ARRAYS = {
@@ -36,3 +36,14 @@ def test_shapes_that_belong_together():
 def test_shapes_that_do_not(name, array, message):
     with pytest.raises(InvalidInputError, match=message):
         ClusterView(**(ARRAYS | {name: array}))
+
+
+def test_a_state_of_a_view_gives_the_view_again():
+    view = ClusterView.of(
+        RoundState([5, 6], [1, 2], [4, 4], [3, 0], [100, 90], [95, 84]), [7, 8, 9], [0, 1, 0]
+    )
+    again = ClusterView.of(RoundState.of(view), view.prompt_tokens, view.passed_over)
+    for name in ARRAYS:
+        assert (getattr(view, name) == getattr(again, name)).all()
+    assert view.forecast.tolist() == [[5.0], [6.0]]
+    assert view.prompt_tokens.tolist() == [7, 8, 9]
