@@ -97,7 +97,7 @@ def build_service(config: Config) -> Service:
         groups=services,
         fleet=fleet,
         control=ControlClient(timeouts.connect_s, timeouts.keepalive_s, limits.header_bytes_max),
-        watch=Watch(_look_interval_s(config), partial(_expire, services.values())),
+        watch=Watch(_look_interval_s(config), partial(_look_after, services.values())),
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
         metrics=metrics,
         clock=clock,
@@ -127,10 +127,12 @@ def _look_interval_s(config: Config) -> float:
     return min(1.0, 0.1 * min(timeouts.first_byte_s, timeouts.stall_s, timeouts.keepalive_s))
 
 
-def _expire(services: Iterable[GroupService], now_s: float) -> None:
+def _look_after(services: Iterable[GroupService], now_s: float) -> None:
     for service in services:
         for pool in service.pools:
             pool.expire(now_s)
+        # Nobody has to look at the load for what is unbooked to stay little.
+        service.driver.catch_up()
 
 
 class RunningProxy:

@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 import orjson
 
 # Where prompts are, in /v1/completions, chat, responses, messages, embeddings, rerank, score and tokenize.
-_PROMPT_KEYS = (
-    "prompt",
-    "messages",
-    "input",
-    "instructions",
-    "system",
-    "tools",
-    "query",
-    "documents",
-    "text_1",
-    "text_2",
+_PROMPT_KEYS = frozenset(
+    {
+        "prompt",
+        "messages",
+        "input",
+        "instructions",
+        "system",
+        "tools",
+        "query",
+        "documents",
+        "text_1",
+        "text_2",
+    }
 )
 # Inside a prompt: what is no text of the conversation.
 _NOT_TEXT = frozenset(
@@ -42,9 +44,8 @@ def prompt_size(document: dict[str, Any]) -> PromptSize:
     """Return the size of everything in ``document`` that the model reads."""
     tokens = text_bytes = 0
     prompts = 1
-    for key in _PROMPT_KEYS:
-        value = document.get(key)
-        if value is None:
+    for key, value in document.items():
+        if key not in _PROMPT_KEYS or value is None:
             continue
         more_tokens, more_bytes = _measure(value)
         tokens += more_tokens
@@ -93,7 +94,7 @@ def _measure(value: object) -> tuple[int, int]:
             else:
                 stack.extend(item)
         elif isinstance(item, dict):
-            stack.extend(part for key, part in item.items() if key not in _NOT_TEXT)
+            stack += [part for key, part in item.items() if key not in _NOT_TEXT]
     return tokens, text_bytes
 
 

@@ -23,6 +23,7 @@ class Account:
         "_estimator",
         "_facts",
         "_lease",
+        "_unbooked_events",
         "_usage",
         "dialect",
         "done",
@@ -46,6 +47,7 @@ class Account:
         self.usage_was_added = usage_was_added
         self._counter = StreamCounter(estimator.tokens_per_chunk(facts.model))
         self._usage: Usage | None = None
+        self._unbooked_events = 0
         self.done = False
         self.plain: PlainEvent | None = None
 
@@ -56,7 +58,7 @@ class Account:
         facts = self.dialect.read_event(event.data)
         if facts.has_tokens:
             self._lease.first_token()
-            self._lease.tokens(self._counter.count())
+            self.count_plain(1)
         if facts is PLAIN_TOKENS:
             self.plain = PlainEvent.learn(event.raw) or self.plain
         if facts.usage is not None:
@@ -66,8 +68,10 @@ class Account:
         return facts
 
     def count_plain(self, events: int) -> None:
-        """Book ``events`` events that look like ``plain``: the same as looking at each of them."""
-        self._lease.tokens(self._counter.count(events))
+        """Note ``events`` events with output; they are booked together before anybody looks at the load."""
+        if not self._unbooked_events:
+            self._lease.book_later(self._book)
+        self._unbooked_events += events
 
     def hides(self, facts: EventFacts) -> bool:
         """Tell whether the client must not see an event: it exists only because the proxy asked for it."""
@@ -89,6 +93,11 @@ class Account:
         if usage.completion_tokens is not None:
             self._estimator.learn_chunks(model, self._counter.chunks, usage.completion_tokens)
 
+    def _book(self) -> None:
+        events, self._unbooked_events = self._unbooked_events, 0
+        if events:
+            self._lease.tokens(self._counter.count(events))
+
     def _settle(self, usage: Usage) -> None:
         before = self._usage or Usage(None, None)
         # Some APIs report the prompt in their first event and the output in the last.
@@ -99,4 +108,5 @@ class Account:
         if usage.prompt_tokens is not None:
             self._lease.correct_prompt(usage.prompt_tokens)
         if usage.completion_tokens is not None:
+            self._book()
             self._lease.tokens(self._counter.settle(usage.completion_tokens))

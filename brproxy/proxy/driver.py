@@ -47,6 +47,7 @@ class GroupDriver:
         self._on_end = on_end
         self._waiters: dict[RequestId, asyncio.Future[WorkerIndex]] = {}
         self._tick: asyncio.TimerHandle | None = None
+        self._growth: list[Callable[[], None]] = []
 
     def admit(self, request: PendingRequest) -> Lease:
         """Put a request into the pool; raises PoolFullError or PromptTooLongError."""
@@ -68,6 +69,18 @@ class GroupDriver:
         finally:
             del self._waiters[entry.id]
 
+    def book_later(self, book: Callable[[], None]) -> None:
+        """Have ``book`` called before anybody looks at the load; once for each call of this."""
+        self._growth.append(book)
+
+    def catch_up(self) -> None:
+        """Book what has streamed since the last time: after that the ledger's loads are exact."""
+        growth = self._growth
+        if growth:
+            self._growth = []
+            for book in growth:
+                book()
+
     def retry(self, entry: Entry) -> None:
         """Take ``entry`` away from the worker that failed it; the next ``wait`` gives it another."""
         self._dispatcher.ledger.retry(entry.id, self.clock.now_s())
@@ -85,6 +98,7 @@ class GroupDriver:
 
     def _run_round(self) -> None:
         """Decide, wake those that were bound or have waited too long, and tick again while any wait."""
+        self.catch_up()
         now_s = self.clock.now_s()
         started_s = time.perf_counter()
         assignments = self._dispatcher.decide(now_s, self.group.health.routable())
@@ -140,6 +154,7 @@ class Lease:
     ) -> None:
         if self.entry.state in TERMINAL:
             return
+        self._driver.catch_up()
         if exc_type is None:
             # A handler can only leave before a worker was found by failing.
             event = Event.FAIL if self.entry.state is State.PENDING else self._outcome
@@ -148,14 +163,17 @@ class Lease:
             event = Event.CANCEL if gone else Event.FAIL
         self._driver.end(self.entry, event)
 
+    def worker_now(self) -> WorkerIndex | None:
+        """Return a worker if one can be had at once, else None: then wait for one."""
+        return self.entry.worker if self._driver.decide_now(self.entry) else None
+
     async def worker(self) -> WorkerIndex:
         """Wait for a worker; raises WaitExpiredError."""
-        if self._driver.decide_now(self.entry):
-            return self.entry.worker
         return await self._driver.wait(self.entry)
 
     def retry(self) -> None:
         """Give the worker back: it failed before the client saw anything."""
+        self._driver.catch_up()
         self._driver.retry(self.entry)
 
     def fail(self) -> None:
@@ -165,6 +183,10 @@ class Lease:
     def tokens(self, tokens: int) -> None:
         """Book ``tokens`` more output tokens, fewer than zero to take back."""
         self._ledger.grow(self.entry.id, tokens)
+
+    def book_later(self, book: Callable[[], None]) -> None:
+        """Have ``book`` called before anybody looks at the load."""
+        self._driver.book_later(book)
 
     def first_token(self) -> None:
         """Note that prefill is over; later calls do nothing."""

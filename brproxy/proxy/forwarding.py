@@ -71,6 +71,7 @@ class Forwarding(Exchange):
         "_client",
         "_connection",
         "_copy",
+        "_corked",
         "_framing",
         "_head",
         "_held",
@@ -81,6 +82,7 @@ class Forwarding(Exchange):
         "_path",
         "_request_id",
         "_splitter",
+        "_unsent",
         "_write",
         "deadline_s",
         "is_committed",
@@ -107,6 +109,8 @@ class Forwarding(Exchange):
         self._is_refusal = False
         self._is_tunnel = False
         self._held = b""
+        self._unsent = b""
+        self._corked = False
         self._copy: bytearray | None = None
         self._write = client.write
         self.is_committed = False
@@ -152,8 +156,11 @@ class Forwarding(Exchange):
                 self._copy = bytearray()
             self.receive = self._reply
 
-    def end(self, trailers: bytes) -> None:
-        """See Exchange.end."""
+    def end(self, piece: bytes, trailers: bytes) -> None:
+        """See Exchange.end. All that is left goes out in one write."""
+        self._corked = True
+        if piece:
+            self.receive(piece)
         if self._is_refusal:
             self._fail(WorkerRefusedError(self._head, self._held))
             return
@@ -165,8 +172,9 @@ class Forwarding(Exchange):
         if not self.is_committed:
             self._commit()
         if self._chunked:
-            self._write(last_chunk(trailers))
-        elif self._framing is Framing.UNTIL_CLOSE:
+            self._unsent += last_chunk(trailers)
+        self._flush()
+        if self._framing is Framing.UNTIL_CLOSE:
             self._client.close()
         self._succeed()
 
@@ -233,8 +241,8 @@ class Forwarding(Exchange):
         account = self._account
         plain = account.plain
         # The ordinary read, on a whole event: counted and passed on.
-        if plain is not None and self.is_committed and not self._splitter.tail:
-            events = plain.count(payload)
+        if plain is not None and self.is_committed and not self._splitter.tail and not self._corked:
+            events = 1 if plain.matches(payload) else plain.count(payload)
             if events:
                 account.count_plain(events)
                 self._write(chunk(payload) if self._chunked else payload)
@@ -284,7 +292,7 @@ class Forwarding(Exchange):
             copy += payload
             if len(copy) > self._limits.response_parse_bytes_max:
                 self._copy = None
-        self._write(chunk(payload) if self._chunked else payload)
+        self._pass(payload)
 
     def _hold(self, payload: bytes) -> None:
         self.progressed = True
@@ -315,24 +323,33 @@ class Forwarding(Exchange):
         client.begin(self)
         self.is_committed = True
         self.limit_s = self._limits.stall_s
-        self._write(
-            response_head(
-                head, self._framing, keep_alive=bool(client.keep_alive), http10=client.is_http10, more=more
-            )
+        self._unsent = response_head(
+            head, self._framing, keep_alive=client.keep_alive, http10=client.is_http10, more=more
         )
 
     def _pass_held(self) -> None:
         held = self._held
         if held:
             self._held = b""
-            self._write(chunk(held) if self._chunked else held)
+            self._pass(held)
+
+    def _pass(self, payload: bytes) -> None:
+        self._unsent += chunk(payload) if self._chunked else payload
+        if not self._corked:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what has come together: a write is a system call, and those are what a relay costs."""
+        if self._unsent:
+            self._write(self._unsent)
+            self._unsent = b""
 
     def _break_off(self, error: ProxyError) -> None:
         """Tell a client that has seen part of a response that there is no more."""
         if self.is_committed:
             if self._is_stream:
-                event = error.event()
-                self._write(chunk(event) if self._chunked else event)
+                self._pass(error.event())
+            self._flush()
             # Without the framing's end: a client that ignores the event still sees a broken response.
             self._client.close()
         self._fail(error)

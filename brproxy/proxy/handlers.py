@@ -18,14 +18,14 @@ from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.forwarding import Forwarding, WorkerRefusedError
 from brproxy.proxy.pages import MODELS_PATH, Pages
 from brproxy.proxy.service import GroupService, Service
-from brproxy.proxy.upload import Upload, read_upload
-from brproxy.relay.client import Answered, Client
-from brproxy.relay.connection import WorkerConnection
+from brproxy.proxy.upload import Upload, read_upload, whole_upload
+from brproxy.relay.client import Client, answered
 from brproxy.relay.errors import ClientGoneError, StaleConnectionError, WorkerFailedError
 from brproxy.relay.fields import REQUEST_ID, Fields, request_fields
 from brproxy.relay.framing import Framing, response_head
+from brproxy.relay.pool import WorkerPool
 from brproxy.relay.request import origin_form, request_head, upgrade_lines
-from brproxy.types import InvalidInputError, PendingRequest, WorkerIndex
+from brproxy.types import BrproxyError, InvalidInputError, PendingRequest, WorkerIndex
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ class Handlers:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer ``request``."""
-        page = self.pages.by_path.get(request.path)
+        path = request.path
+        page = self.pages.by_path.get(path)
         if page is not None and request.method in {"GET", "HEAD"}:
             return await page(request)
         limits = self._service.limits
@@ -53,32 +54,34 @@ class Handlers:
         client = Client(request)
         self._requests += 1
         try:
-            await self._forward(request, client)
-        except ProxyError as error:
-            if not client.transport.is_closing():
-                return self._rejection(error)
-            # The client has been told in its stream.
-            self._service.metrics.reject("stream")
+            fields = request_fields(request.raw_headers)
+            media_type = fields.media_type
+            upload = whole_upload(request, limits) or await read_upload(request, media_type, limits)
+            facts = self._client_dialect.read_request(
+                path, media_type, upload.beginning or b"", hashes=self._service.hash_prompts
+            )
+            group = self._service.choose(facts.model or _model_in_path(path))
+            with group.driver.admit(self._pending(facts)) as lease:
+                attempts = Attempts(self._service, group, lease, facts, upload)
+                await attempts.run(request, client, fields, self._ids)
         except ClientGoneError:
             client.keep_alive = False
+        except (ProxyError, BrproxyError) as error:
+            failure = error if isinstance(error, ProxyError) else self._failure(error)
+            if not client.transport.is_closing():
+                return self._rejection(failure)
+            # The client has been told in its stream.
+            self._service.metrics.reject("stream")
         finally:
             self._requests -= 1
-        return Answered(client, self._service.relay_limits.stall_s)
+        return answered(client, self._service.relay_limits.stall_s)
 
-    async def _forward(self, request: web.BaseRequest, client: Client) -> None:
-        service = self._service
-        upload = await read_upload(request, service.limits)
-        facts = self._client_dialect.read_request(
-            request.path, upload.media_type, upload.beginning or b"", hashes=service.hash_prompts
-        )
-        try:
-            group = service.choose(facts.model or _model_in_path(request.path))
-        except UnknownModelError as error:
-            raise errors.unknown_model(str(error)) from error
+    def _pending(self, facts: RequestFacts) -> PendingRequest:
+        """Return the request as the decision core sees it."""
         prompt_tokens = facts.prompt_tokens
         if prompt_tokens is None:
-            prompt_tokens = service.estimator.prompt_tokens(facts.model, facts.prompt_bytes)
-        pending = PendingRequest(
+            prompt_tokens = self._service.estimator.prompt_tokens(facts.model, facts.prompt_bytes)
+        return PendingRequest(
             prompt_tokens,
             facts.model,
             facts.output_tokens_max,
@@ -87,16 +90,19 @@ class Handlers:
             facts.prefix_hash,
             facts.user,
         )
-        retry_after_s = service.limits.retry_after_s
-        try:
-            with group.driver.admit(pending) as lease:
-                await Attempts(service, group, lease, facts, upload, self._ids).run(request, client)
-        except InvalidInputError as error:
-            raise errors.bad_request(str(error)) from error
-        except PoolFullError as error:
-            raise errors.pool_full(str(error), retry_after_s) from error
-        except WaitExpiredError as error:
-            raise errors.waited_too_long(str(error), retry_after_s) from error
+
+    def _failure(self, error: BrproxyError) -> ProxyError:
+        """Return what a request is answered that never came as far as a worker; raises what is a bug."""
+        retry_after_s = self._service.limits.retry_after_s
+        if isinstance(error, UnknownModelError):
+            return errors.unknown_model(str(error))
+        if isinstance(error, InvalidInputError):
+            return errors.bad_request(str(error))
+        if isinstance(error, PoolFullError):
+            return errors.pool_full(str(error), retry_after_s)
+        if isinstance(error, WaitExpiredError):
+            return errors.waited_too_long(str(error), retry_after_s)
+        raise error
 
     def _rejection(self, error: ProxyError) -> web.Response:
         self._service.metrics.reject(error.status)
@@ -106,44 +112,36 @@ class Handlers:
 class Attempts:
     """One request's way to a worker: one after another, until one answers or the retries are used up."""
 
+    __slots__ = ("_facts", "_group", "_lease", "_service", "_upload", "_usage_was_added")
+
     def __init__(
-        self,
-        service: Service,
-        group: GroupService,
-        lease: Lease,
-        facts: RequestFacts,
-        upload: Upload,
-        ids: RequestIds,
+        self, service: Service, group: GroupService, lease: Lease, facts: RequestFacts, upload: Upload
     ) -> None:
         self._service = service
         self._group = group
         self._lease = lease
         self._facts = facts
         self._upload = upload
-        self._ids = ids
         self._usage_was_added = facts.usage_can_be_asked and service.ask_usage and upload.is_whole
         if self._usage_was_added:
-            upload.replace(group.dialect.ask_usage(upload.whole()))
+            upload.beginning = group.dialect.ask_usage(upload.beginning or b"")
 
-    async def run(self, request: web.BaseRequest, client: Client) -> None:
+    async def run(self, request: web.BaseRequest, client: Client, fields: Fields, ids: RequestIds) -> None:
         """Answer the client; raises ProxyError when nobody can, ClientGoneError when it has left."""
         retries_left = self._service.limits.retries_max
-        target = origin_form(request.raw_path)
-        fields = request_fields(request.raw_headers)
-        lines, request_id = self._lines(fields, client)
+        request_id = fields.known.get(REQUEST_ID) or ids.next()
+        lines = fields.lines
+        if REQUEST_ID not in fields.known:
+            lines += b"X-Request-Id: %b\r\n" % request_id
+        if client.wants_upgrade:
+            lines += upgrade_lines(fields)
+        lines += self._upload.framing(request.method)
         while True:
-            worker = await self._lease.worker()
-            pool = self._group.pools[worker]
-            account = Account(
-                self._lease,
-                self._group.dialect,
-                self._facts,
-                self._service.estimator,
-                usage_was_added=self._usage_was_added,
-            )
-            head = request_head(request.method, target, pool.host_field, lines, self._upload.framing)
+            worker = self._lease.worker_now()
+            if worker is None:
+                worker = await self._lease.worker()
             try:
-                await self._try(worker, head, request, client, account, request_id)
+                await self._attempt(self._group.pools[worker], request, client, lines, request_id)
             except WorkerFailedError as error:
                 self._note_failure(worker, error)
                 if not retries_left or self._upload.is_spent:
@@ -161,56 +159,42 @@ class Attempts:
             self._lease.retry()
             retries_left -= 1
 
-    def _lines(self, fields: Fields, client: Client) -> tuple[bytes, bytes]:
-        """Return the lines that every worker gets, and the request's id."""
-        lines = fields.lines
-        request_id = fields.known.get(REQUEST_ID)
-        if not request_id:
-            request_id = self._ids.next()
-            lines += b"X-Request-Id: %b\r\n" % request_id
-        if client.wants_upgrade:
-            lines += upgrade_lines(fields)
-        return lines, request_id
-
-    async def _try(
-        self,
-        worker: WorkerIndex,
-        head: bytes,
-        request: web.BaseRequest,
-        client: Client,
-        account: Account,
-        request_id: bytes,
+    async def _attempt(
+        self, pool: WorkerPool, request: web.BaseRequest, client: Client, lines: bytes, request_id: bytes
     ) -> None:
         """Send the request on a kept connection, on a new one if the worker has closed that."""
-        pool = self._group.pools[worker]
+        service, upload = self._service, self._upload
+        head = request_head(request.method, origin_form(request.raw_path), pool.host_field, lines)
         connection = pool.take_idle()
         while True:
             if connection is None:
                 connection = await pool.connect()
-            exchange = Forwarding(
-                client, account, self._service.relay_limits, request.path, request.method, request_id
+            account = Account(
+                self._lease,
+                self._group.dialect,
+                self._facts,
+                service.estimator,
+                usage_was_added=self._usage_was_added,
             )
+            exchange = Forwarding(
+                client, account, service.relay_limits, request.path, request.method, request_id
+            )
+            exchange.send(connection, head + upload.framed_beginning(), whole=upload.is_whole)
+            service.watch.add(exchange)
             try:
-                await self._exchange(exchange, connection, head)
+                if not upload.is_whole:
+                    await upload.pass_on(connection, exchange.outcome)
+                await exchange.outcome
             except StaleConnectionError:
-                if self._upload.is_spent:
+                if upload.is_spent:
                     raise
                 # Engines close idle connections when they like. A new one tells what the worker is up to.
                 connection = None
             else:
                 return
-
-    async def _exchange(self, exchange: Forwarding, connection: WorkerConnection, head: bytes) -> None:
-        upload, watch = self._upload, self._service.watch
-        exchange.send(connection, head + upload.beginning_framed, whole=upload.is_whole)
-        watch.add(exchange)
-        try:
-            if not upload.is_whole:
-                await upload.pass_on(connection, exchange.outcome)
-            await exchange.outcome
-        finally:
-            watch.discard(exchange)
-            exchange.close()
+            finally:
+                service.watch.discard(exchange)
+                exchange.close()
 
     def _note_failure(self, worker: WorkerIndex, error: WorkerFailedError) -> None:
         group = self._group.group
@@ -240,8 +224,7 @@ def _pass_refusal(client: Client, refusal: WorkerRefusedError, method: str) -> N
     if method != "HEAD":
         head = head.with_length(len(body))
     client.write(
-        response_head(head, Framing.LENGTH, keep_alive=bool(client.keep_alive), http10=client.is_http10)
-        + body
+        response_head(head, Framing.LENGTH, keep_alive=client.keep_alive, http10=client.is_http10) + body
     )
 
 

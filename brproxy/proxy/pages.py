@@ -45,6 +45,8 @@ class Pages:
 
     async def _metrics(self, _request: web.BaseRequest) -> web.Response:
         """Prometheus metrics in the text format."""
+        for group in self._service.groups.values():
+            group.driver.catch_up()
         return web.Response(
             body=self._service.metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"}
         )

@@ -1,4 +1,4 @@
-"""What the handlers work with: each barrier group with its driver, connections to its workers, its dialect."""
+"""What the handlers work with: each barrier group with its driver, its dialect and connections to workers."""
 
 from __future__ import annotations
 

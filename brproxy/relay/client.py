@@ -82,26 +82,31 @@ class RelayServer(web.Server):
         )
 
 
-class Answered(web.StreamResponse):
-    """What a handler returns when the client has had its response already, past aiohttp's writer."""
+class _Answered:
+    """Stands for a response that the client has had already; aiohttp asks for no more than this of it."""
+
+    __slots__ = ("_client", "_drain_s", "keep_alive")
 
     def __init__(self, client: Client, drain_s: float) -> None:
-        super().__init__()
         self._client = client
         self._drain_s = drain_s
+        self.keep_alive = client.keep_alive
 
-    @property
-    def keep_alive(self) -> bool | None:
-        """Whether another request may come on the connection."""
-        return self._client.keep_alive
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+    async def prepare(self, _request: web.BaseRequest) -> None:
         """Do nothing: the head has been sent."""
-        return None
 
-    async def write_eof(self, data: bytes = b"") -> None:
+    async def write_eof(self) -> None:
         """Wait for a slow client, so that it cannot pile up responses by pipelining."""
-        await self._client.drained(self._drain_s)
+        if self._client.is_paused:
+            await self._client.drained(self._drain_s)
+
+
+def answered(client: Client, drain_s: float) -> web.StreamResponse:
+    """Return what a handler returns when the client has had its response, past aiohttp's writer.
+
+    A client that does not read it for ``drain_s`` seconds is disconnected.
+    """
+    return cast(web.StreamResponse, _Answered(client, drain_s))
 
 
 class Client:
@@ -119,7 +124,7 @@ class Client:
         self.transport: asyncio.Transport = transport
         self.write = transport.write
         self.is_http10 = request.version < HttpVersion11
-        self.keep_alive = request.keep_alive
+        self.keep_alive = bool(request.keep_alive)
 
     @property
     def wants_upgrade(self) -> bool:
@@ -165,8 +170,6 @@ class Client:
 
     async def drained(self, limit_s: float) -> None:
         """Wait until the client has read enough; after ``limit_s`` seconds the connection is aborted."""
-        if not self.is_paused:
-            return
         try:
             async with asyncio.timeout(limit_s):
                 await self._request.writer.drain()

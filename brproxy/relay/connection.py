@@ -11,17 +11,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import cast
 
+from httptools import HttpParserError
+
 from brproxy.relay.errors import BrokenResponseError, StaleConnectionError, WorkerFailedError
-from brproxy.relay.response import ResponseHead, ResponseParser
+from brproxy.relay.response import ResponseHead, ResponseParser, broken
 from brproxy.relay.states import Event, State, after
+
+_BODY = State.BODY
 
 
 class Exchange(ABC):
     """One request to one worker and its response, as the connection sees it.
 
     In this order: any number of ``interim``, then either ``upgraded``, or ``head``, ``receive`` for each read
-    that has body bytes (never empty), ``end``. ``lost`` may come instead of whatever would be next, and is
-    the last. ``receive`` is an attribute, so that what it does can follow from the head.
+    that has body bytes (never empty) but the last, ``end``. ``lost`` may come instead of whatever would be
+    next, and is the last. ``receive`` is an attribute, so that what it does can follow from the head.
     """
 
     __slots__ = ("bodiless", "receive")
@@ -40,8 +44,11 @@ class Exchange(ABC):
         """Take the response's head."""
 
     @abstractmethod
-    def end(self, trailers: bytes) -> None:
-        """Note that the response is complete, and its connection free already. ``trailers`` are lines."""
+    def end(self, piece: bytes, trailers: bytes) -> None:
+        """Take the last bytes of the body (b"" for none) and ``trailers`` (lines).
+
+        The connection is free already.
+        """
 
     @abstractmethod
     def upgraded(self, head: ResponseHead, rest: bytes) -> None:
@@ -144,27 +151,36 @@ class WorkerConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol. The ordinary read is a piece of a body."""
         exchange = self._exchange
-        if exchange is None:
-            # Nobody has asked for anything: whatever this is, it belongs to no request.
-            self.abandon()
-            return
-        if self.state is State.TUNNEL:
-            exchange.receive(data)
+        if exchange is None or self.state is not _BODY:
+            self._received_first(exchange, data)
             return
         parser = self._parser
         try:
-            piece = parser.feed(data)
-        except BrokenResponseError as error:
-            self._break(error)
+            parser.feed_body(data)
+        except HttpParserError as error:
+            self._break(broken(error))
             return
-        if self.state is State.WAITING:
-            self._heard = True
-            self._begin(exchange)
-        # The exchange may have abandoned the connection by now, at any of these calls.
-        if piece and self._exchange is exchange:
+        piece = parser.take_body()
+        if parser.complete:
+            self._complete(exchange, piece)
+        elif piece:
             exchange.receive(piece)
-        if parser.complete and self._exchange is exchange and self.state is State.BODY:
-            self._complete(exchange, keep=parser.keep_alive)
+
+    def _received_first(self, exchange: Exchange | None, data: bytes) -> None:
+        """Take a read that is not just more of a body."""
+        if exchange is None:
+            # Nobody has asked for anything: whatever this is, it belongs to no request.
+            self.abandon()
+        elif self.state is State.TUNNEL:
+            exchange.receive(data)
+        else:
+            self._heard = True
+            try:
+                piece = self._parser.feed(data)
+            except BrokenResponseError as error:
+                self._break(error)
+                return
+            self._begin(exchange, piece)
 
     def eof_received(self) -> None:
         """See asyncio.Protocol. The transport closes itself; ``connection_lost`` has the rest to say."""
@@ -174,7 +190,7 @@ class WorkerConnection(asyncio.Protocol):
         self._release_writer()
         exchange = self._exchange
         if exchange is not None and exc is None and self._parser.ends_with_connection():
-            self._complete(exchange, keep=False)
+            self._complete(exchange, b"")
             return
         self._break(BrokenResponseError(f"{self.origin} closed the connection: {exc or 'end of stream'}"))
 
@@ -192,12 +208,13 @@ class WorkerConnection(asyncio.Protocol):
 
     # How they lead on.
 
-    def _begin(self, exchange: Exchange) -> None:
+    def _begin(self, exchange: Exchange, piece: bytes) -> None:
+        """Tell of the heads that are there, and of what of the body has come with them."""
         parser = self._parser
         for interim in parser.interim:
             exchange.interim(interim)
         parser.interim.clear()
-        if parser.head is None or self._exchange is not exchange:
+        if parser.head is None:
             return
         if parser.upgraded_rest is not None:
             self.state = after(self.state, Event.UPGRADE)
@@ -205,18 +222,22 @@ class WorkerConnection(asyncio.Protocol):
             return
         self.state = after(self.state, Event.HEAD)
         exchange.head(parser.head)
+        if parser.complete:
+            self._complete(exchange, piece)
+        elif piece:
+            exchange.receive(piece)
 
-    def _complete(self, exchange: Exchange, *, keep: bool) -> None:
+    def _complete(self, exchange: Exchange, piece: bytes) -> None:
         self._exchange = None
         # A worker that has answered before it read the whole request will not read the rest as one.
-        if keep and self.request_is_whole:
+        if self._parser.keep_alive and self.request_is_whole:
             self._used = True
             self.state = after(self.state, Event.END_KEEP)
             self._on_idle(self)
         else:
             self.state = after(self.state, Event.END_CLOSE)
             self._transport.close()
-        exchange.end(self._parser.trailers)
+        exchange.end(piece, self._parser.trailers)
 
     def _break(self, error: BrokenResponseError) -> None:
         exchange, state = self._exchange, self.state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 HOP_BY_HOP = frozenset(
@@ -23,6 +23,7 @@ REQUEST_ID = b"x-request-id"
 _NOT_TO_WORKERS = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"trailer"}
 # Content-Length goes with the framing that the client gets.
 _NOT_TO_CLIENTS = HOP_BY_HOP | {b"content-length"}
+_ORDINARY = frozenset({b"keep-alive", b"close", b"upgrade"})
 
 
 class Fields(NamedTuple):
@@ -34,35 +35,47 @@ class Fields(NamedTuple):
     lines: bytes
     known: dict[bytes, bytes]
 
+    @property
+    def media_type(self) -> str:
+        """The content type without parameters, in lower case; empty without one."""
+        content_type = self.known.get(b"content-type", b"")
+        return content_type.partition(b";")[0].strip().lower().decode("latin-1")
 
-def request_fields(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
+
+def request_fields(fields: Sequence[tuple[bytes, bytes]]) -> Fields:
     """Return what a worker gets of a client's header fields."""
     return _crossing(fields, _NOT_TO_WORKERS)
 
 
-def response_fields(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
+def response_fields(fields: Sequence[tuple[bytes, bytes]]) -> Fields:
     """Return what a client gets of a worker's header fields, Content-Length apart."""
     return _crossing(fields, _NOT_TO_CLIENTS)
 
 
-def _crossing(fields: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Fields:
+def _crossing(fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Fields:
     known: dict[bytes, bytes] = {}
-    lines: list[bytes] = []
-    named: set[bytes] = set()
+    parts: list[bytes] = []
     for name, value in fields:
         low = name.lower()
-        known[low] = value
         if low not in dropped:
-            lines.append(b"%b: %b\r\n" % (name, value))
-        elif low == b"connection":
-            named.update(token.strip().lower() for token in value.split(b","))
-    if named - dropped - {b"close"}:
+            parts += (name, b": ", value, b"\r\n")
+        elif low == b"connection" and low in known:
+            value = b"%b,%b" % (known[low], value)  # noqa: PLW2901 - a list may come in several fields
+        known[low] = value
+    connection = known.get(b"connection")
+    if connection is not None and connection.lower() not in _ORDINARY:
         # Rare: fields that only concern this connection, named by it.
-        lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
-    return Fields(b"".join(lines), known)
+        named = {token.strip().lower() for token in connection.split(b",")} - {b"connection"}
+        parts = [
+            part
+            for name, value in fields
+            if (low := name.lower()) not in dropped and low not in named
+            for part in (name, b": ", value, b"\r\n")
+        ]
+    return Fields(b"".join(parts), known)
 
 
-def crossing_pairs(fields: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+def crossing_pairs(fields: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
     """Return what a worker gets of a client's header fields as text, for an HTTP client that wants that."""
     lines = request_fields(fields).lines.decode("utf-8", "surrogateescape").split("\r\n")[:-1]
     return dict(line.split(": ", 1) for line in lines)

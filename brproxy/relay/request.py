@@ -38,7 +38,7 @@ def upgrade_lines(fields: Fields) -> bytes:
     return b"Connection: Upgrade\r\nUpgrade: %b\r\n" % fields.known.get(b"upgrade", b"")
 
 
-def request_head(method: str, target: str, host: bytes, lines: bytes, framing: bytes) -> bytes:
-    """Return the head; ``host`` is the worker's host and port, ``lines`` and ``framing`` are lines."""
+def request_head(method: str, target: str, host: bytes, lines: bytes) -> bytes:
+    """Return the head; ``host`` is the worker's host and port, ``lines`` are all other fields."""
     start = f"{method} {target} HTTP/1.1\r\nHost: ".encode("utf-8", "surrogateescape")
-    return b"%b%b\r\n%b%b\r\n" % (start, host, lines, framing)
+    return b"%b%b\r\n%b\r\n" % (start, host, lines)

@@ -34,9 +34,8 @@ class Watch:
         self._timer = self._loop.call_later(interval_s, self._look)
 
     def add(self, watched: Watched) -> None:
-        """Start looking after ``watched``, whose time begins now."""
-        watched.progressed = False
-        watched.deadline_s = self._loop.time() + watched.limit_s
+        """Start looking after ``watched``, whose time begins with the next look."""
+        watched.progressed = True
         self._watched.add(watched)
 
     def discard(self, watched: Watched) -> None:

@@ -25,6 +25,7 @@ _ASKING_FOR_USAGE = b'"stream_options":{"include_usage":true},'
 _STREAMS_WITH_DONE = ("/chat/completions", "/completions")
 _OUTPUT_LIMIT_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
+_USAGE_HOLDERS = (None, "response", "message")
 _FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
 _FORM_BYTES_MAX = 1 << 16
 _USER_CHARS_MAX = 256
@@ -55,9 +56,7 @@ class OpenAIDialect(Dialect):
             prompt_tokens=size.tokens if size.tokens and not size.text_bytes else None,
             prompt_bytes=size.text_bytes,
             sequences=min(size.prompts * choices, SEQUENCES_MAX),
-            output_tokens_max=next(
-                (n for key in _OUTPUT_LIMIT_KEYS if (n := _count(document.get(key))) is not None), None
-            ),
+            output_tokens_max=_first_count(document, *_OUTPUT_LIMIT_KEYS),
             runs_to_max=document.get("ignore_eos") is True,
             prompt_hash=prompt_hash,
             prefix_hash=prefix_hash,
@@ -150,7 +149,8 @@ def _has_output(choice: object) -> bool:
 
 def _find_usage(document: dict[str, Any]) -> Usage | None:
     """Return the usage report: at the top, or in the object that responses and messages wrap it in."""
-    for holder in (document, document.get("response"), document.get("message")):
+    for key in _USAGE_HOLDERS:
+        holder = document if key is None else document.get(key)
         usage = holder.get("usage") if isinstance(holder, dict) else None
         if isinstance(usage, dict):
             prompt = _first_count(usage, "prompt_tokens", "input_tokens")
@@ -159,7 +159,11 @@ def _find_usage(document: dict[str, Any]) -> Usage | None:
 
 
 def _first_count(usage: dict[str, Any], *keys: str) -> int | None:
-    return next((n for key in keys if (n := _count(usage.get(key))) is not None), None)
+    for key in keys:
+        count = _count(usage.get(key))
+        if count is not None:
+            return count
+    return None
 
 
 def _form_model(body: bytes) -> str:
