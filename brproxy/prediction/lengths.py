@@ -35,7 +35,7 @@ class LengthGrid:
 
     def positions(self, lengths: IntArray) -> IntArray:
         """Return the grid positions of ``lengths`` (any shape, >= 0); the last for longer ones."""
-        return self.position[np.minimum(lengths, self.length_max)]
+        return self.position.take(lengths, mode="clip")
 
     def points_below(self, length: int) -> int:
         """Return the number of grid points below ``length``: at those, an output that long is still alive."""

@@ -163,6 +163,22 @@ def test_the_window_forgets():
     assert predictor.mean_output_tokens == 4
 
 
+def test_what_is_learnt_takes_effect_now_and_then_and_all_at_once():
+    predictor, discounts = make_predictor("survival"), [0.9 ** np.arange(n) for n in (5, 5, 9)]
+    for _ in range(640):
+        predictor.observe(REQUEST, 10)
+    means, active = [], active_of([plain(0, 1000, 3), plain(1, 500, 0)])
+    for i in range(20):
+        predictor.observe(REQUEST, 100)
+        means.append(predictor.mean_output_tokens)
+        # Whatever is cached belongs to these discounts and to what has been learnt.
+        mine = discounts[i % 3]
+        load = predictor.discounted_load(active, WORKERS, mine)
+        assert load == pytest.approx(predictor.forecast(active, WORKERS, len(mine) - 1) @ mine, rel=1e-5)
+    assert len(set(means)) == 2
+    assert means == sorted(means)
+
+
 def test_what_a_request_says_makes_its_prospect():
     predictor = make_predictor("survival")
     assert predictor.prospect(REQUEST) == Prospect()
