@@ -60,4 +60,6 @@ class Fleet:
             known = ", ".join(sorted({name for group in self.groups for name in group.models}))
             msg = f"The model `{model}` does not exist. Models served here: {known}."
             raise UnknownModelError(msg)
+        if len(serving) == 1:
+            return serving[0]
         return min(serving, key=lambda group: (not group.health.routable().any(), group.pressure))

@@ -13,7 +13,6 @@ from brproxy.prediction.predictor import (
     ActiveRequests,
     BoolArray,
     FloatArray,
-    IntArray,
     Predictor,
     PredictorParams,
     register_predictor,
@@ -69,7 +68,6 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         self._mean = params.prior_output_tokens
         # Single precision: a forecast of a million tokens is good to one, and takes half the time.
         self._table: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
-        self._later: IntArray = np.empty((0, 0), dtype=np.int64)
         self._stale = True
         self._discounts: FloatArray = np.empty(0)
         self._discounted: tuple[FloatArray, FloatArray] = (np.empty(0), np.empty(0))
@@ -149,14 +147,10 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
     def _curves(self, horizon_steps: int) -> NDArray[np.float32]:
         """Return float32[B, H+1]: P(h | age) for every age on the grid."""
         steps = horizon_steps + 1
-        if self._table.shape[1] != steps:
-            self._later = self._grid.positions(self._grid.points[:, None] + np.arange(steps))
-            self._table = np.empty(self._later.shape, dtype=np.float32)
-            self._stale = True
-        if self._stale:
+        if self._stale or self._table.shape[1] != steps:
             alive = self._window.alive.astype(np.float32)
             decay = (1.0 - 1.0 / self._mean) ** np.arange(steps)
-            np.take(alive, self._later, out=self._table, mode="clip")
+            self._table = self._grid.ahead(alive, steps)
             self._table += decay.astype(np.float32)
             self._table /= alive[:, None] + np.float32(1.0)
             self._stale = False

@@ -290,6 +290,17 @@ def test_the_grid_is_exact_for_short_lengths_and_two_per_cent_for_long_ones():
     assert grid.positions(np.array([0, 64, 10**9])).tolist() == [0, 64, len(grid) - 1]
 
 
+@given(st.lists(st.integers(0, 400), max_size=20), st.integers(1, 400))
+def test_the_rows_of_a_curve_are_the_lengths_ahead(lengths, steps):
+    grid = LengthGrid(300)
+    window = LengthWindow(grid, 20)
+    for length in lengths:
+        window.add(length)
+    alive = window.alive.astype(np.float32)
+    later = grid.positions(grid.points[:, None] + np.arange(steps))
+    assert (grid.ahead(alive, steps) == alive[later]).all()
+
+
 @given(st.lists(st.integers(0, 500), max_size=40), st.integers(1, 20))
 def test_a_window_counts_what_is_above_each_point(lengths, size):
     grid = LengthGrid(300)
