@@ -8,10 +8,8 @@ from typing import Annotated, Self
 
 import typer
 import uvloop
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from brproxy.command import make_command, run_command
 from loadgen.client import ClientSettings, Lengths, Outcome
@@ -19,6 +17,7 @@ from loadgen.cluster import ClusterSettings
 from loadgen.commands import demo as demonstration
 from loadgen.commands.bench import CASES as BENCH_CASES
 from loadgen.commands.bench import bench as run_bench
+from loadgen.commands.bench import bench_table
 from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.compare import compare as run_comparison
 from loadgen.commands.emulate import emulate as run_emulator
@@ -247,18 +246,13 @@ def bench(
     seed: Seed = 0,
 ) -> None:
     """Time one decision round by size of the deployment: workers, active, waiting, horizon."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("G", "active", "waiting", "H", "admitted", "P50 µs", "P99 µs"):
-        table.add_column(column, justify="right")
+    results = []
     with _Bars() as bars:
         bars.begin("sizes", len(BENCH_CASES))
         for case in BENCH_CASES:
-            result = run_bench(case, rounds, seed)
+            results.append(run_bench(case, rounds, seed))
             bars.advance("sizes")
-            sizes = (case.workers, case.workers * case.slots, case.waiting, case.horizon_steps)
-            times = (f"{result.p50_s * 1e6:,.0f}", f"{result.p99_s * 1e6:,.0f}")
-            table.add_row(*(f"{size:,}" for size in sizes), f"{result.admitted:.1f}", *times)
-    Console().print(table)
+    Console().print(bench_table(results))
 
 
 def _compare(scenario: Scenario, settings: ComparisonSettings) -> Report:

@@ -1,6 +1,9 @@
 """The import arrows of the architecture: who may import whom."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,23 @@ def test_pure_parts_know_no_sockets_and_no_clock(name):
     assert files
     for path in files:
         assert not {top.split(".")[0] for top in imported(path)} & NOT_PURE, path
+
+
+@pytest.mark.parametrize("command", ["brproxy.cli", "loadgen.cli"])
+def test_matrices_are_multiplied_by_one_thread(command):
+    # Where numpy comes first, its library starts threads that wait for each other: rounds of 8 ms, not 0.4.
+    probe = f"""
+import os, sys
+class Probe:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            print(os.environ.get("OPENBLAS_NUM_THREADS"))
+sys.meta_path.insert(0, Probe())
+import {command}
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    run = subprocess.run([sys.executable, "-c", probe], env=clean, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["1"]
 
 
 @pytest.mark.parametrize("name", ["cluster", "barrier", "capacity", "arrivals", "workload"])

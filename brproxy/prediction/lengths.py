@@ -12,6 +12,7 @@ from collections import deque
 from functools import lru_cache
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
@@ -35,11 +36,22 @@ class LengthGrid:
 
     def positions(self, lengths: IntArray) -> IntArray:
         """Return the grid positions of ``lengths`` (any shape, >= 0); the last for longer ones."""
-        return self.position[np.minimum(lengths, self.length_max)]
+        return self.position.take(lengths, mode="clip")
 
     def points_below(self, length: int) -> int:
         """Return the number of grid points below ``length``: at those, an output that long is still alive."""
         return bisect_left(self._points, length)
+
+    def ahead(self, alive: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
+        """Return float32[B, steps]: a curve (float32[B]) at each grid point and at the lengths after it."""
+        # The curve is spelt out for every length up to the longest, and 0 from there on: rows are then copied
+        # from it as they stand, which takes no table of positions for each number of steps.
+        lengths = np.zeros(self.length_max + 1 + steps, dtype=np.float32)
+        longest = self._points[np.count_nonzero(alive)]
+        np.take(alive, self.position[:longest], out=lengths[:longest], mode="clip")
+        shape, strides = (self.length_max + 1, steps), (lengths.itemsize, lengths.itemsize)
+        rows: NDArray[np.float32] = as_strided(lengths, shape, strides, writeable=False)[self.points]
+        return rows
 
     def __len__(self) -> int:
         return len(self._points)

@@ -10,7 +10,7 @@ from brproxy.types import InvalidInputError
 from loadgen.arrivals import with_gamma_arrivals
 from loadgen.capacity import perfect_capacity
 from loadgen.cluster import ClusterSettings
-from loadgen.commands.bench import BenchCase, bench
+from loadgen.commands.bench import CASES, GROUPS, BenchCase, BenchResult, bench, bench_table
 from loadgen.simulator import SimulatedPolicy, simulate
 from loadgen.traces.synthetic import RepeatedPrompts, synthetic_workload
 from loadgen.workload import TraceRequest, Workload
@@ -116,4 +116,16 @@ def test_the_lookahead_grows_with_the_turnover():
 def test_the_bench_measures_rounds_that_admit(horizon_steps):
     result = bench(BenchCase(3, 4, 10, horizon_steps), rounds=20, seed=0)
     assert 0 < result.p50_s <= result.p99_s
+    assert 0 < result.cpu_p50_s <= result.cpu_p99_s
     assert 1 <= result.admitted <= 12
+
+
+def test_the_bench_of_a_request_alone_decides_on_one_each_round():
+    assert bench(BenchCase(3, 4, 1, 20, slots_free=4), rounds=20, seed=0).admitted == 1
+
+
+def test_the_bench_shows_every_dimension_at_three_sizes():
+    assert all(len(cases) >= 3 for cases in GROUPS.values())
+    table = bench_table(BenchResult(case, 1e-3, 2e-3, 5e-4, 6e-4, 1.0) for case in CASES)
+    assert table.row_count == sum(len(cases) for cases in GROUPS.values())
+    assert next(iter(table.columns[-1].cells)) == "600"

@@ -13,7 +13,6 @@ from brproxy.prediction.predictor import (
     ActiveRequests,
     BoolArray,
     FloatArray,
-    IntArray,
     Predictor,
     PredictorParams,
     register_predictor,
@@ -21,7 +20,7 @@ from brproxy.prediction.predictor import (
 from brproxy.types import PendingRequest
 
 _REFRESH_SHARE = 64
-"""The cached curves are made anew when one in so many of the remembered lengths is new."""
+"""Curves and mean are made anew when one in so many of the remembered lengths is new."""
 
 
 class SurvivalParams(PredictorParams):
@@ -54,6 +53,9 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
     beyond the longest length seen, and vanishes as the window fills. Lengths and ages are rounded down to a
     grid (two per cent), so that the curves of all ages are one cached matrix and a forecast is one product
     of [G, B] and [B, H+1] matrices, however many requests there are.
+
+    What is learnt takes effect now and then, curves and mean together: the mean decides how far ahead to
+    look, and if it moved with each length, so would shape and weights of everything that is cached.
     """
 
     Params: ClassVar[type[PredictorParams]] = SurvivalParams
@@ -62,20 +64,25 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         super().__init__(params)
         self._grid = length_grid(params.output_tokens_max)
         self._window = LengthWindow(self._grid, params.window)
+        self._unseen = 0
+        self._mean = params.prior_output_tokens
         # Single precision: a forecast of a million tokens is good to one, and takes half the time.
         self._table: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
-        self._later: IntArray = np.empty((0, 0), dtype=np.int64)
-        self._unseen = 0
+        self._stale = True
+        self._discounts: FloatArray = np.empty(0)
+        self._discounted: tuple[FloatArray, FloatArray] = (np.empty(0), np.empty(0))
 
     @property
     def mean_output_tokens(self) -> float:
         """See Predictor.mean_output_tokens."""
-        return max(1.0, self._window.mean) if len(self._window) else self.params.prior_output_tokens
+        return self._mean
 
     def observe(self, request: PendingRequest, output_tokens: int) -> None:
         """See Predictor.observe."""
         self._window.add(output_tokens)
         self._unseen += 1
+        if self._unseen * _REFRESH_SHARE >= len(self._window):
+            self._refresh()
 
     def state(self) -> dict[str, Any]:
         """See Predictor.state."""
@@ -85,7 +92,8 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         """See Predictor.restore."""
         for length in state["lengths"]:
             self._window.add(max(0, int(length)))
-        self._unseen = len(self._window)
+        if len(self._window):
+            self._refresh()
 
     def survival(self, active: ActiveRequests, horizon_steps: int) -> FloatArray:
         """See Predictor.survival."""
@@ -113,11 +121,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         return others + self._by_age(active.only(by_age), workers, horizon_steps)
 
     def _discounted_by_age(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
-        """Sum ``kv_tokens * Σ_h d_h P(h | age) + Σ_h d_h h P(h | age)`` over each worker's requests."""
-        weights = np.empty((len(discounts), 2), dtype=np.float32)
-        weights[:, 0] = discounts
-        weights[:, 1] = discounts * np.arange(len(discounts))
-        of_kv, of_growth = (self._curves(len(discounts) - 1) @ weights).T.astype(np.float64)
+        of_kv, of_growth = self._discounted_curves(discounts)
         position = self._grid.positions(active.output_tokens)
         each = of_kv[position] * active.kv_tokens + of_growth[position]
         return np.bincount(active.worker, each, minlength=workers).astype(np.float64, copy=False)
@@ -134,18 +138,30 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         forecast: FloatArray = expected[:workers] + expected[workers:] * np.arange(horizon_steps + 1)
         return forecast
 
+    def _refresh(self) -> None:
+        """Let what has been observed take effect."""
+        self._unseen = 0
+        self._mean = max(1.0, self._window.mean)
+        self._stale = True
+
     def _curves(self, horizon_steps: int) -> NDArray[np.float32]:
-        """Return float64[B, H+1]: P(h | age) for every age on the grid."""
+        """Return float32[B, H+1]: P(h | age) for every age on the grid."""
         steps = horizon_steps + 1
-        stale = self._unseen > 0 and self._unseen * _REFRESH_SHARE >= len(self._window)
-        if self._table.shape[1] != steps:
-            self._later = self._grid.positions(self._grid.points[:, None] + np.arange(steps))
-            stale = True
-        if stale:
-            self._unseen = 0
+        if self._stale or self._table.shape[1] != steps:
             alive = self._window.alive.astype(np.float32)
-            decay = (1.0 - 1.0 / self.mean_output_tokens) ** np.arange(steps)
-            self._table = alive[self._later]
+            decay = (1.0 - 1.0 / self._mean) ** np.arange(steps)
+            self._table = self._grid.ahead(alive, steps)
             self._table += decay.astype(np.float32)
             self._table /= alive[:, None] + np.float32(1.0)
+            self._stale = False
+            self._discounts = np.empty(0)
         return self._table
+
+    def _discounted_curves(self, discounts: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return ``Σ_h d_h P(h | age)`` and ``Σ_h d_h h P(h | age)`` for each age on the grid, float64[B]."""
+        curves = self._curves(len(discounts) - 1)
+        if self._discounts is not discounts:
+            weights = np.stack([discounts, discounts * np.arange(len(discounts))], axis=1)
+            of_kv, of_growth = (curves @ weights.astype(np.float32)).T.astype(np.float64)
+            self._discounts, self._discounted = discounts, (of_kv, of_growth)
+        return self._discounted

@@ -163,6 +163,22 @@ def test_the_window_forgets():
     assert predictor.mean_output_tokens == 4
 
 
+def test_what_is_learnt_takes_effect_now_and_then_and_all_at_once():
+    predictor, discounts = make_predictor("survival"), [0.9 ** np.arange(n) for n in (5, 5, 9)]
+    for _ in range(640):
+        predictor.observe(REQUEST, 10)
+    means, active = [], active_of([plain(0, 1000, 3), plain(1, 500, 0)])
+    for i in range(20):
+        predictor.observe(REQUEST, 100)
+        means.append(predictor.mean_output_tokens)
+        # Whatever is cached belongs to these discounts and to what has been learnt.
+        mine = discounts[i % 3]
+        load = predictor.discounted_load(active, WORKERS, mine)
+        assert load == pytest.approx(predictor.forecast(active, WORKERS, len(mine) - 1) @ mine, rel=1e-5)
+    assert len(set(means)) == 2
+    assert means == sorted(means)
+
+
 def test_what_a_request_says_makes_its_prospect():
     predictor = make_predictor("survival")
     assert predictor.prospect(REQUEST) == Prospect()
@@ -272,6 +288,17 @@ def test_the_grid_is_exact_for_short_lengths_and_two_per_cent_for_long_ones():
     assert (np.diff(grid.points)[64:] <= np.maximum(1, 0.02 * grid.points[64:-1])).all()
     assert len(grid) < 450
     assert grid.positions(np.array([0, 64, 10**9])).tolist() == [0, 64, len(grid) - 1]
+
+
+@given(st.lists(st.integers(0, 400), max_size=20), st.integers(1, 400))
+def test_the_rows_of_a_curve_are_the_lengths_ahead(lengths, steps):
+    grid = LengthGrid(300)
+    window = LengthWindow(grid, 20)
+    for length in lengths:
+        window.add(length)
+    alive = window.alive.astype(np.float32)
+    later = grid.positions(grid.points[:, None] + np.arange(steps))
+    assert (grid.ahead(alive, steps) == alive[later]).all()
 
 
 @given(st.lists(st.integers(0, 500), max_size=40), st.integers(1, 20))
