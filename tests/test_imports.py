@@ -98,7 +98,13 @@ def test_pure_parts_know_no_sockets_and_no_clock(name):
         assert not {top.split(".")[0] for top in imported(path)} & NOT_PURE, path
 
 
-@pytest.mark.parametrize("name", ["cluster", "barrier", "capacity", "arrivals", "workload"])
+LOADGEN_PURE = (
+    *("cluster", "barrier", "capacity", "arrivals", "workload"),
+    *("dataplane/message", "dataplane/tokens", "dataplane/check", "dataplane/loads"),
+)
+
+
+@pytest.mark.parametrize("name", LOADGEN_PURE)
 def test_pure_parts_of_loadgen(name):
     path = ROOT / "loadgen" / f"{name}.py"
     assert not {top.split(".")[0] for top in imported(path)} & NOT_PURE
