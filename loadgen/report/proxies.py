@@ -101,26 +101,26 @@ def _percentile(latencies: str, which: str) -> Callable[[ProxyLoad], float | Non
     return value
 
 
-def _latency(name: str, latencies: str, which: str) -> _Figure:
-    style = ",.2f" if which == "p50" else ",.1f"
-    return _Figure(f"{name}\n{which.upper()} ms", _percentile(latencies, which), style)
+def _latency(name: str, latencies: str, which: str, style: str = ",.1f", *, spread: bool = True) -> _Figure:
+    return _Figure(f"{name}\n{which.upper()} ms", _percentile(latencies, which), style, spread)
 
 
 _RSS = _Figure("RSS\nMB", lambda load: load.rss_bytes / 1e6 or None, ",.0f", spread=False)
 
 
 def _figures(phase: Phase) -> list[_Figure]:
-    """Return what a phase's table shows."""
+    """Return what a phase's table shows: with a name of usual length it fits into eighty characters."""
     if phase.unit == "event":
         latencies = [
+            _latency("first", "first_ms", "p50", spread=False),
             _latency("delay", "delay_ms", "p50"),
             _latency("delay", "delay_ms", "p99"),
-            _latency("gap", "gap_ms", "p99"),
+            _latency("gap", "gap_ms", "p99", spread=False),
         ]
     else:
-        latencies = [_latency("whole", "whole_ms", "p50"), _latency("whole", "whole_ms", "p99")]
+        latencies = [_latency("whole", "whole_ms", "p50", ",.2f"), _latency("whole", "whole_ms", "p99")]
         if phase.stream:
-            latencies.insert(0, _latency("first", "first_ms", "p50"))
+            latencies.insert(0, _latency("first", "first_ms", "p50", ",.2f"))
     cpu = _Figure(f"CPU µs\n/{phase.unit}", lambda load: load.cpu_us_per_unit, ",.1f")
     rate = _Figure(f"{phase.unit}s\n/s", lambda load: load.units_per_s, ",.0f", spread=False)
     return [cpu, rate, *latencies, _RSS]

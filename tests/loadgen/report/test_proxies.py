@@ -47,7 +47,7 @@ def test_medians_spread_and_relation_to_the_first():
     rounds = [load("a", 40.0, number=1), load("a", 30.0, number=2), load("a", 32.0, number=3)]
     text = shown(report(*rounds, load("a-rather-long-name", 16.0, rss_bytes=0)), "paced200")
     assert "paced200: 200 streams, a token each 20 ms; per event" in text
-    for words in ("32.0", "30.0-40.0", "×1.00", "16.0", "×0.50", "10,000", "1.50", "2.5", "80", "gap"):
+    for words in ("32.0", "30.0-40.0", "×1.00", "16.0", "×0.50", "10,000", "1.5", "2.5", "80", "gap"):
         assert words in text
     assert "…" not in text
     assert all(len(line) <= 80 for line in text.splitlines())
