@@ -11,13 +11,14 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from brproxy.command import make_command, run_command
+from brproxy.command import USAGE_ERROR, make_command, run_command
 from loadgen.client import ClientSettings, Lengths, Outcome
 from loadgen.cluster import ClusterSettings
 from loadgen.commands import demo as demonstration
 from loadgen.commands.bench import CASES as BENCH_CASES
 from loadgen.commands.bench import bench as run_bench
 from loadgen.commands.bench import bench_table
+from loadgen.commands.bench_proxy import DIRECT, OWN, BenchSettings, bench_proxies, parse_port
 from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.compare import compare as run_comparison
 from loadgen.commands.emulate import emulate as run_emulator
@@ -25,9 +26,12 @@ from loadgen.commands.run import run as run_replay
 from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
 from loadgen.commands.simulate import simulate_all
 from loadgen.commands.simulation_plan import plan_simulation
+from loadgen.dataplane.loads import parse_phase
+from loadgen.dataplane.proxies import parse_proxy
 from loadgen.emulator.server import EmulatorSettings
 from loadgen.report.plots import plot_simulations
-from loadgen.report.schema import Report
+from loadgen.report.proxies import proxy_table
+from loadgen.report.schema import Document, Report
 from loadgen.report.statistics import Slo
 from loadgen.report.tables import comparison_table, latency_table, outcome_table, simulation_table
 
@@ -180,8 +184,7 @@ def compare(
         cluster,
         seed,
     )
-    names = tuple(name.strip() for name in policies.split(",") if name.strip())
-    report = _compare(scenario, ComparisonSettings(names, speed))
+    report = _compare(scenario, ComparisonSettings(_listed(policies), speed))
     _write(report, out)
     Console().print(comparison_table(report))
     _warn(report)
@@ -255,6 +258,51 @@ def bench(
     Console().print(bench_table(results))
 
 
+@app.command("bench-proxy")
+def bench_proxy(
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=COMMAND LINE of a proxy that stays in the foreground; may be repeated. "
+            "{port}, {workers} (URLs) and {config} (a configuration of brproxy) are filled in."
+        ),
+    ] = None,
+    own: Annotated[bool, typer.Option(help="Measure this brproxy, before the others.")] = True,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Measure the load without a proxy, after them.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the proxies listen.")] = 9100,
+    worker_ports: Annotated[str, typer.Option(help="Where the mock workers listen.")] = "9101,9102",
+    phases: Annotated[
+        str, typer.Option(help="req, short, pacedN (N streams at 50 tokens/s), unpaced; by commas.")
+    ] = "req,short,paced200,paced1000",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each starts each proxy afresh.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Length of each measurement.")] = 4.0,
+    pin: Annotated[bool, typer.Option(help="One core for the proxy, one for the load.")] = True,
+    ready_s: Annotated[float, typer.Option(min=0, help="Give a proxy so long to start serving.")] = 60.0,
+    out: Out = None,
+) -> None:
+    """Compare what proxies cost under the same loads: CPU time for each request and event. Linux only."""
+    settings = BenchSettings(
+        proxies=(*([OWN] * own), *map(parse_proxy, proxy or ()), *([DIRECT] * direct)),
+        phases=tuple(parse_phase(name, seconds) for name in _listed(phases)),
+        port=port,
+        worker_ports=tuple(map(parse_port, _listed(worker_ports))),
+        rounds=rounds,
+        pin=pin,
+        ready_s_max=ready_s,
+    )
+    # No progress bar: redrawing it would take CPU time from what is measured.
+    report = uvloop.run(bench_proxies(settings, lambda line: typer.echo(line, err=True)))
+    _write(report, out)
+    if report.loads:
+        Console().print(*(proxy_table(report, phase) for phase in settings.phases))
+    for warning in report.warnings():
+        typer.echo(f"warning: {warning}", err=True)
+    if report.errors:
+        raise typer.Exit(USAGE_ERROR)
+
+
 def _compare(scenario: Scenario, settings: ComparisonSettings) -> Report:
     with _Bars() as bars:
         return uvloop.run(run_comparison(scenario, settings, bars.begin, bars.finished))
@@ -276,6 +324,10 @@ def _cluster(
         step_s_per_kv_token=step_ns_per_kv_token / 1e9,
         prefill_s_per_token=prefill_us_per_token / 1e6,
     )
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _requests(requests: int | None, trace: Path | None) -> int | None:
@@ -321,7 +373,7 @@ class _Bars:
         self._progress.update(self._task, advance=1, lost=lost)
 
 
-def _write(report: Report, out: Path | None) -> None:
+def _write(report: Document, out: Path | None) -> None:
     if out is not None:
         report.write(out)
 

@@ -167,7 +167,7 @@ class Replay:
         body = orjson.dumps(self._document(request, number))
         async with session.post(settings.target + path, data=body, headers=headers) as response:
             if response.status != 200:
-                raise _FailedError(_status_failure(response.status), (await response.text())[:500])
+                raise _FailedError(status_failure(response.status), (await response.text())[:500])
             await self._read(response, outcome)
         if settings.verify and outcome.output_tokens != request.output_tokens:
             detail = f"{outcome.output_tokens} of {request.output_tokens} tokens"
@@ -250,6 +250,7 @@ def _text(choice: dict[str, Any]) -> str:
     return choice.get("text") or delta.get("content") or delta.get("reasoning_content") or ""
 
 
-def _status_failure(status: int) -> Failure:
+def status_failure(status: int) -> Failure:
+    """Return the kind of failure that an HTTP status other than 200 is."""
     exact = {429: Failure.REFUSED_429, 503: Failure.REFUSED_503}
     return exact.get(status, Failure.HTTP_4XX if status < 500 else Failure.HTTP_5XX)

@@ -119,7 +119,13 @@ import {command}
     assert run.stdout.split() == ["1"]
 
 
-@pytest.mark.parametrize("name", ["cluster", "barrier", "capacity", "arrivals", "workload"])
+LOADGEN_PURE = (
+    *("cluster", "barrier", "capacity", "arrivals", "workload"),
+    *("dataplane/message", "dataplane/tokens", "dataplane/check", "dataplane/loads"),
+)
+
+
+@pytest.mark.parametrize("name", LOADGEN_PURE)
 def test_pure_parts_of_loadgen(name):
     path = ROOT / "loadgen" / f"{name}.py"
     assert not {top.split(".")[0] for top in imported(path)} & NOT_PURE

@@ -47,7 +47,7 @@ async def running_process(
         drain = asyncio.create_task(_drain(process.stdout))
         yield match
     finally:
-        await _stop(process)
+        await stop(process)
         if drain is not None:
             await drain
 
@@ -72,7 +72,8 @@ async def _drain(output: asyncio.StreamReader) -> None:
         pass
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
+async def stop(process: asyncio.subprocess.Process) -> None:
+    """End a process: SIGTERM, and SIGKILL if that does not help within STOP_S_MAX."""
     if process.returncode is not None:
         return
     process.terminate()

@@ -118,13 +118,16 @@ class Answer:
         self._created_s = created_s
         self._object = "chat.completion" if request.chat else "text_completion"
         self._finish_reason = "length" if request.length_limited else "stop"
-        self._chunk_head, self._chunk_tail = self._template()
+        self._chunk_head, self._chunk_tail = self.template()
 
-    def _template(self) -> tuple[bytes, bytes]:
-        """Return what comes before and after the text of a plain chunk: most chunks differ in that only."""
-        head, _, tail = self._event("\N{OBJECT REPLACEMENT CHARACTER}", None, None).partition(
-            "\N{OBJECT REPLACEMENT CHARACTER}".encode()
-        )
+    def template(self, *, last: bool = False) -> tuple[bytes, bytes]:
+        """Return what comes before and after the text of a plain chunk: most chunks differ in that only.
+
+        ``last``: of the chunk that also says why the answer ends.
+        """
+        marker = "\N{OBJECT REPLACEMENT CHARACTER}"
+        event = self._event(marker, self._finish_reason if last else None, None)
+        head, _, tail = event.partition(marker.encode())
         return head, tail
 
     def opening(self) -> bytes:

@@ -14,11 +14,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from brproxy.types import InvalidInputError
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
+    """A part of a document, or all of it; unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid")
 
+    def write(self, path: Path) -> None:
+        """Write the document; raises InvalidInputError when that fails."""
+        try:
+            path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            msg = f"{path}: cannot be written: {error.strerror}"
+            raise InvalidInputError(msg) from error
 
-class Percentiles(_Document):
+
+class Percentiles(Document):
     """Mean and percentiles of a latency in milliseconds."""
 
     mean: float
@@ -27,7 +37,7 @@ class Percentiles(_Document):
     p99: float
 
 
-class PolicyResult(_Document):
+class PolicyResult(Document):
     """What one policy did with the scenario."""
 
     policy: str
@@ -58,16 +68,8 @@ class PolicyResult(_Document):
     warnings: list[str] = Field(default_factory=list, description="Why figures may not be trusted.")
 
 
-class Report(_Document):
+class Report(Document):
     """A scenario, and what each policy did with it."""
 
     scenario: dict[str, str | int | float | None]
     policies: list[PolicyResult]
-
-    def write(self, path: Path) -> None:
-        """Write the document; raises InvalidInputError when that fails."""
-        try:
-            path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            msg = f"{path}: cannot be written: {error.strerror}"
-            raise InvalidInputError(msg) from error

@@ -58,7 +58,7 @@ def outcome_table(result: PolicyResult) -> Table:
     table.add_row("lost", f"{result.lost:,}")
     for kind, count in result.failures.items():
         table.add_row(f"  {kind}", f"{count:,}")
-    table.add_row("output tokens/s", _number(result.output_tokens_per_s, ",.1f"))
+    table.add_row("output tokens/s", number(result.output_tokens_per_s, ",.1f"))
     if result.goodput_requests_per_s is not None:
         table.add_row("goodput requests/s", f"{result.goodput_requests_per_s:,.2f}")
     return table
@@ -94,23 +94,25 @@ def _comparison_row(result: PolicyResult, baseline: PolicyResult | None) -> list
     base = baseline or result
     return [
         result.policy,
-        _relative(result.imbalance_kv_tokens, base.imbalance_kv_tokens, ",.0f"),
-        _relative(result.idle_fraction, base.idle_fraction, ".1%"),
-        _relative(result.output_tokens_per_s, base.output_tokens_per_s, ",.0f"),
-        _number(result.throughput_of_perfect, ".1%"),
-        _relative(result.tpot_ms_p95, base.tpot_ms_p95, ",.1f"),
-        _relative(result.ttft_ms_p95, base.ttft_ms_p95, ",.0f"),
+        relative(result.imbalance_kv_tokens, base.imbalance_kv_tokens, ",.0f"),
+        relative(result.idle_fraction, base.idle_fraction, ".1%"),
+        relative(result.output_tokens_per_s, base.output_tokens_per_s, ",.0f"),
+        number(result.throughput_of_perfect, ".1%"),
+        relative(result.tpot_ms_p95, base.tpot_ms_p95, ",.1f"),
+        relative(result.ttft_ms_p95, base.ttft_ms_p95, ",.0f"),
         f"{result.lost:,}",
     ]
 
 
-def _number(value: float | None, style: str) -> str:
+def number(value: float | None, style: str) -> str:
+    """Return a figure as text; one that is not known is a dash."""
     return "-" if value is None else format(value, style)
 
 
-def _relative(value: float | None, base: float | None, style: str) -> str:
+def relative(value: float | None, base: float | None, style: str) -> str:
+    """Return a figure, and below it what it is times ``base``."""
     ratio = f"\n[dim]×{value / base:.2f}[/dim]" if value is not None and base else ""
-    return _number(value, style) + ratio
+    return number(value, style) + ratio
 
 
 def simulation_table(report: Report, published: Mapping[str, PublishedFigures]) -> Table:

@@ -139,7 +139,7 @@ async def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
 async def test_help_and_version():
     code, out, _ = await run("--help")
     assert code == 0
-    for command in ("emulate", "run", "compare", "demo"):
+    for command in ("emulate", "run", "compare", "demo", "bench-proxy"):
         assert command in out
     assert (await run("--version"))[1].startswith("loadgen ")
 
