@@ -2,9 +2,9 @@
 
 aiohttp's server accepts, parses and queues requests; what a worker answers goes to the client's transport
 past its writer. That leans on: ``RequestHandler`` being the client's asyncio protocol, with
-``pause_writing``, ``resume_writing`` and ``set_parser``, and asking a response only for ``prepare``,
-``write_eof`` and ``keep_alive``; ``BaseRequest._message`` telling of an upgrade; ``writer.output_size`` telling
-that a response has begun. tests/brproxy/relay/test_client.py pins each of these.
+``pause_writing``, ``resume_writing`` and ``set_parser``, and asking a response for nothing but ``prepare``,
+``write_eof`` and ``keep_alive``; ``BaseRequest._message`` telling of an upgrade; ``writer.output_size``
+telling that a response has begun. tests/brproxy/relay/test_client.py pins each of these.
 """
 
 from __future__ import annotations
