@@ -18,8 +18,8 @@ class PlainEvent(NamedTuple):
     """``prefix`` and ``suffix`` around the text, the blank line included, and their lengths in bytes."""
 
     prefix: bytes
-    suffix: bytes
     prefix_bytes: int
+    suffix: bytes
     suffix_bytes: int
 
     @classmethod
@@ -29,7 +29,7 @@ class PlainEvent(NamedTuple):
         if found is None or not raw.endswith(b"\n\n"):
             return None
         start, end = found.span(1)
-        return cls(raw[:start], raw[end:], start, len(raw) - end)
+        return cls(raw[:start], start, raw[end:], len(raw) - end)
 
     def matches(self, raw: bytes) -> bool:
         """Tell whether ``raw`` is one event of this pattern."""
@@ -45,5 +45,7 @@ class PlainEvent(NamedTuple):
         """Return how many events ``raw`` is, all of this pattern; 0 if anything else is in it."""
         if not raw.endswith(b"\n\n"):
             return 0
+        if self.matches(raw):
+            return 1
         events = raw[:-2].split(b"\n\n")
         return len(events) if all(self.matches(event + b"\n\n") for event in events) else 0

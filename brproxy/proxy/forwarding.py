@@ -20,6 +20,8 @@ from brproxy.relay.connection import Exchange, WorkerConnection
 from brproxy.relay.errors import BrokenResponseError, ClientGoneError, WorkerFailedError
 from brproxy.relay.fields import REQUEST_ID
 from brproxy.relay.framing import (
+    ONE_CHUNK_BYTES_MAX,
+    SIZE_LINES,
     Framing,
     choose_framing,
     chunk,
@@ -67,6 +69,7 @@ class Forwarding(Exchange):
 
     __slots__ = (
         "_account",
+        "_chunk_pattern",
         "_chunked",
         "_client",
         "_connection",
@@ -78,6 +81,7 @@ class Forwarding(Exchange):
         "_is_refusal",
         "_is_stream",
         "_is_tunnel",
+        "_is_whole",
         "_limits",
         "_path",
         "_request_id",
@@ -102,12 +106,15 @@ class Forwarding(Exchange):
         self._request_id = request_id
         self._connection: WorkerConnection
         self._head: ResponseHead
+        self._chunk_pattern: tuple[bytes, bytes, int, int]
         self._framing = Framing.NONE
         self._chunked = False
         self._splitter: SseSplitter
         self._is_stream = False
         self._is_refusal = False
         self._is_tunnel = False
+        # Between two events of a stream, and the client has had all of it.
+        self._is_whole = False
         self._held = b""
         self._unsent = b""
         self._corked = False
@@ -158,7 +165,7 @@ class Forwarding(Exchange):
 
     def end(self, piece: bytes, trailers: bytes) -> None:
         """See Exchange.end. All that is left goes out in one write."""
-        self._corked = True
+        self._corked, self._is_whole = True, False
         if piece:
             self.receive(piece)
         if self._is_refusal:
@@ -236,18 +243,46 @@ class Forwarding(Exchange):
 
     # The three ways through, and the tunnel.
 
-    def _stream(self, payload: bytes) -> None:
+    def _one_plain_chunk(self, data: bytes) -> bool:
+        """See Exchange.take_chunk. What is done here is done for every token of every user.
+
+        A chunk that holds one plain event passes as it came: the parser need not see a whole chunk.
+        """
+        read_bytes = len(data)
+        if read_bytes > ONE_CHUNK_BYTES_MAX:
+            return False
+        size_line = SIZE_LINES[read_bytes]
+        prefix, suffix, text_starts, suffix_bytes = self._chunk_pattern
+        text_starts += len(size_line)
+        text_ends = read_bytes - suffix_bytes
+        if (
+            not data.startswith(size_line)
+            or not data.startswith(prefix, len(size_line))
+            or not data.endswith(suffix)
+            or data.find(b'"', text_starts, text_ends) >= 0
+            or text_starts > text_ends
+        ):
+            return False
         self.progressed = True
         account = self._account
-        plain = account.plain
-        # The ordinary read, on a whole event: counted and passed on.
-        if plain is not None and self.is_committed and not self._splitter.tail and not self._corked:
-            events = 1 if plain.matches(payload) else plain.count(payload)
-            if events:
-                account.count_plain(events)
-                self._write(chunk(payload) if self._chunked else payload)
-                return
-        self._stream_exactly(payload)
+        if not account.unbooked_events:
+            account.book_later()
+        account.unbooked_events += 1
+        self._write(data)
+        return True
+
+    def _stream(self, payload: bytes) -> None:
+        """Pass on a read of a stream: plain events after a glance, all others after a close look."""
+        self.progressed = True
+        account = self._account
+        events = account.plain.count(payload) if self._is_whole and account.plain is not None else 0
+        if not events:
+            self._stream_exactly(payload)
+            return
+        if not account.unbooked_events:
+            account.book_later()
+        account.unbooked_events += events
+        self._pass(payload)
 
     def _stream_exactly(self, payload: bytes) -> None:
         events = self._splitter.feed(payload)
@@ -266,6 +301,18 @@ class Forwarding(Exchange):
                 self._commit()
         if self.is_committed:
             self._pass_held()
+        self._is_whole = self.is_committed and not self._splitter.tail
+        plain = self._account.plain
+        if plain is not None and self._is_whole and self._chunked:
+            self._chunk_pattern = (
+                plain.prefix,
+                plain.suffix + b"\r\n",
+                plain.prefix_bytes,
+                plain.suffix_bytes + 2,
+            )
+            self.take_chunk = self._one_plain_chunk
+        else:
+            self.take_chunk = None
 
     def _end_stream(self) -> bool:
         """Pass on what is left of a stream; return whether it is whole."""

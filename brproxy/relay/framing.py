@@ -68,6 +68,24 @@ def chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
+def _size_lines(read_bytes_max: int) -> tuple[bytes, ...]:
+    lines = [b"none"] * (read_bytes_max + 1)
+    for payload_bytes in range(1, read_bytes_max):
+        line = b"%x\r\n" % payload_bytes
+        chunk_bytes = len(line) + payload_bytes + 2
+        if chunk_bytes <= read_bytes_max:
+            lines[chunk_bytes] = line
+    return tuple(lines)
+
+
+ONE_CHUNK_BYTES_MAX = 4096
+SIZE_LINES = _size_lines(ONE_CHUNK_BYTES_MAX)
+"""By the length of a whole chunk, the line that it must begin with; b"none" where no chunk has that length.
+
+A read that starts where a chunk starts, and begins with the line for its length, is exactly that chunk.
+"""
+
+
 def last_chunk(trailers: bytes) -> bytes:
     """Return the end of a chunked body; ``trailers`` are lines."""
     return b"0\r\n%b\r\n" % trailers

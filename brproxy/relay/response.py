@@ -65,9 +65,9 @@ class ResponseParser:
         "_fields",
         "_head_bytes",
         "_head_bytes_max",
+        "_in_chunk",
         "_in_trailers",
         "_parser",
-        "_pieces",
         "_reason",
         "complete",
         "feed_body",
@@ -75,15 +75,16 @@ class ResponseParser:
         "interim",
         "keep_alive",
         "on_body",
+        "pieces",
         "trailers",
         "upgraded_rest",
     )
 
     def __init__(self, head_bytes_max: int) -> None:
         self._head_bytes_max = head_bytes_max
-        self._pieces: list[bytes] = []
+        self.pieces: list[bytes] = []
         # What httptools calls for each piece of a body: no frame of ours is on the way.
-        self.on_body = self._pieces.append
+        self.on_body = self.pieces.append
         self._restart()
         self.expect(bodiless=False)
 
@@ -98,6 +99,7 @@ class ResponseParser:
         self._reason = b""
         self._head_bytes = 0
         self._in_trailers = False
+        self._in_chunk = False
         self.head: ResponseHead | None = None
         self.interim: list[ResponseHead] = []
         self.complete = False
@@ -126,15 +128,20 @@ class ResponseParser:
     def take_body(self) -> bytes:
         """Return the body bytes that have come, b"" for none.
 
-        For the ordinary read: once ``head`` is there, ``feed_body`` and this do what ``feed`` does, at less
-        than half the cost; it raises httptools.HttpParserError instead.
+        For the ordinary read: once ``head`` is there, ``feed_body`` and this do what ``feed`` does at half
+        the cost; ``feed_body`` raises httptools.HttpParserError.
         """
-        pieces = self._pieces
+        pieces = self.pieces
         if len(pieces) == 1:
             return pieces.pop()
         body = b"".join(pieces)
         pieces.clear()
         return body
+
+    def is_between_chunks(self, data: bytes) -> bool:
+        """Tell whether a chunk ends, and the next has not begun, where the last bytes fed, ``data``, end."""
+        # Of what may stand between two chunks only the size line is left: it would not end like this.
+        return not self._in_chunk and data.endswith(b"\r\n")
 
     def ends_with_connection(self) -> bool:
         """Tell whether the end of the connection now is the end of the response."""
@@ -146,7 +153,7 @@ class ResponseParser:
             # The parser waits for the body that the length announces: it cannot be used again.
             self.complete = True
             self.keep_alive = self._parser.should_keep_alive()
-            self._pieces.clear()
+            self.pieces.clear()
             self._restart()
         return b""
 
@@ -191,6 +198,14 @@ class ResponseParser:
         else:
             self.head = head
             self._in_trailers = True
+
+    def on_chunk_header(self) -> None:
+        """Note that a chunk begins."""
+        self._in_chunk = True
+
+    def on_chunk_complete(self) -> None:
+        """Note that a chunk, and the line end behind it, is over."""
+        self._in_chunk = False
 
     def on_message_complete(self) -> None:
         """Note the end; of an interim response only if it was the real one."""
