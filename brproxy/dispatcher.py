@@ -16,7 +16,7 @@ from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import ActiveRequests, AnyPredictor, truncate
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.routing.policy import AnyPolicy
-from brproxy.routing.view import NOT_ADMITTED, ClusterView, RoundState
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, RoundState
 from brproxy.types import Assignment, BrproxyError, InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 ROUNDS_PER_SAMPLE = 16
@@ -82,10 +82,13 @@ class Dispatcher:
         if not self.ledger.pending or not any(may_be_chosen):
             return assignments
         late_binding = self.policy.params.late_binding
+        alone = self.ledger.alone()
+        if alone is not None:
+            return self._place(alone, self.ledger.state(may_be_chosen, late_binding=late_binding), now_s)
         for entry in self.ledger.retrying():
             others = [ok and g not in entry.avoid for g, ok in enumerate(may_be_chosen)]
             state = self.ledger.state(others if any(others) else may_be_chosen, late_binding=late_binding)
-            assignments += self._route([entry], state, now_s)
+            assignments += self._place(entry, state, now_s)
         state = self.ledger.state(may_be_chosen, late_binding=late_binding)
         waiting = list(islice(self.ledger.pending_by_age(), self._worth_seeing(state)))
         if waiting:
@@ -119,40 +122,49 @@ class Dispatcher:
         slots_free = sum(state.slots_free)
         return slots_free + self.policy.lookahead_requests if slots_free else 0
 
+    def _place(self, entry: Entry, state: RoundState, now_s: float) -> list[Assignment]:
+        """Decide on one request by itself, as most rounds do; the same as ``_route``."""
+        discounts, _ = self._discounts()
+        active = self._active(len(discounts) - 1)
+        load: Sequence[float] = state.kv_tokens
+        if active is not None:
+            load = self.predictor.discounted_load(active, self.ledger.workers, discounts).tolist()
+        worker = self.policy.place(state, entry.prompt_tokens, load, self._rng)
+        return [] if worker == NOT_ADMITTED else [self._bind(entry, worker, now_s)]
+
+    def _bind(self, entry: Entry, worker: int, now_s: float) -> Assignment:
+        assignment = Assignment(entry.id, WorkerIndex(worker))
+        self.ledger.bind(*assignment, now_s, self.predictor.prospect(entry.request))
+        return assignment
+
+    def _discounts(self) -> tuple[FloatArray, float]:
+        """Return the policy's discounts for the traffic as it is, and the turnover in steps."""
+        turnover_steps = self.ledger.turnover_steps(self.predictor.mean_output_tokens)
+        return self.policy.discounts(turnover_steps, self.predictor.LOOKAHEAD_TURNOVERS), turnover_steps
+
     def _route(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> list[Assignment]:
-        decision = self._choose(waiting, state)
+        """Decide on all of ``waiting`` together."""
+        discounts, turnover_steps = self._discounts()
+        horizon_steps = len(discounts) - 1
+        active = self._active(horizon_steps)
+        forecast = None
+        if active is not None:
+            forecast = self.predictor.forecast(active, self.ledger.workers, horizon_steps)
+        view = ClusterView.of(
+            state,
+            [entry.prompt_tokens for entry in waiting],
+            [entry.passed_over for entry in waiting],
+            forecast,
+            turnover_steps,
+            self.predictor.LOOKAHEAD_TURNOVERS,
+        )
+        decision: list[int] = self.policy.route(view, self._rng).tolist()
         admitted = [i for i, worker in enumerate(decision) if worker != NOT_ADMITTED]
         if not admitted:
             return []
         chosen = set(admitted)
         self.ledger.pass_over([waiting[i] for i in range(admitted[-1]) if i not in chosen])
-        assignments = [Assignment(waiting[i].id, WorkerIndex(decision[i])) for i in admitted]
-        for i, assignment in zip(admitted, assignments, strict=True):
-            prospect = self.predictor.prospect(waiting[i].request)
-            self.ledger.bind(assignment.request_id, assignment.worker, now_s, prospect)
-        return assignments
-
-    def _choose(self, waiting: Sequence[Entry], state: RoundState) -> list[int]:
-        """Return the policy's decision: a worker for each of ``waiting``, or NOT_ADMITTED."""
-        workers, turnovers = self.ledger.workers, self.predictor.LOOKAHEAD_TURNOVERS
-        turnover_steps = self.ledger.turnover_steps(self.predictor.mean_output_tokens)
-        discounts = self.policy.discounts(turnover_steps, turnovers)
-        active = self._active(len(discounts) - 1)
-        if len(waiting) == 1:
-            load: Sequence[float] = state.kv_tokens
-            if active is not None:
-                load = self.predictor.discounted_load(active, workers, discounts).tolist()
-            return [self.policy.place(state, waiting[0].prompt_tokens, load, self._rng)]
-        view = ClusterView.of(
-            state,
-            [entry.prompt_tokens for entry in waiting],
-            [entry.passed_over for entry in waiting],
-            None if active is None else self.predictor.forecast(active, workers, len(discounts) - 1),
-            turnover_steps,
-            turnovers,
-        )
-        decision: list[int] = self.policy.route(view, self._rng).tolist()
-        return decision
+        return [self._bind(waiting[i], decision[i], now_s) for i in admitted]
 
     def _active(self, horizon_steps: int) -> ActiveRequests | None:
         """Return the bound requests, None where nobody looks ahead; now and then note what is predicted."""

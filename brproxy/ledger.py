@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -58,7 +58,7 @@ class Entry:
     passed_over: int = 0
     bound_s: float | None = None
     first_token_s: float | None = None
-    avoid: set[WorkerIndex] = field(default_factory=set)
+    avoid: frozenset[WorkerIndex] = frozenset()
 
 
 class Ledger:
@@ -74,6 +74,7 @@ class Ledger:
         ]
         self._slots_total = sum(self._slots)
         self._kv_capacity_max = max(self._kv_capacity)
+        self._kv_is_limited = min(self._kv_capacity) < KV_UNLIMITED_TOKENS
         self._kv_tokens = [0] * len(workers)
         self._requests = [0] * len(workers)
         self._ids = count()
@@ -158,6 +159,10 @@ class Ledger:
         """Iterate over the waiting requests that are not retries, oldest first."""
         return iter(self._pending.values())
 
+    def alone(self) -> Entry | None:
+        """Return the one request that waits, None if none or several do, or it is a retry."""
+        return next(iter(self._pending.values())) if self.pending == len(self._pending) == 1 else None
+
     def retrying(self) -> tuple[Entry, ...]:
         """Return the requests that a worker failed and that wait for another."""
         return tuple(self._retrying.values())
@@ -189,14 +194,15 @@ class Ledger:
         counts for the envelope. Without ``late_binding`` slots and KV room are unlimited, because the
         worker queues what it cannot run.
         """
+        kv_free = [KV_UNLIMITED_TOKENS] * len(routable)
         if late_binding:
             slots = zip(self._slots, self._requests, routable, strict=True)
             slots_free = [most - taken if ok and most > taken else 0 for most, taken, ok in slots]
-            kv_tokens = zip(self._kv_capacity, self._kv_tokens, strict=True)
-            kv_free = [most - taken if most > taken else 0 for most, taken in kv_tokens]
+            if self._kv_is_limited:
+                kv_tokens = zip(self._kv_capacity, self._kv_tokens, strict=True)
+                kv_free = [most - taken if most > taken else 0 for most, taken in kv_tokens]
         else:
             slots_free = [SLOTS_UNLIMITED if ok else 0 for ok in routable]
-            kv_free = [KV_UNLIMITED_TOKENS] * self.workers
         return RoundState(
             kv_tokens=self._kv_tokens.copy(),
             requests=self._requests.copy(),
@@ -286,7 +292,7 @@ class Ledger:
         """Return a request to the pool, before all others, and remember the worker that failed it."""
         entry = self.entry(request_id)
         entry.state = after(entry.state, Event.RETRY)
-        entry.avoid.add(entry.worker)
+        entry.avoid |= {entry.worker}
         self._unbind(entry)
         entry.worker, entry.output_tokens, entry.waiting_since_s = NO_WORKER, 0, now_s
         self._retrying[request_id] = entry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NewType
+from typing import NamedTuple, NewType
 
 RequestId = NewType("RequestId", int)
 """Number of a request in one process; never reused."""
@@ -47,8 +47,7 @@ class PendingRequest:
             raise InvalidInputError(msg)
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """One decision: ``request_id`` is bound to ``worker`` for the rest of its life."""
 
     request_id: RequestId

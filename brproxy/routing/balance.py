@@ -75,6 +75,12 @@ class BalanceParams(PolicyParams):
     )
 
 
+def random_order(rng: np.random.Generator, workers: int) -> list[int]:
+    """Return a random rank for each worker, from one draw: a permutation costs more than a decision."""
+    draw = rng.random()
+    return [hash((draw, worker)) for worker in range(workers)]
+
+
 class BalanceRound:
     """One decision round: the loads as they grow, and the requests not yet admitted."""
 
@@ -124,7 +130,7 @@ class BalanceRound:
     def _of_equals(self, workers: IntArray) -> int:
         """Return the one of ``workers`` with the most free slots, by a random order of the round at last."""
         if self._tie_break is None:
-            self._tie_break = self._rng.permutation(self._view.workers).astype(np.int64)
+            self._tie_break = np.array(random_order(self._rng, self._view.workers))
         order = np.lexsort((self._tie_break[workers], -self._slots_free[workers]))
         return int(workers[order[0]])
 
@@ -218,5 +224,5 @@ class BalancePolicy(RoutingPolicy[B]):
         ties = [g for g in eligible if discounted_load[g] <= limit]
         if len(ties) == 1:
             return ties[0]
-        order = rng.permutation(len(discounted_load)).tolist()
+        order = random_order(rng, len(discounted_load))
         return min(ties, key=lambda g: (-state.slots_free[g], order[g]))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brproxy.routing.balance import BalanceParams, BalanceRound
+from brproxy.routing.balance import BalanceParams, BalanceRound, random_order
 from brproxy.routing.fscore import FScore
 from brproxy.routing.policy import POLICIES
 from brproxy.routing.view import NOT_ADMITTED, ClusterView
@@ -48,7 +48,7 @@ class BruteForce:
         self.slots = view.slots_free.tolist()
         self.kv = view.kv_free.tolist()
         self.waiting = list(range(view.waiting))
-        self.tie_break = np.random.default_rng(seed).permutation(view.workers).tolist()
+        self.tie_break = random_order(np.random.default_rng(seed), view.workers)
         self.closed = set()
         self.decision = [NOT_ADMITTED] * view.waiting
 
