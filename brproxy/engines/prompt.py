@@ -83,18 +83,20 @@ def _hash(value: object) -> int:
 def _measure(value: object) -> tuple[int, int]:
     # A stack and not recursion: a request may nest as deeply as the JSON parser allows.
     tokens = text_bytes = 0
-    stack = [value]
+    stack: list[Any] = [value]
     while stack:
         item = stack.pop()
-        if isinstance(item, str):
+        # JSON has no subclasses of these; asking for the exact type is what makes a long chat cheap.
+        kind = type(item)
+        if kind is str:
             text_bytes += len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
-        elif isinstance(item, list):
+        elif kind is dict:
+            stack += [part for key, part in item.items() if key not in _NOT_TEXT]
+        elif kind is list:
             if item and _is_token(item[0]):
                 tokens += len(item)
             else:
-                stack.extend(item)
-        elif isinstance(item, dict):
-            stack += [part for key, part in item.items() if key not in _NOT_TEXT]
+                stack += item
     return tokens, text_bytes
 
 

@@ -79,10 +79,10 @@ class Account:
         return facts.usage_only and self.usage_was_added
 
     def reply(self, body: bytes) -> None:
-        """Book what a complete JSON reply reports."""
-        usage = self.dialect.read_reply(body)
-        if usage is not None:
-            self._settle(usage)
+        """Book what a complete JSON reply reports; its request ends with it, so its prompt stays as it is."""
+        self._usage = usage = self.dialect.read_reply(body)
+        if usage is not None and usage.completion_tokens is not None:
+            self._lease.tokens(self._counter.settle(usage.completion_tokens))
 
     def learn(self) -> None:
         """Learn both ratios from what the complete response reported."""

@@ -74,6 +74,7 @@ class Forwarding(Exchange):
         "_client",
         "_connection",
         "_copy",
+        "_copy_bytes",
         "_corked",
         "_framing",
         "_head",
@@ -118,7 +119,8 @@ class Forwarding(Exchange):
         self._held = b""
         self._unsent = b""
         self._corked = False
-        self._copy: bytearray | None = None
+        self._copy: list[bytes] | None = None
+        self._copy_bytes = 0
         self._write = client.write
         self.is_committed = False
         self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -154,13 +156,15 @@ class Forwarding(Exchange):
         if self._account.dialect.is_refusal(head.status):
             self._is_refusal = True
             self.receive = self._hold
-        elif head.media_type == b"text/event-stream" and not head.is_encoded and not self.bodiless:
+            return
+        media_type = b"" if head.is_encoded or self.bodiless else head.media_type
+        if media_type == b"text/event-stream":
             self._is_stream = True
             self._splitter = SseSplitter(self._limits.event_bytes_max)
             self.receive = self._stream
         else:
-            if head.media_type == b"application/json" and head.status < 300 and not head.is_encoded:
-                self._copy = bytearray()
+            if media_type == b"application/json" and head.status < 300:
+                self._copy = []
             self.receive = self._reply
 
     def end(self, piece: bytes, trailers: bytes) -> None:
@@ -174,7 +178,7 @@ class Forwarding(Exchange):
         if self._is_stream and not self._end_stream():
             return
         if self._copy:
-            self._account.reply(bytes(self._copy))
+            self._account.reply(b"".join(self._copy))
         self._account.learn()
         if not self.is_committed:
             self._commit()
@@ -336,8 +340,9 @@ class Forwarding(Exchange):
             self._commit()
         copy = self._copy
         if copy is not None:
-            copy += payload
-            if len(copy) > self._limits.response_parse_bytes_max:
+            copy.append(payload)
+            self._copy_bytes += len(payload)
+            if self._copy_bytes > self._limits.response_parse_bytes_max:
                 self._copy = None
         self._pass(payload)
 

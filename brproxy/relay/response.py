@@ -14,6 +14,11 @@ import httptools
 from brproxy.relay.errors import BrokenResponseError
 from brproxy.relay.fields import response_fields
 
+# As plain numbers: looking a member of an enumeration up costs more than comparing it.
+_FINAL = int(HTTPStatus.OK)
+_UPGRADED = int(HTTPStatus.SWITCHING_PROTOCOLS)
+_NO_BODY = frozenset({int(HTTPStatus.NO_CONTENT), int(HTTPStatus.NOT_MODIFIED)})
+
 _READ_BYTES_MAX = 1 << 18
 """Event loops hand over at most this much at once; a head may be complete only at its end."""
 
@@ -49,7 +54,7 @@ class ResponseHead(NamedTuple):
     @property
     def has_no_body(self) -> bool:
         """Whether a response with this status never has a body (RFC 9110, section 6.4.1)."""
-        return self.status in {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
+        return self.status in _NO_BODY
 
 
 class ResponseParser:
@@ -192,7 +197,7 @@ class ResponseParser:
             raise BrokenResponseError(msg)
         length = known.get(b"content-length")
         head = ResponseHead(status, self._reason, lines, known, length, chunked=coding is not None)
-        if status < HTTPStatus.OK and status != HTTPStatus.SWITCHING_PROTOCOLS:
+        if status < _FINAL and status != _UPGRADED:
             self.interim.append(head)
             self._fields, self._reason = [], b""
         else:
