@@ -57,6 +57,9 @@ class Dispatcher:
         self.quality = QualityMonitor()
         self._rng = rng
         self._rounds = 0
+        self._discounts_for: float | None = None
+        self._discounts_now: FloatArray
+        self._turnover_steps: float
 
     def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
         """Take a request into the pool; raises PoolFullError or PromptTooLongError."""
@@ -139,8 +142,13 @@ class Dispatcher:
 
     def _discounts(self) -> tuple[FloatArray, float]:
         """Return the policy's discounts for the traffic as it is, and the turnover in steps."""
-        turnover_steps = self.ledger.turnover_steps(self.predictor.mean_output_tokens)
-        return self.policy.discounts(turnover_steps, self.predictor.LOOKAHEAD_TURNOVERS), turnover_steps
+        mean_output_tokens = self.predictor.mean_output_tokens
+        if mean_output_tokens != self._discounts_for:
+            self._discounts_for = mean_output_tokens
+            self._turnover_steps = self.ledger.turnover_steps(mean_output_tokens)
+            turnovers = self.predictor.LOOKAHEAD_TURNOVERS
+            self._discounts_now = self.policy.discounts(self._turnover_steps, turnovers)
+        return self._discounts_now, self._turnover_steps
 
     def _route(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> list[Assignment]:
         """Decide on all of ``waiting`` together."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar
 
 from brproxy.registry import Registry
@@ -47,8 +46,7 @@ class Usage(NamedTuple):
     completion_tokens: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class EventFacts:
+class EventFacts(NamedTuple):
     """What one server-sent event of a generation says.
 
     ``has_tokens``: it carries output. ``usage_only``: it carries nothing but usage. ``refused``: the engine

@@ -64,9 +64,9 @@ class Account:
             self.unbooked_events += 1
         if facts is PLAIN_TOKENS:
             self.plain = PlainEvent.learn(event.raw) or self.plain
-        if facts.usage is not None:
+        elif facts.usage is not None:
             self._settle(facts.usage)
-        if facts.done:
+        elif facts.done:
             self.done = True
         return facts
 

@@ -14,7 +14,7 @@ from aiohttp.streams import StreamReader
 
 from brproxy.proxy import errors
 from brproxy.proxy.service import ServiceLimits
-from brproxy.relay.client import continue_upload
+from brproxy.relay.client import body_so_far, continue_upload
 from brproxy.relay.connection import WorkerConnection
 from brproxy.relay.framing import chunk, last_chunk
 from brproxy.relay.request import CHUNKED, body_length
@@ -89,10 +89,8 @@ def whole_upload(request: web.BaseRequest, limits: ServiceLimits) -> Upload | No
     """Return the body if it has come as a whole already, as that of the usual request has; else None."""
     if not request.body_exists:
         return Upload(None)
-    content = request.content
-    if content.is_eof() and content.total_bytes <= limits.body_bytes_max:
-        return Upload(content.read_nowait())
-    return None
+    body = body_so_far(request)
+    return None if body is None or len(body) > limits.body_bytes_max else Upload(body)
 
 
 async def read_upload(request: web.BaseRequest, media_type: str, limits: ServiceLimits) -> Upload:

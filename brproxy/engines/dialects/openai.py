@@ -26,6 +26,8 @@ _STREAMS_WITH_DONE = ("/chat/completions", "/completions")
 _OUTPUT_LIMIT_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
 _USAGE_HOLDERS = (None, "response", "message")
+# Events of the newer APIs name their type, and most of those carry no output.
+_NOT_PLAIN = re.compile(rb'"(?:error"|type"|role":"|usage"(?!:null))')
 _FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
 _FORM_BYTES_MAX = 1 << 16
 _USER_CHARS_MAX = 256
@@ -81,13 +83,7 @@ class OpenAIDialect(Dialect):
         """
         if data == _DONE:
             return _DONE_FACTS
-        # Events of the newer APIs name their type, and most of those carry no output.
-        if (
-            b'"error"' not in data
-            and b'"type"' not in data
-            and b'"role":"' not in data
-            and (b'"usage"' not in data or b'"usage":null' in data)
-        ):
+        if _NOT_PLAIN.search(data) is None:
             return PLAIN_TOKENS
         document = _parse(data)
         return _SILENT if document is None else self._read_document(document)
