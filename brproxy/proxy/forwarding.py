@@ -97,9 +97,17 @@ class Forwarding(Exchange):
     )
 
     def __init__(
-        self, client: Client, account: Account, limits: RelayLimits, path: str, method: str, request_id: bytes
+        self,
+        client: Client,
+        account: Account,
+        limits: RelayLimits,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        path: str,
+        bodiless: bool,
+        request_id: bytes,
     ) -> None:
-        super().__init__(bodiless=method == "HEAD")
+        super().__init__(bodiless=bodiless)
         self._client = client
         self._account = account
         self._limits = limits
@@ -123,7 +131,7 @@ class Forwarding(Exchange):
         self._copy_bytes = 0
         self._write = client.write
         self.is_committed = False
-        self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[None] = loop.create_future()
         self.progressed = False
         self.limit_s = limits.first_byte_s
         self.deadline_s = 0.0

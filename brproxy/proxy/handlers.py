@@ -177,7 +177,13 @@ class Attempts:
                 usage_was_added=self._usage_was_added,
             )
             exchange = Forwarding(
-                client, account, service.relay_limits, request.path, request.method, request_id
+                client,
+                account,
+                service.relay_limits,
+                service.watch.loop,
+                path=request.path,
+                bodiless=request.method == "HEAD",
+                request_id=request_id,
             )
             exchange.send(connection, head + upload.framed_beginning(), whole=upload.is_whole)
             service.watch.add(exchange)

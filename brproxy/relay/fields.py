@@ -59,19 +59,18 @@ def _crossing(fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes]) 
         low = name.lower()
         if low not in dropped:
             parts += (name, b": ", value, b"\r\n")
+            known[low] = value
         elif low == b"connection" and low in known:
-            value = b"%b,%b" % (known[low], value)  # noqa: PLW2901 - a list may come in several fields
-        known[low] = value
+            known[low] += b"," + value
+        else:
+            known[low] = value
     connection = known.get(b"connection")
     if connection is not None and connection.lower() not in _ORDINARY:
         # Rare: fields that only concern this connection, named by it.
         named = {token.strip().lower() for token in connection.split(b",")} - {b"connection"}
-        parts = [
-            part
-            for name, value in fields
-            if (low := name.lower()) not in dropped and low not in named
-            for part in (name, b": ", value, b"\r\n")
-        ]
+        others = [(name, value) for name, value in fields if name.lower() not in named]
+        if len(others) < len(fields):
+            return Fields(_crossing(others, dropped).lines, known)
     return Fields(b"".join(parts), known)
 
 

@@ -27,7 +27,10 @@ class PoolSettings:
 
 
 class WorkerPool:
-    """Hands out connections to ``origin`` ("http://host:port"), the most recently used first."""
+    """Hands out connections to ``origin`` ("http://host:port"), the most recently used first.
+
+    Needs a running event loop.
+    """
 
     def __init__(self, origin: str, settings: PoolSettings) -> None:
         parts = urlsplit(origin)
@@ -36,6 +39,7 @@ class WorkerPool:
         self._is_tls = parts.scheme == "https"
         self._address = (parts.hostname or "", parts.port or (443 if self._is_tls else 80))
         self._settings = settings
+        self._loop = asyncio.get_running_loop()
         self._idle: deque[WorkerConnection] = deque()
 
     def __repr__(self) -> str:
@@ -53,11 +57,12 @@ class WorkerPool:
 
     async def connect(self) -> WorkerConnection:
         """Open a new connection; raises WorkerFailedError."""
-        loop = asyncio.get_running_loop()
         context = ssl.create_default_context() if self._is_tls else None
         try:
             async with asyncio.timeout(self._settings.connect_s):
-                _, connection = await loop.create_connection(self._protocol, *self._address, ssl=context)
+                _, connection = await self._loop.create_connection(
+                    self._protocol, *self._address, ssl=context
+                )
         except TimeoutError as error:
             msg = f"cannot connect to {self.origin} in time"
             raise WorkerFailedError(msg, unreachable=True) from error
@@ -87,5 +92,6 @@ class WorkerPool:
         if len(self._idle) >= self._settings.idle_max:
             connection.abandon()
             return
-        connection.idle_since_s = asyncio.get_running_loop().time()
+        # Not get_running_loop: it asks the system for the process id, each time.
+        connection.idle_since_s = self._loop.time()
         self._idle.append(connection)

@@ -30,8 +30,8 @@ class Watch:
         self._interval_s = interval_s
         self._also = also
         self._watched: set[Watched] = set()
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(interval_s, self._look)
+        self.loop = asyncio.get_running_loop()
+        self._timer = self.loop.call_later(interval_s, self._look)
 
     def add(self, watched: Watched) -> None:
         """Start looking after ``watched``, whose time begins with the next look."""
@@ -47,8 +47,8 @@ class Watch:
         self._timer.cancel()
 
     def _look(self) -> None:
-        self._timer = self._loop.call_later(self._interval_s, self._look)
-        now_s = self._loop.time()
+        self._timer = self.loop.call_later(self._interval_s, self._look)
+        now_s = self.loop.time()
         late = []
         for watched in self._watched:
             if watched.progressed:
