@@ -18,6 +18,9 @@ from brproxy.types import BrproxyError
 class State(Enum):
     """Where a worker connection is."""
 
+    # Members are looked up for each request; an enumeration's own hash is computed in Python.
+    __hash__ = object.__hash__
+
     IDLE = auto()
     WAITING = auto()
     BODY = auto()
@@ -27,6 +30,8 @@ class State(Enum):
 
 class Event(Enum):
     """What can happen to a worker connection."""
+
+    __hash__ = object.__hash__
 
     SEND = auto()
     HEAD = auto()

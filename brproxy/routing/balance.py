@@ -129,10 +129,13 @@ class BalanceRound:
 
     def _of_equals(self, workers: IntArray) -> int:
         """Return the one of ``workers`` with the most free slots, by a random order of the round at last."""
+        slots_free = self._slots_free[workers]
+        equals = workers[slots_free == slots_free.max()]
+        if len(equals) == 1:
+            return int(equals[0])
         if self._tie_break is None:
             self._tie_break = np.array(random_order(self._rng, self._view.workers))
-        order = np.lexsort((self._tie_break[workers], -self._slots_free[workers]))
-        return int(workers[order[0]])
+        return int(equals[int(np.argmin(self._tie_break[equals]))])
 
     def _choose(self, worker: int) -> list[int]:
         """Return the requests to admit to ``worker``; empty when none of the window has KV room."""
@@ -224,5 +227,9 @@ class BalancePolicy(RoutingPolicy[B]):
         ties = [g for g in eligible if discounted_load[g] <= limit]
         if len(ties) == 1:
             return ties[0]
+        most = max([state.slots_free[g] for g in ties])
+        equals = [g for g in ties if state.slots_free[g] == most]
+        if len(equals) == 1:
+            return equals[0]
         order = random_order(rng, len(discounted_load))
-        return min(ties, key=lambda g: (-state.slots_free[g], order[g]))
+        return min(equals, key=order.__getitem__)
