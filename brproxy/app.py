@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 from aiohttp import web
 
 from brproxy.clock import MonotonicClock
-from brproxy.config import Config, Worker
+from brproxy.config import Config, Listen, Worker
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
 from brproxy.estimate import TokenEstimator
@@ -207,14 +208,31 @@ def _predictors(fleet: Fleet) -> dict[str, AnyPredictor]:
 
 async def _listen(runner: web.ServerRunner, config: Config) -> int:
     listen = config.listen
+    context = _tls_context(listen)
     try:
-        await web.TCPSite(runner, listen.host, listen.port, backlog=listen.backlog).start()
+        site = web.TCPSite(runner, listen.host, listen.port, backlog=listen.backlog, ssl_context=context)
+        await site.start()
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         msg = f"listen: cannot listen on {listen.host}:{listen.port}: {reason}; choose a free port"
         raise ListenError(msg) from error
     port: int = runner.addresses[0][1]
     return port
+
+
+def _tls_context(listen: Listen) -> ssl.SSLContext | None:
+    """Return what HTTPS needs, None for plain HTTP; raises ListenError."""
+    if not listen.tls_certificate_file:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(listen.tls_certificate_file, listen.tls_key_file or None)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or error
+        chain = listen.tls_certificate_file
+        msg = f"listen.tls_certificate_file: {chain!r} or its key cannot be used: {reason}"
+        raise ListenError(msg) from error
+    return context
 
 
 async def serve(config: Config) -> None:

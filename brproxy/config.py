@@ -33,6 +33,12 @@ class Listen(Section):
     backlog: int = Field(
         default=1024, ge=1, description="Connections that may wait to be accepted (connections)."
     )
+    tls_certificate_file: str = Field(
+        default="", description="Certificate chain (PEM): clients speak HTTPS; empty: plain HTTP."
+    )
+    tls_key_file: str = Field(
+        default="", description="Its private key (PEM); empty: the certificate's file has it too."
+    )
 
 
 def _known(registry: Registry[Any]) -> AfterValidator:
