@@ -89,15 +89,26 @@ def _measure(value: object) -> tuple[int, int]:
         # JSON has no subclasses of these; asking for the exact type is what makes a long chat cheap.
         kind = type(item)
         if kind is str:
-            text_bytes += len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
+            text_bytes += len(item) if item.isascii() else _utf8_bytes(item)
         elif kind is dict:
-            stack += [part for key, part in item.items() if key not in _NOT_TEXT]
+            for key, part in item.items():
+                if key in _NOT_TEXT:
+                    continue
+                # Most of what a chat holds: spare it the way over the stack.
+                if type(part) is str and part.isascii():
+                    text_bytes += len(part)
+                else:
+                    stack.append(part)
         elif kind is list:
             if item and _is_token(item[0]):
                 tokens += len(item)
             else:
                 stack += item
     return tokens, text_bytes
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _is_token(value: object) -> bool:

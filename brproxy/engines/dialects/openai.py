@@ -25,6 +25,9 @@ _ASKING_FOR_USAGE = b'"stream_options":{"include_usage":true},'
 _STREAMS_WITH_DONE = ("/chat/completions", "/completions")
 _OUTPUT_LIMIT_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
+_USAGE_KEY = b'"usage"'
+# Possessive: a reply that ends in the middle must not be tried in every possible way.
+_USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]++|\{[^{}]*+\})*+\})')
 _USAGE_HOLDERS = (None, "response", "message")
 # Events of the newer APIs name their type, and most of those carry no output.
 _NOT_PLAIN = re.compile(rb'"(?:error"|type"|role":"|usage"(?!:null))')
@@ -50,20 +53,22 @@ class OpenAIDialect(Dialect):
             return RequestFacts()
         size = prompt_size(document)
         stream = document.get("stream") is True
-        choices = _count(document.get("n")) or 1
+        choices = _first_count(document, "n") or 1
         prompt_hash, prefix_hash = prompt_hashes(document) if hashes else (None, None)
+        usage_can_be_asked = stream and "stream_options" not in document and self.ends_with_done(path)
+        # By position, in the order of RequestFacts: names would cost as much as the tuple.
         return RequestFacts(
-            model=_text(document.get("model")),
-            stream=stream,
-            prompt_tokens=size.tokens if size.tokens and not size.text_bytes else None,
-            prompt_bytes=size.text_bytes,
-            sequences=min(size.prompts * choices, SEQUENCES_MAX),
-            output_tokens_max=_first_count(document, *_OUTPUT_LIMIT_KEYS),
-            runs_to_max=document.get("ignore_eos") is True,
-            prompt_hash=prompt_hash,
-            prefix_hash=prefix_hash,
-            user=_text(document.get("user"))[:_USER_CHARS_MAX],
-            usage_can_be_asked=stream and self.ends_with_done(path) and "stream_options" not in document,
+            _text(document.get("model")),
+            stream,
+            size.tokens if size.tokens and not size.text_bytes else None,
+            size.text_bytes,
+            min(size.prompts * choices, SEQUENCES_MAX),
+            _first_count(document, *_OUTPUT_LIMIT_KEYS),
+            document.get("ignore_eos") is True,
+            prompt_hash,
+            prefix_hash,
+            _text(document.get("user"))[:_USER_CHARS_MAX],
+            usage_can_be_asked,
         )
 
     def ask_usage(self, body: bytes) -> bytes:
@@ -104,9 +109,15 @@ class OpenAIDialect(Dialect):
         return EventFacts(has_tokens=kind.endswith("delta") and "delta" in document, usage=usage)
 
     def read_reply(self, body: bytes) -> Usage | None:
-        """See Dialect.read_reply."""
-        document = _parse(body)
-        return None if document is None else _find_usage(document)
+        """See Dialect.read_reply.
+
+        Reads the last usage object only: the rest of a reply may be megabytes of embeddings. Text inside JSON
+        cannot hold its unescaped name.
+        """
+        start = body.rfind(_USAGE_KEY)
+        found = _USAGE.match(body, start) if start >= 0 else None
+        usage = None if found is None else _parse(found[1])
+        return None if usage is None else _usage(usage)
 
     def is_refusal(self, status: int) -> bool:
         """See Dialect.is_refusal."""
@@ -129,10 +140,6 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _count(value: object) -> int | None:
-    return value if type(value) is int and value >= 0 else None
-
-
 def _has_output(choice: object) -> bool:
     """Tell whether a choice of a chunk carries output: not the first one, which only names the role."""
     if not isinstance(choice, dict):
@@ -149,16 +156,23 @@ def _find_usage(document: dict[str, Any]) -> Usage | None:
         holder = document if key is None else document.get(key)
         usage = holder.get("usage") if isinstance(holder, dict) else None
         if isinstance(usage, dict):
-            prompt = _first_count(usage, "prompt_tokens", "input_tokens")
-            return Usage(prompt, _first_count(usage, "completion_tokens", "output_tokens"))
+            return _usage(usage)
     return None
 
 
-def _first_count(usage: dict[str, Any], *keys: str) -> int | None:
+def _usage(usage: dict[str, Any]) -> Usage:
+    return Usage(
+        _first_count(usage, "prompt_tokens", "input_tokens"),
+        _first_count(usage, "completion_tokens", "output_tokens"),
+    )
+
+
+def _first_count(holder: dict[str, Any], *keys: str) -> int | None:
+    """Return the first of ``keys`` whose value is a count, None if none is."""
     for key in keys:
-        count = _count(usage.get(key))
-        if count is not None:
-            return count
+        value = holder.get(key)
+        if type(value) is int and value >= 0:
+            return value
     return None
 
 
