@@ -42,6 +42,10 @@ from brproxy.types import InvalidInputError
 log = logging.getLogger(__name__)
 
 
+_GC_THRESHOLD = 20_000
+"""Container objects more than at the last collection that start one; Python's own 700 is a few requests."""
+
+
 class ListenError(InvalidInputError):
     """The proxy cannot listen where the configuration says."""
 
@@ -272,6 +276,8 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
         # What exists now stays until the end: the collector need not go through it again and again.
         gc.collect()
         gc.freeze()
+        # A request leaves no cycles behind in the usual course: look for them after more of them.
+        gc.set_threshold(_GC_THRESHOLD)
         await stop.wait()
         log.info("stopping: running requests have %g s to finish", config.timeouts.drain_s)
     log.info("stopped")
