@@ -20,6 +20,7 @@ class Account:
     """
 
     __slots__ = (
+        "_chunks_reported",
         "_counter",
         "_estimator",
         "_facts",
@@ -48,6 +49,7 @@ class Account:
         self.usage_was_added = usage_was_added
         self._counter = StreamCounter(estimator.tokens_per_chunk(facts.model))
         self._usage: Usage | None = None
+        self._chunks_reported = 0
         self.unbooked_events = 0
         self.done = False
         self.plain: PlainEvent | None = None
@@ -92,7 +94,7 @@ class Account:
         if usage.prompt_tokens is not None and self._facts.prompt_tokens is None:
             self._estimator.learn_prompt(model, self._facts.prompt_bytes, usage.prompt_tokens)
         if usage.completion_tokens is not None:
-            self._estimator.learn_chunks(model, self._counter.chunks, usage.completion_tokens)
+            self._estimator.learn_chunks(model, self._chunks_reported, usage.completion_tokens)
 
     def _book(self) -> None:
         events, self.unbooked_events = self.unbooked_events, 0
@@ -110,4 +112,6 @@ class Account:
             self._lease.correct_prompt(usage.prompt_tokens)
         if usage.completion_tokens is not None:
             self._book()
+            # What streams after the last report is no part of it.
+            self._chunks_reported = self._counter.chunks
             self._lease.tokens(self._counter.settle(usage.completion_tokens))

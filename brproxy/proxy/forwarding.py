@@ -306,7 +306,10 @@ class Forwarding(Exchange):
                 self._is_refusal = True
                 self.receive = self._hold
                 return
-            if not self._account.hides(facts):
+            if self._account.hides(facts):
+                # Only the event: blank lines before it are the worker's own.
+                self._held += event.raw[: -len(event.raw.lstrip(b"\r\n"))]
+            else:
                 self._held += event.raw
             # Comments may come before the first data, which alone tells if it was taken.
             if not self.is_committed and (event.data is not None or len(self._held) > _HELD_BYTES_MAX):

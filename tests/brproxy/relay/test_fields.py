@@ -1,0 +1,53 @@
+"""Which header fields cross the proxy."""
+
+import pytest
+
+from brproxy.relay.fields import HOP_BY_HOP, crossing_pairs, request_fields, response_fields
+
+
+@pytest.mark.parametrize("name", sorted(HOP_BY_HOP))
+def test_hop_by_hop_fields_stay_here_whatever_their_case(name):
+    for spelled in (name, name.title(), name.upper()):
+        fields = ((b"A", b"1"), (spelled, b"x"), (b"B", b"2"))
+        assert request_fields(fields).lines == b"A: 1\r\nB: 2\r\n"
+        assert response_fields(fields).lines == b"A: 1\r\nB: 2\r\n"
+
+
+def test_what_connection_names_stays_here_too():
+    fields = (
+        (b"X-One", b"1"),
+        (b"Connection", b"close, x-one"),
+        (b"X-Two", b"2"),
+        (b"connection", b" X-TWO "),
+    )
+    assert request_fields((*fields, (b"X-Three", b"3"))).lines == b"X-Three: 3\r\n"
+
+
+def test_fields_that_belong_to_one_side():
+    fields = ((b"Host", b"h"), (b"Content-Length", b"3"), (b"Expect", b"100-continue"), (b"Trailer", b"T"))
+    assert request_fields(fields).lines == b""
+    assert response_fields(fields).lines == b"Host: h\r\nExpect: 100-continue\r\nTrailer: T\r\n"
+
+
+def test_the_bytes_and_the_order_stay():
+    fields = ((b"sEt-COOKIE", b"a=\xe4"), (b"Set-Cookie", b"b"), (b"Empty", b""))
+    assert response_fields(fields).lines == b"sEt-COOKIE: a=\xe4\r\nSet-Cookie: b\r\nEmpty: \r\n"
+
+
+def test_all_fields_are_known_by_their_lower_case_name():
+    known = request_fields(((b"X-A", b"1"), (b"x-a", b"2"), (b"Upgrade", b"websocket"))).known
+    assert known == {b"x-a": b"2", b"upgrade": b"websocket"}
+
+
+@pytest.mark.parametrize(
+    ("value", "media_type"),
+    [(b"application/JSON; charset=utf-8", "application/json"), (b" text/plain ", "text/plain"), (b"", "")],
+)
+def test_the_media_type(value, media_type):
+    assert request_fields(((b"Content-Type", value),)).media_type == media_type
+    assert request_fields(()).media_type == ""
+
+
+def test_pairs_for_an_ordinary_http_client():
+    fields = ((b"Authorization", b"Bearer: k"), (b"Host", b"h"), (b"X-Empty", b""))
+    assert crossing_pairs(fields) == {"Authorization": "Bearer: k", "X-Empty": ""}
