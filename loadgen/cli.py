@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from brproxy.command import USAGE_ERROR, make_command, run_command
+from brproxy.types import InvalidInputError
 from loadgen.client import ClientSettings, Lengths, Outcome
 from loadgen.cluster import ClusterSettings
 from loadgen.commands import demo as demonstration
@@ -33,7 +34,7 @@ from loadgen.report.plots import plot_simulations
 from loadgen.report.proxies import proxy_table
 from loadgen.report.schema import Document, Report
 from loadgen.report.statistics import Slo
-from loadgen.report.tables import comparison_table, latency_table, outcome_table, simulation_table
+from loadgen.report.tables import comparison_table, latency_table, outcome_table, simulation_tables
 
 app = make_command("loadgen", "The load generator of brproxy: emulate, replay, compare.")
 
@@ -212,7 +213,8 @@ def demo(
 @app.command()
 def simulate(
     scenario: Annotated[
-        Path | None, typer.Option(help="Scenario file (TOML); left out: its defaults.")
+        list[Path] | None,
+        typer.Option(help="Scenario file (TOML), may be repeated; left out: its defaults."),
     ] = None,
     policies: Annotated[
         str | None, typer.Option(help="NAME[:key=value,…][+late|+early][@PREDICTOR], separated by commas.")
@@ -232,15 +234,21 @@ def simulate(
     out: Out = None,
 ) -> None:
     """Run the production dispatcher, policies and predictors in virtual time, side by side."""
-    plan = plan_simulation(scenario, policies, predictor, trace, workers, rate)
-    first_to_last = range(seed, seed + (plan.seeds if seeds is None else seeds))
-    with _Bars() as bars:
-        bars.begin("simulations", len(plan.policies) * len(first_to_last))
-        report = simulate_all(plan.scenario, plan.policies, first_to_last, bars.advance, processes)
-    _write(report, out)
-    Console().print(simulation_table(report, plan.published))
-    if plot is not None:
-        plot_simulations(plan.scenario(seed), plan.policies, plot)
+    paths: list[Path | None] = [*scenario] if scenario else [None]
+    if len(paths) > 1 and (out or plot):
+        msg = "--out and --plot take one --scenario at a time"
+        raise InvalidInputError(msg)
+    plans = [plan_simulation(path, policies, predictor, trace, workers, rate) for path in paths]
+    console = Console()
+    for plan in plans:
+        first_to_last = range(seed, seed + (plan.seeds if seeds is None else seeds))
+        with _Bars() as bars:
+            bars.begin("simulations", len(plan.policies) * len(first_to_last))
+            report = simulate_all(plan.scenario, plan.policies, first_to_last, bars.advance, processes)
+        _write(report, out)
+        console.print(*simulation_tables(report, plan.title, plan.published))
+        if plot is not None:
+            plot_simulations(plan.scenario(seed), plan.policies, plot)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from loadgen.commands.scenario_file import load_scenario
 from loadgen.commands.simulate import mean_of
 from loadgen.commands.simulation_plan import plan_simulation
 from loadgen.report.schema import PolicyResult
+from loadgen.report.tables import BEST_BASELINE
 
 FOLDER = Path(__file__).parents[3] / "config" / "scenarios"
 SMALL = """
@@ -50,7 +51,9 @@ def invoke(*arguments):
 def test_every_shipped_scenario_is_valid(path):
     plan = plan_simulation(path, None, None, None, None, None)
     assert plan.policies
-    assert set(plan.published) <= set(plan.policies), "a published row is shown beside a policy"
+    paper = {row.policy for row in load_scenario(path).paper}
+    assert set(plan.published) == paper, "a published row is shown beside a policy"
+    assert paper <= {*plan.policies, BEST_BASELINE}
     drawn = plan.scenario(1)
     assert len(drawn.draw()[0].requests) == 1500 * drawn.cluster.workers
 
@@ -84,6 +87,39 @@ def test_the_command_line_replaces_what_the_file_says(scenario, tmp_path):
     assert document["policies"][0]["intervals"] == {}
 
 
+@pytest.mark.parametrize(
+    ("workers", "rate", "shown"), [(None, None, True), (3, 1.1, True), (2, None, False), (None, 0.5, False)]
+)
+def test_published_figures_belong_to_the_deployment_of_the_file(scenario, workers, rate, shown):
+    plan = plan_simulation(scenario, None, None, None, workers, rate)
+    assert bool(plan.published) == shown
+    assert plan_simulation(scenario, None, None, scenario, workers, rate).published == {}
+
+
+def test_published_figures_belong_to_a_policy_with_its_predictor():
+    def published(policies, predictor=None):
+        path = FOLDER / "proprietary.toml"
+        plan = plan_simulation(path, policies, predictor, None, None, None)
+        return {label: row.output_tokens_per_s for label, row in plan.published.items()}
+
+    assert published("br-h,random") == {"br-h": 979, "random": 811}
+    assert published("br-h,random", "oracle") == {"br-h": 1029, "random": 811}
+    assert published("br-h,br-h@survival", "exact-match") == {"br-h@survival": 979}
+    assert published("br-0,br-0:beta_per_worker=1.0") == {"br-0:beta_per_worker=1.0": 943}
+
+
+def test_several_scenarios_in_one_command(scenario, tmp_path):
+    other = tmp_path / "other.toml"
+    other.write_text(SMALL.replace("workers = 3", "workers = 2"), encoding="utf-8")
+    result = invoke("--scenario", scenario, "--scenario", other, "--seeds", 1, "--processes", 1)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("short, 3 workers, 1.1 × capacity, 120 requests, seeds: 1") == 1
+    assert result.output.count("short, 2 workers, 1.1 × capacity, 80 requests, seeds: 1") == 1
+    assert result.output.count("51,927") == 2
+    refused = invoke("--scenario", scenario, "--scenario", other, "--out", tmp_path / "out.json")
+    assert str(refused.exception) == "--out and --plot take one --scenario at a time"
+
+
 def test_a_trace_comes_with_its_own_times(scenario, tmp_path):
     trace = tmp_path / "trace.csv"
     rows = "".join(f"2024-05-12 00:00:{i:02}+00:00,100,5\n" for i in range(40))
@@ -115,7 +151,7 @@ def test_without_matplotlib_it_says_what_to_install(scenario, tmp_path, monkeypa
         ("policies = []\n", r"policies: List should have at least 1 item"),
         ('policies = ["br-0"]\nseedz = 1\n', r"seedz: unknown key; did you mean 'seeds'\?"),
         ('policies = ["br-0"]\n[cluster]\nslots = 0\n', r"cluster.slots: must be at least 1, got 0"),
-        ('policies = ["br-0"]\n[[paper]]\npolicy = "x"\n', r"paper\[0\].imbalance_kv_tokens: is missing"),
+        ('policies = ["br-0"]\n[[paper]]\npolicy = "x"\n', r"paper\[0\].output_tokens_per_s: is missing"),
     ],
 )
 def test_bad_scenarios(text, message, tmp_path):
