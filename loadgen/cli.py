@@ -59,7 +59,7 @@ Rate = Annotated[
 ]
 Cv = Annotated[float, typer.Option(help="Burstiness of arrivals: 1 Poisson, more is bursty, 0 uniform.")]
 TraceSpeed = Annotated[float, typer.Option(help="Replay a trace's own times so many times as fast.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Out = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")]
 
 SYNTHETIC_REQUESTS = 2000
@@ -221,12 +221,12 @@ def simulate(
     ] = None,
     predictor: Annotated[str | None, typer.Option(help="For policies that name none.")] = None,
     trace: TraceFile = None,
-    workers: Annotated[int | None, typer.Option(help="DP workers, in place of the scenario's.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="DP workers, not the file's.")] = None,
     rate: Rate = None,
     seed: Seed = 1,
-    seeds: Annotated[int | None, typer.Option(help="Repeat with so many seeds, from --seed on.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="So many seeds, from --seed on.")] = None,
     processes: Annotated[
-        int | None, typer.Option(help="Simulations at once; left out: one each core.")
+        int | None, typer.Option(min=1, help="Simulations at once; left out: one each core.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw loads, imbalance and latencies (PNG or SVG).")

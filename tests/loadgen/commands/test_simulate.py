@@ -161,6 +161,38 @@ def test_bad_scenarios(text, message, tmp_path):
         load_scenario(path)
 
 
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (HEADER, "has no request with a prompt and an output"),
+        ("", "is empty; a trace needs at least one request"),
+        (HEADER + "2024-05-12 00:00:01+00:00,-5,5\n", "ContextTokens must be a whole number of tokens"),
+        (
+            HEADER + "2024-05-12 00:00:01+00:00,5,5\n2024-05-12 00:00:02+00:00,900,101\n",
+            "request 2 of 'trace' grows to 900 + 101 tokens, more than a worker's KV capacity of 1000",
+        ),
+    ],
+)
+def test_bad_traces(rows, message, tmp_path):
+    scenario, trace = tmp_path / "scenario.toml", tmp_path / "trace.csv"
+    scenario.write_text('policies = ["br-0"]\n[cluster]\nkv_capacity_tokens = 1000\n', encoding="utf-8")
+    trace.write_text(rows, encoding="utf-8")
+    refused = invoke("--scenario", scenario, "--trace", trace, "--processes", 1).exception
+    assert isinstance(refused, InvalidInputError)
+    assert message in str(refused)
+
+
+@pytest.mark.parametrize("option", ["--workers", "--seeds", "--processes"])
+def test_at_least_one_of_everything(option):
+    refused = invoke(option, 0)
+    assert refused.exit_code == 2
+    assert f"Invalid value for '{option}'" in refused.output
+    assert invoke("--seed", -1).exit_code == 2
+
+
 def test_a_policy_text():
     choice = parse_policy("br-h:gamma=0.9,horizon_steps=80+early@oracle")
     assert (choice.policy, choice.predictor) == ("br-h", "oracle")
