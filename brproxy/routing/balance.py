@@ -164,7 +164,7 @@ class BalanceRound:
             if score > 0:
                 return [window[i] for i in subset_members(len(window), best)]
         # One request; also when nothing pays: the least harmful, so that no slot idles and nobody starves.
-        return [window[int(np.argmax(self._fscore.score(margins, prompts)))]]
+        return [window[self._fscore.best(margins, prompts)[0]]]
 
     def _subset_max(self) -> int:
         """Return 1 in stage 1 (slots for everybody who waits), R_max in stage 2."""

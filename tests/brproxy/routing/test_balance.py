@@ -215,13 +215,6 @@ def test_an_overdue_request_that_fits_nowhere_keeps_the_roomiest_worker_free():
     assert decide(view).tolist() == [NOT_ADMITTED, 0, 0]
 
 
-@pytest.mark.parametrize("workers", [1, 144])
-def test_extreme_groups(workers):
-    view = make_view([0] * workers, prompts=[0, 1 << 30], slots_free=[1] * workers)
-    decision = decide(view).tolist()
-    assert all(0 <= worker < workers for worker in decision[: min(2, workers)]) or workers == 1
-
-
 @settings(max_examples=150)
 @given(views(horizon_steps=2), st.integers(1, 8), st.integers(0, 3))
 def test_br_h_without_a_horizon_is_br_0_decision_by_decision(view, window, seed):
@@ -232,13 +225,23 @@ def test_br_h_without_a_horizon_is_br_0_decision_by_decision(view, window, seed)
     assert decisions[0] == decisions[1]
 
 
-def test_a_large_group_is_the_brute_force():
+@pytest.mark.parametrize("loads", ["equal", "spread"])
+@pytest.mark.parametrize("horizon_steps", [0, 5])
+@pytest.mark.parametrize("workers", [1, 2, 144])
+def test_extreme_groups_are_the_brute_force(workers, horizon_steps, loads):
+    """One worker and many, zero margins, huge and empty prompts, scarce slots and ample ones."""
     rng = np.random.default_rng(4)
-    kv_tokens = rng.integers(0, 400_000, 144).tolist()
-    prompts = [0, 1 << 30, *rng.lognormal(7.2, 1.3, 18).astype(int).tolist()]
-    view = make_view(kv_tokens, prompts, (rng.random(144) < 0.05).astype(int).tolist())
+    kv_tokens = rng.integers(0, 400_000, workers) if loads == "spread" else np.full(workers, 300_000)
+    growth = rng.integers(-500, 500, (workers, horizon_steps)) if loads == "spread" else 0
+    forecast = np.repeat(kv_tokens[:, None], horizon_steps + 1, axis=1).astype(float)
+    forecast[:, 1:] += growth
+    prompts = [0, 1 << 30, *rng.lognormal(7.2, 1.3, 14).astype(int).tolist(), 0, 1 << 40]
     params = BalanceParams(window=12)
-    assert decide(view, params).tolist() == BruteForce(view, params, 1.0, 1.0, 144, 0).run()
+    for slots in ((rng.random(workers) < max(0.05, 2 / workers)).astype(int), np.full(workers, 20)):
+        view = make_view(kv_tokens, prompts, slots, forecast=forecast)
+        for beta in (float(workers), 16.0 * workers):
+            decision = decide(view, params, FScore.make(horizon_steps, 0.9, 1.0, beta)).tolist()
+            assert decision == BruteForce(view, params, 0.9, 1.0, beta, 0).run()
 
 
 @pytest.mark.parametrize("giant", [950, 5000])
