@@ -243,6 +243,7 @@ def test_means_and_intervals_over_seeds():
     assert mean.idle_fraction == pytest.approx(0.2)
     # Student's t for two degrees of freedom, 4.303, times 0.1 / √3.
     assert mean.intervals["idle_fraction"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert mean.by_seed["idle_fraction"] == [0.1, 0.2, 0.3]
     assert "throughput_of_perfect" not in mean.intervals
     assert (mean.requests, mean.lost) == (30, 3)
     assert mean_of([result(0.1)]).intervals == {}
