@@ -170,8 +170,7 @@ class Dispatcher:
         admitted = [i for i, worker in enumerate(decision) if worker != NOT_ADMITTED]
         if not admitted:
             return []
-        chosen = set(admitted)
-        self.ledger.pass_over([waiting[i] for i in range(admitted[-1]) if i not in chosen])
+        self.ledger.pass_over(waiting, admitted)
         return [self._bind(waiting[i], decision[i], now_s) for i in admitted]
 
     def _active(self, horizon_steps: int) -> ActiveRequests | None:

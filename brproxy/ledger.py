@@ -283,10 +283,16 @@ class Ledger:
         self._row_kv_tokens[entry.row] += change
         self._kv_tokens[entry.worker] += change
 
-    def pass_over(self, entries: Sequence[Entry]) -> None:
-        """Count a decision round in which younger requests were admitted instead of ``entries``."""
-        for entry in entries:
-            entry.passed_over += 1
+    def pass_over(self, waiting: Sequence[Entry], admitted: Sequence[int]) -> None:
+        """Count the requests that overtake: of ``waiting``, oldest first, ``admitted`` (positions) go.
+
+        Each that stays has been passed over by those behind it that go.
+        """
+        position = 0
+        for younger, next_admitted in zip(range(len(admitted), 0, -1), admitted, strict=True):
+            for entry in waiting[position:next_admitted]:
+                entry.passed_over += younger
+            position = next_admitted + 1
 
     def retry(self, request_id: RequestId, now_s: float) -> None:
         """Return a request to the pool, before all others, and remember the worker that failed it."""

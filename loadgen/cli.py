@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from brproxy.command import USAGE_ERROR, make_command, run_command
+from brproxy.types import InvalidInputError
 from loadgen.client import ClientSettings, Lengths, Outcome
 from loadgen.cluster import ClusterSettings
 from loadgen.commands import demo as demonstration
@@ -33,7 +34,7 @@ from loadgen.report.plots import plot_simulations
 from loadgen.report.proxies import proxy_table
 from loadgen.report.schema import Document, Report
 from loadgen.report.statistics import Slo
-from loadgen.report.tables import comparison_table, latency_table, outcome_table, simulation_table
+from loadgen.report.tables import comparison_table, latency_table, outcome_table, simulation_tables
 
 app = make_command("loadgen", "The load generator of brproxy: emulate, replay, compare.")
 
@@ -58,7 +59,7 @@ Rate = Annotated[
 ]
 Cv = Annotated[float, typer.Option(help="Burstiness of arrivals: 1 Poisson, more is bursty, 0 uniform.")]
 TraceSpeed = Annotated[float, typer.Option(help="Replay a trace's own times so many times as fast.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Out = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")]
 
 SYNTHETIC_REQUESTS = 2000
@@ -212,19 +213,20 @@ def demo(
 @app.command()
 def simulate(
     scenario: Annotated[
-        Path | None, typer.Option(help="Scenario file (TOML); left out: its defaults.")
+        list[Path] | None,
+        typer.Option(help="Scenario file (TOML), may be repeated; left out: its defaults."),
     ] = None,
     policies: Annotated[
         str | None, typer.Option(help="NAME[:key=value,…][+late|+early][@PREDICTOR], separated by commas.")
     ] = None,
     predictor: Annotated[str | None, typer.Option(help="For policies that name none.")] = None,
     trace: TraceFile = None,
-    workers: Annotated[int | None, typer.Option(help="DP workers, in place of the scenario's.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="DP workers, not the file's.")] = None,
     rate: Rate = None,
     seed: Seed = 1,
-    seeds: Annotated[int | None, typer.Option(help="Repeat with so many seeds, from --seed on.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="So many seeds, from --seed on.")] = None,
     processes: Annotated[
-        int | None, typer.Option(help="Simulations at once; left out: one each core.")
+        int | None, typer.Option(min=1, help="Simulations at once; left out: one each core.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw loads, imbalance and latencies (PNG or SVG).")
@@ -232,15 +234,21 @@ def simulate(
     out: Out = None,
 ) -> None:
     """Run the production dispatcher, policies and predictors in virtual time, side by side."""
-    plan = plan_simulation(scenario, policies, predictor, trace, workers, rate)
-    first_to_last = range(seed, seed + (plan.seeds if seeds is None else seeds))
-    with _Bars() as bars:
-        bars.begin("simulations", len(plan.policies) * len(first_to_last))
-        report = simulate_all(plan.scenario, plan.policies, first_to_last, bars.advance, processes)
-    _write(report, out)
-    Console().print(simulation_table(report, plan.published))
-    if plot is not None:
-        plot_simulations(plan.scenario(seed), plan.policies, plot)
+    paths: list[Path | None] = [*scenario] if scenario else [None]
+    if len(paths) > 1 and (out or plot):
+        msg = "--out and --plot take one --scenario at a time"
+        raise InvalidInputError(msg)
+    plans = [plan_simulation(path, policies, predictor, trace, workers, rate) for path in paths]
+    console = Console()
+    for plan in plans:
+        first_to_last = range(seed, seed + (plan.seeds if seeds is None else seeds))
+        with _Bars() as bars:
+            bars.begin("simulations", len(plan.policies) * len(first_to_last))
+            report = simulate_all(plan.scenario, plan.policies, first_to_last, bars.advance, processes)
+        _write(report, out)
+        console.print(*simulation_tables(report, plan.title, plan.published))
+        if plot is not None:
+            plot_simulations(plan.scenario(seed), plan.policies, plot)
 
 
 @app.command()

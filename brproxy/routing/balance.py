@@ -8,10 +8,12 @@ Source: the paper's algorithm (arXiv 2605.06113), with what our simulator taught
   one request of the window with the largest F. Stage 2, when slots are scarce: it admits the best *subset*,
   of up to ``subset_max`` requests. In both, when no score is positive the best single request is admitted
   all the same.
-* The window is the *oldest* waiting requests, sliding as they are admitted. A request that has been passed
-  over ``passed_over_max`` times goes first; if it fits nowhere, the worker with the most KV room is kept
-  free for it. The limit is a guarantee, not a tool: a very large request placed before a margin for it has
-  opened costs all workers for as long as it runs.
+* The window is the *oldest* waiting requests, sliding as they are admitted. A very large request placed
+  before a margin for it has opened costs all workers for as long as it runs, so it may be passed over, and a
+  limit bounds how often: ``passed_over_max_per_worker`` times G younger requests. From half of that on room
+  is *made*: the worker with the most headroom (where KV room lacks, with the most of that) takes nothing else
+  until the request pays there. One worker at a time is held, for the oldest such request, and only where
+  its running requests leaving would open the margin. At the limit the request goes, at whatever price.
 
 All workers share the envelope, so the one with the most headroom is the one with the least discounted load: a
 scalar for each worker, which an admission raises by the prompt times Σ d. A choice therefore costs a few
@@ -32,6 +34,9 @@ from brproxy.routing.fscore import FScore
 from brproxy.routing.policy import PolicyParams, RoutingPolicy
 from brproxy.routing.subsets import SUBSET_SIZE_MAX, WINDOW_MAX, subset_members, subset_sums
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, IntArray, RoundState
+
+_MAKE_ROOM_FROM = 2
+"""Room is made for a request once it has been passed over for 1 / so much of the limit."""
 
 _TIE = 1e-9
 """Discounted loads that differ by less than this share are equal: they are sums of floats."""
@@ -62,10 +67,11 @@ class BalanceParams(PolicyParams):
         le=SUBSET_SIZE_MAX,
         description="R_max: most requests admitted to a worker in one choice (requests).",
     )
-    passed_over_max: int = Field(
-        default=2048,
-        ge=1,
-        description="Decision rounds that may prefer a younger request before this one goes first (rounds).",
+    passed_over_max_per_worker: float = Field(
+        default=192.0,
+        gt=0,
+        description="Younger requests that may be admitted before this one goes at any price; room for it is "
+        "made from half of that on (requests, times G).",
     )
     beta_per_worker: float = Field(
         default=8.0,
@@ -101,6 +107,8 @@ class BalanceRound:
         self._waiting = list(range(view.waiting))
         self._open = view.slots_free > 0
         self._rng = rng
+        self._limit = params.passed_over_max_per_worker * view.workers
+        self._holds = False
         self._tie_break: IntArray | None = None
         self._decision = np.full(view.waiting, NOT_ADMITTED, dtype=np.int64)
 
@@ -156,7 +164,7 @@ class BalanceRound:
             if score > 0:
                 return [window[i] for i in subset_members(len(window), best)]
         # One request; also when nothing pays: the least harmful, so that no slot idles and nobody starves.
-        return [window[int(np.argmax(self._fscore.score(margins, prompts)))]]
+        return [window[self._fscore.best(margins, prompts)[0]]]
 
     def _subset_max(self) -> int:
         """Return 1 in stage 1 (slots for everybody who waits), R_max in stage 2."""
@@ -164,22 +172,35 @@ class BalanceRound:
         return 1 if ample else self._params.subset_max
 
     def _overdue(self) -> list[int]:
-        """Return the requests of the window that have been passed over too often, oldest first."""
-        late = self._view.passed_over[: self._params.window] >= self._params.passed_over_max
+        """Return the requests of the window that have been passed over often, oldest first."""
+        late = self._view.passed_over[: self._params.window] * _MAKE_ROOM_FROM >= self._limit
         overdue: list[int] = np.flatnonzero(late).tolist()
         return overdue
 
     def _place_overdue(self, request: int) -> None:
-        """Admit an overdue request where it fits; where it fits nowhere, stop feeding the roomiest worker."""
+        """Admit an overdue request where it pays, or must go; else hold the worker nearest to that for it."""
         workers = np.flatnonzero(self._open)
         if len(workers) == 0:
             return
         kv_free = self._kv_free[workers]
         worker = self._most_headroom(workers[kv_free >= self._prompts[request]])
-        if worker is None:
-            self._open[workers[int(np.argmax(kv_free))]] = False
-        else:
+        if worker is not None and self._goes(request, worker):
             self._admit(worker, request)
+        elif not self._holds:
+            self._holds = True
+            held = int(workers[int(np.argmax(kv_free))]) if worker is None else worker
+            self._open[held] = False
+
+    def _goes(self, request: int, worker: int) -> bool:
+        """Say whether ``worker`` admits an overdue request now: it pays, or waiting would not change that."""
+        if len(self._waiting) == 1 or self._view.passed_over[request] >= self._limit:
+            return True
+        others = np.delete(self._forecast, worker, axis=0).max(axis=0, initial=0.0)
+        now, drained = (
+            float(self._fscore.score(margins, np.array([float(self._prompts[request])]))[0])
+            for margins in (self._envelope - self._forecast[worker], others)
+        )
+        return now >= 0 or drained < 0
 
     def _admit(self, worker: int, request: int) -> None:
         prompt_tokens = self._prompts[request]

@@ -23,6 +23,9 @@ import numpy as np
 
 from brproxy.routing.view import FloatArray
 
+_FLAT = 1e-12
+"""Slopes of less than this share of the steepest rise are none: they are differences of sums of floats."""
+
 
 @lru_cache(maxsize=64)
 def discounts_for(horizon_steps: int, gamma: float) -> FloatArray:
@@ -67,8 +70,10 @@ class FScore:
         order = np.argsort(margins)
         # Beyond the j smallest margins, F has this slope.
         slopes = self.alpha * self.discount_sum - self.beta * np.cumsum(self.discounts[order])
-        rising = int((slopes > 0).sum())
-        not_falling = int((slopes >= 0).sum())
+        # What is left of a flat piece by rounding: with one worker and β = G, all of F beyond its margins.
+        flat = _FLAT * self.alpha * self.discount_sum
+        rising = int((slopes > flat).sum())
+        not_falling = int((slopes >= -flat).sum())
         edges = np.append(margins[order], np.inf)
         return float(edges[rising]), float(edges[not_falling])
 

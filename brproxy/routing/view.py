@@ -76,7 +76,7 @@ class ClusterView:
     ``slots_free[G]``: requests that may still be admitted; 0 for a worker that must not be chosen.
     ``kv_capacity[G]``, ``kv_free[G]``: KV tokens in all and left; KV_UNLIMITED_TOKENS where unknown.
     ``prompt_tokens[N]``: s_i of each waiting request.
-    ``passed_over[N]``: decision rounds in which a younger request was admitted instead.
+    ``passed_over[N]``: younger requests that were admitted before it.
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
     ``turnover_steps``: decode steps between two requests that leave a full worker, mean output / slots.
     ``lookahead_turnovers``: how many of those the forecast is worth looking ahead.

@@ -62,9 +62,13 @@ class Scenario:
     seed: int = 0
 
     def draw(self) -> tuple[Workload, Capacity]:
-        """Return the requests with their arrival times, and the deployment's perfect capacity."""
+        """Return the requests with their arrival times, and the deployment's perfect capacity.
+
+        Raises InvalidInputError.
+        """
         rng = np.random.default_rng(self.seed)
         workload, has_times = self.workload.load(rng)
+        self._check_room(workload)
         capacity = perfect_capacity(workload, self.cluster)
         rate_per_s = self.arrivals.requests_per_s
         if rate_per_s is None and self.arrivals.rate is not None:
@@ -75,6 +79,19 @@ class Scenario:
             msg = f"workload {workload.name!r} has no arrival times: give --requests-per-s"
             raise InvalidInputError(msg)
         return faster(workload, self.arrivals.trace_speed), capacity
+
+    def _check_room(self, workload: Workload) -> None:
+        """Refuse a request that no worker could ever hold before anything runs."""
+        most_tokens = self.cluster.kv_capacity_tokens
+        if most_tokens is None:
+            return
+        for number, request in enumerate(workload.requests, 1):
+            if request.prompt_tokens + request.output_tokens > most_tokens:
+                msg = (
+                    f"request {number} of {workload.name!r} grows to {request.prompt_tokens} + "
+                    f"{request.output_tokens} tokens, more than a worker's KV capacity of {most_tokens}"
+                )
+                raise InvalidInputError(msg)
 
     def describe(self, workload: Workload) -> dict[str, str | int | float | None]:
         """Return the scenario as it goes into the report."""

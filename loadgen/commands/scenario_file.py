@@ -10,6 +10,7 @@ from pydantic import Field
 from brproxy.validation import Section, load_toml, validate
 from loadgen.cluster import ClusterSettings
 from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
+from loadgen.report.tables import BEST_BASELINE
 from loadgen.traces.synthetic import WORKLOADS
 
 Number = Annotated[float, Field(strict=False)]
@@ -49,12 +50,12 @@ class ClusterSection(Section):
 
 
 class PaperRow(Section):
-    """A row of a published table, to be shown beside ours."""
+    """A row of a published table, to be shown beside ours: it holds for the file's own deployment."""
 
-    policy: str
-    imbalance_kv_tokens: Number
-    tpot_ms_p95: Number
+    policy: str = Field(description=f"One of the policies, or {BEST_BASELINE!r}.")
     output_tokens_per_s: Number
+    imbalance_kv_tokens: Number | None = None
+    tpot_ms_p95: Number | None = None
 
 
 class ScenarioFile(Section):

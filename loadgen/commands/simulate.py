@@ -113,14 +113,15 @@ def mean_of(runs: Sequence[PolicyResult]) -> PolicyResult:
         return runs[0]
     means: dict[str, float] = {}
     intervals: dict[str, float] = {}
+    by_seed: dict[str, list[float]] = {}
     for figure in _FIGURES:
         values = np.array([value for run in runs if (value := getattr(run, figure)) is not None])
         if len(values) < len(runs):
             continue
+        by_seed[figure] = values.tolist()
         means[figure] = float(values.mean())
         t = _T_95[len(values) - 2] if len(values) - 2 < len(_T_95) else 1.96
         intervals[figure] = float(t * values.std(ddof=1) / np.sqrt(len(values)))
     totals = {"requests": sum(run.requests for run in runs), "lost": sum(run.lost for run in runs)}
-    return runs[0].model_copy(
-        update=means | totals | {"intervals": intervals, "tpot_ms": None, "ttft_ms": None}
-    )
+    spread = {"intervals": intervals, "by_seed": by_seed}
+    return runs[0].model_copy(update=means | totals | spread | {"tpot_ms": None, "ttft_ms": None})

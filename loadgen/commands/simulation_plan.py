@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from brproxy.routing.policy import make_policy
 from loadgen.commands.policy_spec import parse_policies, parse_policy
 from loadgen.commands.scenario import Scenario, WorkloadChoice
 from loadgen.commands.scenario_file import ScenarioFile, load_scenario
-from loadgen.report.tables import PublishedFigures
+from loadgen.report.tables import BEST_BASELINE, PublishedFigures
 from loadgen.simulator import SimulatedPolicy
 
 DEFAULT_POLICIES = "join-shortest-queue,least-kv,br-0,br-h"
@@ -18,8 +19,9 @@ DEFAULT_POLICIES = "join-shortest-queue,least-kv,br-0,br-h"
 
 @dataclass(frozen=True, slots=True)
 class SimulationPlan:
-    """The scenario of each seed, the policies by label, and published figures by label."""
+    """The scenario of each seed, and the policies and published figures by label."""
 
+    title: str
     scenario: Callable[[int], Scenario]
     policies: Mapping[str, SimulatedPolicy]
     seeds: int
@@ -42,12 +44,37 @@ def plan_simulation(
         chosen = {text: parse_policy(text, default_predictor) for text in file.policies}
     else:
         chosen = parse_policies(policies, default_predictor)
+    same_deployment = (
+        trace is None and workers in {None, file.cluster.workers} and rate in {None, file.arrivals.rate}
+    )
     return SimulationPlan(
+        file.title,
         partial(_scenario, file, folder, trace, workers, rate),
         chosen,
         file.seeds,
-        {row.policy: (row.imbalance_kv_tokens, row.tpot_ms_p95) for row in file.paper},
+        _published(file, chosen) if same_deployment else {},
     )
+
+
+def _published(file: ScenarioFile, chosen: Mapping[str, SimulatedPolicy]) -> dict[str, PublishedFigures]:
+    """Return the published figures of ``chosen`` by label; ``br-h`` with the oracle is ``br-h@oracle``."""
+    figures = {
+        row.policy: PublishedFigures(row.output_tokens_per_s, row.imbalance_kv_tokens, row.tpot_ms_p95)
+        for row in file.paper
+    }
+    best_baseline = figures.pop(BEST_BASELINE, None)
+    by_choice = {_decisive(parse_policy(text, file.predictor)): row for text, row in figures.items()}
+    published = {label: by_choice.get(_decisive(choice)) for label, choice in chosen.items()}
+    return {
+        label: row for label, row in {**published, BEST_BASELINE: best_baseline}.items() if row is not None
+    }
+
+
+def _decisive(choice: SimulatedPolicy) -> SimulatedPolicy:
+    """Return ``choice`` without a predictor that its policy does not ask."""
+    far_turnover_steps = 100.0
+    discounts = make_policy(choice.policy, choice.policy_params).discounts(far_turnover_steps, 1.0)
+    return choice if len(discounts) > 1 else replace(choice, predictor="")
 
 
 def _scenario(

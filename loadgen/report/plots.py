@@ -31,8 +31,8 @@ def plot_simulations(scenario: Scenario, policies: Mapping[str, SimulatedPolicy]
         simulations.append((label, simulation))
         _draw_loads(axes[0][column], label, simulation)
         _draw_imbalance(axes[1][column], simulation)
-    axes[0][0].set_ylabel("KV tokens of each worker (thousands)")
-    axes[1][0].set_ylabel("imbalance, max - min (thousands)")
+    axes[0][0].set_ylabel("load of each worker (thousand KV tokens)")
+    axes[1][0].set_ylabel("imbalance, max - min (thousand KV tokens)")
     _draw_distributions(distributions, simulations)
     try:
         figure.savefig(path, dpi=110)

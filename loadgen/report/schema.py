@@ -65,6 +65,10 @@ class PolicyResult(Document):
     intervals: dict[str, float] = Field(
         default_factory=dict, description="Half-widths of 95 % confidence intervals over seeds, by figure."
     )
+    by_seed: dict[str, list[float]] = Field(
+        default_factory=dict,
+        description="Figures of each seed, in order; policies meet the same requests, so they pair.",
+    )
     warnings: list[str] = Field(default_factory=list, description="Why figures may not be trusted.")
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
 
 from loadgen.report.schema import Percentiles, PolicyResult, Report
 
-PublishedFigures = tuple[float, float]
-"""Imbalance in KV tokens and TPOT P95 in ms, as a publication gives them."""
+BEST_BASELINE = "best-baseline"
+"""Stands for the policy of a published row that does not say which baseline was the best."""
 
 BALANCING_PREFIX = "br-"
 """Policies of ours; all others are baselines."""
@@ -24,6 +26,30 @@ _COMPARED = (
     "TTFT\nP95 ms",
     "lost",
 )
+
+
+class _Figure(NamedTuple):
+    """A figure of the report that publications give, too."""
+
+    name: str
+    heading: str
+    style: str
+
+
+_PUBLISHED = (
+    _Figure("output_tokens_per_s", "output\ntok/s", ",.0f"),
+    _Figure("imbalance_kv_tokens", "imbal.\nKV tok.", ",.0f"),
+    _Figure("tpot_ms_p95", "TPOT\nP95 ms", ".1f"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedFigures:
+    """What a publication says of a policy, in the report's names and units; None: nothing."""
+
+    output_tokens_per_s: float
+    imbalance_kv_tokens: float | None = None
+    tpot_ms_p95: float | None = None
 
 
 def latency_table(result: PolicyResult) -> Table:
@@ -115,24 +141,66 @@ def relative(value: float | None, base: float | None, style: str) -> str:
     return number(value, style) + ratio
 
 
-def simulation_table(report: Report, published: Mapping[str, PublishedFigures]) -> Table:
-    """Return simulated policies side by side, ± the confidence interval, beside published figures."""
+def simulation_tables(
+    report: Report, title: str, published: Mapping[str, PublishedFigures]
+) -> list[str | Table]:
+    """Return a line that says what was simulated, the figures, and the published ones beside ours."""
+    scenario = report.scenario
+    rate = "the trace's own times" if scenario["rate"] is None else f"{scenario['rate']:g} × capacity"
+    line = (
+        f"{title or 'simulated'}: {scenario['workload']}, {scenario['workers']} workers, {rate}, "
+        f"{scenario['requests']:,} requests, seeds: {scenario['seeds']}"
+    )
+    tables = [simulation_table(report)]
+    if published:
+        tables.append(published_table(report, published))
+    return [line, *tables]
+
+
+def simulation_table(report: Report) -> Table:
+    """Return simulated policies side by side, ± the confidence interval."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("policy", overflow="fold", min_width=19)
-    columns = ("imbal.\nKV tok.", "idle\n%", "of per-\nfect %", "TPOT\nP95 ms", "wait\nP99 s")
-    for column in (*columns, *(("paper:\nimbal.", "TPOT") if published else ())):
+    for column in ("imbal.\nKV tok.", "idle\n%", "of per-\nfect %", "TPOT\nP95 ms", "wait\nP99 s"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in report.policies:
-        cells = [
+        table.add_row(
+            result.policy,
             _measured(result, "imbalance_kv_tokens", 1, ",.0f"),
             _measured(result, "idle_fraction", 100, ".2f"),
             _measured(result, "throughput_of_perfect", 100, ".1f"),
             _measured(result, "tpot_ms_p95", 1, ".1f"),
             _measured(result, "wait_ms_p99", 1e-3, ".1f"),
+        )
+    return table
+
+
+def published_table(report: Report, published: Mapping[str, PublishedFigures]) -> Table:
+    """Return our figures beside published ones, each also relative to the strongest baseline's.
+
+    Hardware and traffic differ: the ratios are what can be compared. ``published`` is by the report's
+    policies; the row of BEST_BASELINE stands beside our strongest one.
+    """
+    ours = strongest_baseline(report)
+    baselines = {name: row for name, row in published.items() if not name.startswith(BALANCING_PREFIX)}
+    theirs = max(baselines, key=lambda name: baselines[name].output_tokens_per_s, default=None)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    table.add_column("policy", overflow="fold", min_width=19)
+    if ours is not None and theirs is not None:
+        table.caption = f"×: relative to the strongest baseline (ours: {ours.policy}; paper: {theirs})"
+    shown = [f for f in _PUBLISHED if any(getattr(row, f.name) is not None for row in published.values())]
+    for figure in shown:
+        table.add_column(figure.heading, justify="right", no_wrap=True)
+        table.add_column("paper", justify="right", no_wrap=True)
+    for result in report.policies:
+        row = published.get(result.policy)
+        if row is None and result is ours:
+            row = published.get(BEST_BASELINE)
+        cells = [
+            relative(getattr(value, figure.name, None), getattr(base, figure.name, None), figure.style)
+            for figure in shown
+            for value, base in ((result, ours), (row, baselines.get(theirs or "")))
         ]
-        if published:
-            figures = published.get(result.policy)
-            cells += ["-", "-"] if figures is None else [f"{figures[0]:,.0f}", f"{figures[1]:.1f}"]
         table.add_row(result.policy, *cells)
     return table
 

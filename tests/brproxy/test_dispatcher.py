@@ -134,15 +134,15 @@ def test_only_natural_ends_teach_the_predictor():
     assert dispatcher.predictor.mean_output_tokens == 7
 
 
-def test_a_request_passed_over_is_counted():
-    dispatcher = dispatcher_of(slots=(1, 2))
+def test_every_request_that_overtakes_is_counted():
+    dispatcher = dispatcher_of(slots=(1, 3))
     heavy = dispatcher.arrive(PendingRequest(1000), 0.0)
     dispatcher.ledger.bind(heavy, WorkerIndex(0), 0.0)
-    old = dispatcher.arrive(PendingRequest(10), 0.0)
-    for prompt in (990, 995, 999):
-        dispatcher.arrive(PendingRequest(prompt), 0.0)
-    dispatcher.decide(0.0, routable(dispatcher))
-    assert dispatcher.ledger.entry(old).passed_over == 1 or dispatcher.ledger.entry(old).worker == 1
+    waiting = [dispatcher.arrive(PendingRequest(prompt), 0.0) for prompt in (3000, 500, 2000, 300, 200, 4000)]
+    admitted = {assignment.request_id for assignment in dispatcher.decide(0.0, routable(dispatcher))}
+    assert admitted == {waiting[1], waiting[3], waiting[4]}, "together they fill the margin"
+    counts = [dispatcher.ledger.entry(request).passed_over for request in waiting]
+    assert counts == [3, 0, 2, 0, 0, 0]
 
 
 bound_requests = st.lists(

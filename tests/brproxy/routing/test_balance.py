@@ -59,22 +59,51 @@ class BruteForce:
         weights = [self.gamma**h for h in range(self.horizon)]
         return sum(w * self.margin(worker, h) for h, w in enumerate(weights)) / sum(weights)
 
-    def score(self, worker, demand):
+    def score(self, worker, demand, margin=None):
         total = 0.0
         for h in range(self.horizon):
-            overflow = max(0.0, demand - self.margin(worker, h))
+            overflow = max(0.0, demand - (margin or self.margin)(worker, h))
             total += self.gamma**h * (self.alpha * demand - self.beta * overflow)
         return total
 
+    def drained_margin(self, worker, step):
+        """What the margin would be if all that runs on the worker had left."""
+        return max([load[step] for g, load in enumerate(self.loads) if g != worker], default=0)
+
+    def open(self):
+        return [g for g in range(len(self.slots)) if self.slots[g] > 0 and g not in self.closed]
+
+    def most_headroom(self, workers):
+        return min(workers, key=lambda g: (-round(self.headroom(g), 6), -self.slots[g], self.tie_break[g]))
+
+    def make_room(self):
+        """Overdue requests, before all others: each goes, or the oldest of them holds a worker."""
+        limit = self.params.passed_over_max_per_worker * self.view.workers
+        for i, prompt in enumerate(self.view.prompt_tokens.tolist()[: self.params.window]):
+            workers = self.open()
+            passed_over = self.view.passed_over[i]
+            if passed_over < limit / 2 or not workers:
+                continue
+            roomy = [g for g in workers if self.kv[g] >= prompt]
+            worker = self.most_headroom(roomy) if roomy else max(workers, key=lambda g: self.kv[g])
+            if roomy and (
+                passed_over >= limit
+                or len(self.waiting) == 1
+                or self.score(worker, prompt) >= 0
+                or self.score(worker, prompt, self.drained_margin) < 0
+            ):
+                self.admit(worker, i, prompt)
+            elif not self.closed:
+                self.closed.add(worker)
+
     def run(self):
         prompts = self.view.prompt_tokens.tolist()
+        self.make_room()
         while self.waiting:
-            workers = [g for g in range(len(self.slots)) if self.slots[g] > 0 and g not in self.closed]
+            workers = self.open()
             if not workers:
                 break
-            worker = min(
-                workers, key=lambda g: (-round(self.headroom(g), 6), -self.slots[g], self.tie_break[g])
-            )
+            worker = self.most_headroom(workers)
             window = [i for i in self.waiting[: self.params.window] if prompts[i] <= self.kv[worker]]
             if not window:
                 self.closed.add(worker)
@@ -110,6 +139,7 @@ def views(draw, horizon_steps=0):
     load = st.one_of(st.sampled_from([0, 100, 1000]), st.integers(0, 5000))
     prompts = draw(st.lists(st.one_of(st.sampled_from([0, 1, 100, 4000]), st.integers(0, 3000)), max_size=8))
     per_worker = {"min_size": workers, "max_size": workers}
+    each = {"min_size": len(prompts), "max_size": len(prompts)}
     kv_tokens = draw(st.lists(load, **per_worker))
     steps = [draw(st.lists(st.integers(0, 500), **per_worker)) for _ in range(horizon_steps)]
     forecast = np.array(
@@ -120,6 +150,11 @@ def views(draw, horizon_steps=0):
         prompts,
         draw(st.lists(st.integers(0, 3), **per_worker)),
         draw(st.lists(st.one_of(st.just(UNLIMITED), st.integers(0, 6000)), **per_worker)),
+        # Of the limit for one worker: not overdue, from when room is made, and must go.
+        [
+            passed_over * workers
+            for passed_over in draw(st.lists(st.sampled_from([0, 0, 0, 96, 191, 192]), **each))
+        ],
         forecast=forecast.T.astype(float),
     )
 
@@ -169,22 +204,15 @@ def test_only_the_window_is_looked_at():
 
 
 def test_an_overdue_request_goes_first():
-    view = make_view([1000, 0], prompts=[10, 1000], slots_free=[0, 1], passed_over=[2048, 0])
+    view = make_view([1000, 0], prompts=[10, 1000], slots_free=[0, 1], passed_over=[384, 0])
     assert decide(view).tolist() == [1, NOT_ADMITTED]
 
 
 def test_an_overdue_request_that_fits_nowhere_keeps_the_roomiest_worker_free():
     view = make_view(
-        [1000, 0], prompts=[500, 10, 10], slots_free=[2, 2], kv_free=[100, 400], passed_over=[2048, 0, 0]
+        [1000, 0], prompts=[500, 10, 10], slots_free=[2, 2], kv_free=[100, 400], passed_over=[384, 0, 0]
     )
     assert decide(view).tolist() == [NOT_ADMITTED, 0, 0]
-
-
-@pytest.mark.parametrize("workers", [1, 144])
-def test_extreme_groups(workers):
-    view = make_view([0] * workers, prompts=[0, 1 << 30], slots_free=[1] * workers)
-    decision = decide(view).tolist()
-    assert all(0 <= worker < workers for worker in decision[: min(2, workers)]) or workers == 1
 
 
 @settings(max_examples=150)
@@ -197,23 +225,71 @@ def test_br_h_without_a_horizon_is_br_0_decision_by_decision(view, window, seed)
     assert decisions[0] == decisions[1]
 
 
-def test_a_large_group_is_the_brute_force():
+@pytest.mark.parametrize("loads", ["equal", "spread"])
+@pytest.mark.parametrize("horizon_steps", [0, 5])
+@pytest.mark.parametrize("workers", [1, 2, 144])
+def test_extreme_groups_are_the_brute_force(workers, horizon_steps, loads):
+    """One worker and many, zero margins, huge and empty prompts, scarce slots and ample ones."""
     rng = np.random.default_rng(4)
-    kv_tokens = rng.integers(0, 400_000, 144).tolist()
-    prompts = [0, 1 << 30, *rng.lognormal(7.2, 1.3, 18).astype(int).tolist()]
-    view = make_view(kv_tokens, prompts, (rng.random(144) < 0.05).astype(int).tolist())
+    kv_tokens = rng.integers(0, 400_000, workers) if loads == "spread" else np.full(workers, 300_000)
+    growth = rng.integers(-500, 500, (workers, horizon_steps)) if loads == "spread" else 0
+    forecast = np.repeat(kv_tokens[:, None], horizon_steps + 1, axis=1).astype(float)
+    forecast[:, 1:] += growth
+    prompts = [0, 1 << 30, *rng.lognormal(7.2, 1.3, 14).astype(int).tolist(), 0, 1 << 40]
     params = BalanceParams(window=12)
-    assert decide(view, params).tolist() == BruteForce(view, params, 1.0, 1.0, 144, 0).run()
+    for slots in ((rng.random(workers) < max(0.05, 2 / workers)).astype(int), np.full(workers, 20)):
+        view = make_view(kv_tokens, prompts, slots, forecast=forecast)
+        for beta in (float(workers), 16.0 * workers):
+            decision = decide(view, params, FScore.make(horizon_steps, 0.9, 1.0, beta)).tolist()
+            assert decision == BruteForce(view, params, 0.9, 1.0, beta, 0).run()
 
 
-def test_nobody_is_passed_over_more_often_than_the_limit():
-    params = BalanceParams(passed_over_max=5)
+@pytest.mark.parametrize("giant", [950, 5000])
+def test_nobody_is_passed_over_more_often_than_the_limit(giant):
+    params = BalanceParams(passed_over_max_per_worker=5)
     passed_over = 0
     for round_number in range(20):
         # A giant that never pays, and a fresh small request each round that always does.
-        view = make_view([1000, 900], [5000, 50], [0, 1], passed_over=[passed_over, 0])
+        view = make_view([1000, 900], [giant, 50], [0, 1], passed_over=[passed_over, 0])
         admitted = decide(view, params, seed=round_number).tolist()
-        if admitted[0] != NOT_ADMITTED:
-            break
-        passed_over += 1
+        passed_over += admitted[1] != NOT_ADMITTED
+    # Half of the limit for two workers: then one is held for it, or, where no margin could open, it goes.
     assert passed_over == 5
+    assert (admitted[0] != NOT_ADMITTED) == (giant == 5000)
+
+
+@pytest.mark.parametrize(
+    ("passed_over", "lightest", "prompts", "expected", "because"),
+    [
+        (14, 600, [800, 50], [NOT_ADMITTED, 2], "the small one fits the margin"),
+        (15, 600, [800, 50], [NOT_ADMITTED, NOT_ADMITTED], "the worker is held for the large one"),
+        (15, 200, [800, 50], [2, NOT_ADMITTED], "its margin has opened"),
+        (30, 600, [800, 50], [2, NOT_ADMITTED], "it has reached the limit"),
+        (15, 600, [1800, 50], [2, NOT_ADMITTED], "no margin that large could open"),
+        (15, 600, [800], [2], "nothing else waits"),
+    ],
+)
+def test_room_is_made_before_a_request_has_to_go(passed_over, lightest, prompts, expected, because):
+    view = make_view([1000, 1000, lightest], prompts, [0, 0, 1], passed_over=[passed_over, 0][: len(prompts)])
+    assert decide(view, BalanceParams(passed_over_max_per_worker=10)).tolist() == expected, because
+
+
+def test_one_worker_is_held_at_a_time():
+    view = make_view([1000, 700, 600], [800, 900, 50], [0, 1, 1], passed_over=[25, 25, 0])
+    decision = decide(view, BalanceParams(passed_over_max_per_worker=10)).tolist()
+    assert decision == [NOT_ADMITTED, NOT_ADMITTED, 1]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_holding_a_worker_never_holds_up_everything(workers):
+    """Only giants wait, all overdue: as requests leave, each of them gets its turn, on one worker too."""
+    loads, waiting = [1000] * workers, [5000, 800, 400, 5000]
+    for _ in range(60):
+        slots = [1] + [0] * (workers - 1)
+        view = make_view(loads, waiting, slots, passed_over=[96 * workers] * len(waiting))
+        decision = decide(view).tolist()
+        for worker, prompt in zip(decision, waiting, strict=True):
+            loads[worker] += prompt if worker != NOT_ADMITTED else 0
+        waiting = [p for p, worker in zip(waiting, decision, strict=True) if worker == NOT_ADMITTED]
+        loads = [max(0, load - 100) for load in loads]
+    assert not waiting

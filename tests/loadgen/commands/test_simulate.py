@@ -16,6 +16,7 @@ from loadgen.commands.scenario_file import load_scenario
 from loadgen.commands.simulate import mean_of
 from loadgen.commands.simulation_plan import plan_simulation
 from loadgen.report.schema import PolicyResult
+from loadgen.report.tables import BEST_BASELINE
 
 FOLDER = Path(__file__).parents[3] / "config" / "scenarios"
 SMALL = """
@@ -50,7 +51,9 @@ def invoke(*arguments):
 def test_every_shipped_scenario_is_valid(path):
     plan = plan_simulation(path, None, None, None, None, None)
     assert plan.policies
-    assert set(plan.published) <= set(plan.policies), "a published row is shown beside a policy"
+    paper = {row.policy for row in load_scenario(path).paper}
+    assert set(plan.published) == paper, "a published row is shown beside a policy"
+    assert paper <= {*plan.policies, BEST_BASELINE}
     drawn = plan.scenario(1)
     assert len(drawn.draw()[0].requests) == 1500 * drawn.cluster.workers
 
@@ -84,6 +87,39 @@ def test_the_command_line_replaces_what_the_file_says(scenario, tmp_path):
     assert document["policies"][0]["intervals"] == {}
 
 
+@pytest.mark.parametrize(
+    ("workers", "rate", "shown"), [(None, None, True), (3, 1.1, True), (2, None, False), (None, 0.5, False)]
+)
+def test_published_figures_belong_to_the_deployment_of_the_file(scenario, workers, rate, shown):
+    plan = plan_simulation(scenario, None, None, None, workers, rate)
+    assert bool(plan.published) == shown
+    assert plan_simulation(scenario, None, None, scenario, workers, rate).published == {}
+
+
+def test_published_figures_belong_to_a_policy_with_its_predictor():
+    def published(policies, predictor=None):
+        path = FOLDER / "proprietary.toml"
+        plan = plan_simulation(path, policies, predictor, None, None, None)
+        return {label: row.output_tokens_per_s for label, row in plan.published.items()}
+
+    assert published("br-h,random") == {"br-h": 979, "random": 811}
+    assert published("br-h,random", "oracle") == {"br-h": 1029, "random": 811}
+    assert published("br-h,br-h@survival", "exact-match") == {"br-h@survival": 979}
+    assert published("br-0,br-0:beta_per_worker=1.0") == {"br-0:beta_per_worker=1.0": 943}
+
+
+def test_several_scenarios_in_one_command(scenario, tmp_path):
+    other = tmp_path / "other.toml"
+    other.write_text(SMALL.replace("workers = 3", "workers = 2"), encoding="utf-8")
+    result = invoke("--scenario", scenario, "--scenario", other, "--seeds", 1, "--processes", 1)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("short, 3 workers, 1.1 × capacity, 120 requests, seeds: 1") == 1
+    assert result.output.count("short, 2 workers, 1.1 × capacity, 80 requests, seeds: 1") == 1
+    assert result.output.count("51,927") == 2
+    refused = invoke("--scenario", scenario, "--scenario", other, "--out", tmp_path / "out.json")
+    assert str(refused.exception) == "--out and --plot take one --scenario at a time"
+
+
 def test_a_trace_comes_with_its_own_times(scenario, tmp_path):
     trace = tmp_path / "trace.csv"
     rows = "".join(f"2024-05-12 00:00:{i:02}+00:00,100,5\n" for i in range(40))
@@ -115,7 +151,7 @@ def test_without_matplotlib_it_says_what_to_install(scenario, tmp_path, monkeypa
         ("policies = []\n", r"policies: List should have at least 1 item"),
         ('policies = ["br-0"]\nseedz = 1\n', r"seedz: unknown key; did you mean 'seeds'\?"),
         ('policies = ["br-0"]\n[cluster]\nslots = 0\n', r"cluster.slots: must be at least 1, got 0"),
-        ('policies = ["br-0"]\n[[paper]]\npolicy = "x"\n', r"paper\[0\].imbalance_kv_tokens: is missing"),
+        ('policies = ["br-0"]\n[[paper]]\npolicy = "x"\n', r"paper\[0\].output_tokens_per_s: is missing"),
     ],
 )
 def test_bad_scenarios(text, message, tmp_path):
@@ -123,6 +159,38 @@ def test_bad_scenarios(text, message, tmp_path):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"bad.toml: {message}"):
         load_scenario(path)
+
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (HEADER, "has no request with a prompt and an output"),
+        ("", "is empty; a trace needs at least one request"),
+        (HEADER + "2024-05-12 00:00:01+00:00,-5,5\n", "ContextTokens must be a whole number of tokens"),
+        (
+            HEADER + "2024-05-12 00:00:01+00:00,5,5\n2024-05-12 00:00:02+00:00,900,101\n",
+            "request 2 of 'trace' grows to 900 + 101 tokens, more than a worker's KV capacity of 1000",
+        ),
+    ],
+)
+def test_bad_traces(rows, message, tmp_path):
+    scenario, trace = tmp_path / "scenario.toml", tmp_path / "trace.csv"
+    scenario.write_text('policies = ["br-0"]\n[cluster]\nkv_capacity_tokens = 1000\n', encoding="utf-8")
+    trace.write_text(rows, encoding="utf-8")
+    refused = invoke("--scenario", scenario, "--trace", trace, "--processes", 1).exception
+    assert isinstance(refused, InvalidInputError)
+    assert message in str(refused)
+
+
+@pytest.mark.parametrize("option", ["--workers", "--seeds", "--processes"])
+def test_at_least_one_of_everything(option):
+    refused = invoke(option, 0)
+    assert refused.exit_code == 2
+    assert f"Invalid value for '{option}'" in refused.output
+    assert invoke("--seed", -1).exit_code == 2
 
 
 def test_a_policy_text():
@@ -175,6 +243,7 @@ def test_means_and_intervals_over_seeds():
     assert mean.idle_fraction == pytest.approx(0.2)
     # Student's t for two degrees of freedom, 4.303, times 0.1 / √3.
     assert mean.intervals["idle_fraction"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert mean.by_seed["idle_fraction"] == [0.1, 0.2, 0.3]
     assert "throughput_of_perfect" not in mean.intervals
     assert (mean.requests, mean.lost) == (30, 3)
     assert mean_of([result(0.1)]).intervals == {}

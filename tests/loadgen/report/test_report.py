@@ -21,7 +21,15 @@ from loadgen.report.statistics import (
     steady_window,
     within,
 )
-from loadgen.report.tables import comparison_table, latency_table, outcome_table, strongest_baseline
+from loadgen.report.tables import (
+    BEST_BASELINE,
+    PublishedFigures,
+    comparison_table,
+    latency_table,
+    outcome_table,
+    published_table,
+    strongest_baseline,
+)
 from loadgen.workload import TraceRequest
 
 
@@ -132,6 +140,34 @@ def test_the_comparison_fits_eighty_columns_and_names_its_baseline():
         "the strongest baseline",
     ):
         assert words in text
+
+
+def test_published_figures_stand_beside_ours_relative_to_each_strongest_baseline():
+    results = [result("random", 990.0), result("least-kv"), result("br-0", 1100.0, 20_000.0), result("br-h")]
+    published = {
+        "random": PublishedFigures(800, 200_000, 80.0),
+        "least-kv": PublishedFigures(700, 400_000, 90.0),
+        "br-0": PublishedFigures(1000, 50_000, 76.0),
+    }
+    text = shown(published_table(Report(scenario={}, policies=results), published))
+    assert "strongest baseline (ours: least-kv; paper: random)" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["br-0", "1,100", "1,000", "20,000", "50,000", "70.0", "76.0"] in rows
+    assert ["×1.10", "×1.25", "×0.20", "×0.25", "×1.00", "×0.95"] in rows
+    assert ["br-h", "1,000", "-", "100,000", "-", "70.0", "-"] in rows
+
+
+def test_a_published_best_baseline_stands_beside_our_strongest():
+    published = {BEST_BASELINE: PublishedFigures(366), "br-0": PublishedFigures(407)}
+    results = [result("random", 900.0), result("least-kv", 950.0), result("br-0", 1100.0)]
+    text = shown(published_table(Report(scenario={}, policies=results), published))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["random", "900", "-"] in rows
+    assert ["least-kv", "950", "366"] in rows
+    assert ["×1.16", "×1.11"] in rows
+    assert "imbal." not in text, "figures that the publication does not give have no columns"
+    alone = shown(published_table(Report(scenario={}, policies=results[2:]), published))
+    assert ["br-0", "1,100", "407"] in [line.split() for line in alone.splitlines()]
 
 
 def test_unknown_figures_are_shown_as_such():
