@@ -23,13 +23,15 @@ REQUEST_ID = b"x-request-id"
 _NOT_TO_WORKERS = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"trailer"}
 # Content-Length goes with the framing that the client gets.
 _NOT_TO_CLIENTS = HOP_BY_HOP | {b"content-length"}
+# Lists that may come in several fields, all of which count.
+_LISTS = frozenset({b"connection", b"transfer-encoding"})
 _ORDINARY = frozenset({b"keep-alive", b"close", b"upgrade"})
 
 
 class Fields(NamedTuple):
     """Header fields: ``lines`` are those that cross, ready to be sent; ``known`` all, by lower-case name.
 
-    Of a field that came several times ``known`` has the last.
+    Of a field that came several times ``known`` has the last, of those about the connection the whole list.
     """
 
     lines: bytes
@@ -60,7 +62,7 @@ def _crossing(fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes]) 
         if low not in dropped:
             parts += (name, b": ", value, b"\r\n")
             known[low] = value
-        elif low == b"connection" and low in known:
+        elif low in _LISTS and low in known:
             known[low] += b"," + value
         else:
             known[low] = value

@@ -70,6 +70,9 @@ class WorkerPool:
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
             msg = f"cannot connect to {self.origin}: {reason}"
             raise WorkerFailedError(msg, unreachable=True) from error
+        if not connection.is_idle:
+            msg = f"{self.origin} closed the connection at once"
+            raise WorkerFailedError(msg, unreachable=True)
         return connection
 
     def expire(self, now_s: float) -> None:

@@ -114,20 +114,22 @@ class ResponseParser:
 
     def feed(self, data: bytes) -> bytes:
         """Take in bytes and return the body bytes in them, b"" for none; raises BrokenResponseError."""
+        overrun = False
         try:
             self.feed_body(data)
         except httptools.HttpParserUpgrade as upgrade:
             self.upgraded_rest = data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
-            # After a bodiless response its length may have led the parser on: what follows is no matter.
+            # After a bodiless response its length may have led the parser on.
             if not (self._bodiless and self.head is not None):
                 raise broken(error) from error
+            overrun = True
         if self.head is None:
             self._head_bytes += len(data)
             if self._head_bytes > self._head_bytes_max + _READ_BYTES_MAX:
                 self._too_long("head")
         elif self._bodiless:
-            return self._end_without_body()
+            return self._end_without_body(overrun=overrun)
         return self.take_body()
 
     def take_body(self) -> bytes:
@@ -153,13 +155,16 @@ class ResponseParser:
         head = self.head
         return head is not None and not self.complete and not head.chunked and head.length is None
 
-    def _end_without_body(self) -> bytes:
+    def _end_without_body(self, *, overrun: bool) -> bytes:
         if not self.complete:
-            # The parser waits for the body that the length announces: it cannot be used again.
             self.complete = True
             self.keep_alive = self._parser.should_keep_alive()
-            self.pieces.clear()
-            self._restart()
+        # Bytes behind the head are no part of it, nor of whatever would be asked for next.
+        if overrun or self.pieces or self._in_chunk:
+            self.keep_alive = False
+        self.pieces.clear()
+        # The parser waits for the body that the length announces: it cannot be used again.
+        self._restart()
         return b""
 
     def _too_long(self, what: str) -> None:
