@@ -132,6 +132,7 @@ class Forwarding(Exchange):
         """Put the request on ``connection``."""
         self._connection = connection
         connection.send(self, request, whole=whole)
+        self._client.follow(self)
 
     def close(self) -> None:
         """Leave; a response that is not complete is abandoned with its connection."""
@@ -193,7 +194,7 @@ class Forwarding(Exchange):
         """See Exchange.upgraded: from here on bytes pass both ways until one side closes."""
         self.is_committed = self._is_tunnel = True
         self.limit_s = self._limits.stall_s
-        self._client.begin(self)
+        self._client.begin()
         self._write(upgrade_head(head) + rest)
         self.receive = self._from_tunnel
         self._client.tunnel(self._to_tunnel)
@@ -225,7 +226,8 @@ class Forwarding(Exchange):
 
     def client_paused(self) -> None:
         """See Paced.client_paused."""
-        if not self.outcome.done():
+        # The last write of all comes when the connection is free already, and may be another request's.
+        if not self._corked and not self.outcome.done():
             self._connection.pause()
 
     def client_resumed(self) -> None:
@@ -233,6 +235,12 @@ class Forwarding(Exchange):
         self.progressed = True
         if not self.outcome.done():
             self._connection.resume()
+
+    def client_gone(self) -> None:
+        """See Paced.client_gone."""
+        if not self.outcome.done():
+            self._connection.abandon()
+            self._fail(ClientGoneError("the client has closed its connection"))
 
     def timed_out(self) -> None:
         """See Watched.timed_out."""
@@ -373,7 +381,7 @@ class Forwarding(Exchange):
         if self._framing is Framing.UNTIL_CLOSE:
             client.keep_alive = False
         more = b"" if REQUEST_ID in head.known else b"X-Request-Id: %b\r\n" % self._request_id
-        client.begin(self)
+        client.begin()
         self.is_committed = True
         self.limit_s = self._limits.stall_s
         self._unsent = response_head(
