@@ -192,6 +192,10 @@ class Forwarding(Exchange):
 
     def upgraded(self, head: ResponseHead, rest: bytes) -> None:
         """See Exchange.upgraded: from here on bytes pass both ways until one side closes."""
+        if not self._client.wants_upgrade:
+            self._connection.abandon()
+            self._fail(WorkerFailedError("it changed the protocol, which nobody had asked for"))
+            return
         self.is_committed = self._is_tunnel = True
         self.limit_s = self._limits.stall_s
         self._client.begin()

@@ -143,8 +143,12 @@ class Client:
 
     @property
     def wants_upgrade(self) -> bool:
-        """Whether the client asks to go on in another protocol (Upgrade)."""
-        return bool(self._request._message.upgrade)  # noqa: SLF001 - there is no public way to ask
+        """Whether the client asks to go on as a WebSocket.
+
+        Of other protocols aiohttp parses on; and HTTP/2 past this proxy (h2c) is not for clients to have.
+        """
+        asked = self._request._message.upgrade  # noqa: SLF001 - there is no public way to ask
+        return bool(asked) and self._request.headers.get("Upgrade", "").lower() == "websocket"
 
     @property
     def is_paused(self) -> bool:
