@@ -333,8 +333,8 @@ class Forwarding(Exchange):
     def _end_stream(self) -> bool:
         """Pass on what is left of a stream; return whether it is whole."""
         tail = self._splitter.tail
-        if tail:
-            self._account.look(SseEvent(tail, event_data(tail)))
+        if tail and self._account.hides(self._account.look(SseEvent(tail, event_data(tail)))):
+            tail = b""
         head = self._head
         # Where only the end of the connection frames it, [DONE] alone shows that it is whole.
         is_framed = head.chunked or head.length is not None
