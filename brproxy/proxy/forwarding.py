@@ -140,6 +140,7 @@ class Forwarding(Exchange):
         """Put the request on ``connection``."""
         self._connection = connection
         connection.send(self, request, whole=whole)
+        self._client.follow(self)
 
     def close(self) -> None:
         """Leave; a response that is not complete is abandoned with its connection."""
@@ -199,9 +200,13 @@ class Forwarding(Exchange):
 
     def upgraded(self, head: ResponseHead, rest: bytes) -> None:
         """See Exchange.upgraded: from here on bytes pass both ways until one side closes."""
+        if not self._client.wants_upgrade:
+            self._connection.abandon()
+            self._fail(WorkerFailedError("it changed the protocol, which nobody had asked for"))
+            return
         self.is_committed = self._is_tunnel = True
         self.limit_s = self._limits.stall_s
-        self._client.begin(self)
+        self._client.begin()
         self._write(upgrade_head(head) + rest)
         self.receive = self._from_tunnel
         self._client.tunnel(self._to_tunnel)
@@ -233,7 +238,8 @@ class Forwarding(Exchange):
 
     def client_paused(self) -> None:
         """See Paced.client_paused."""
-        if not self.outcome.done():
+        # The last write of all comes when the connection is free already, and may be another request's.
+        if not self._corked and not self.outcome.done():
             self._connection.pause()
 
     def client_resumed(self) -> None:
@@ -241,6 +247,12 @@ class Forwarding(Exchange):
         self.progressed = True
         if not self.outcome.done():
             self._connection.resume()
+
+    def client_gone(self) -> None:
+        """See Paced.client_gone."""
+        if not self.outcome.done():
+            self._connection.abandon()
+            self._fail(ClientGoneError("the client has closed its connection"))
 
     def timed_out(self) -> None:
         """See Watched.timed_out."""
@@ -332,8 +344,8 @@ class Forwarding(Exchange):
     def _end_stream(self) -> bool:
         """Pass on what is left of a stream; return whether it is whole."""
         tail = self._splitter.tail
-        if tail:
-            self._account.look(SseEvent(tail, event_data(tail)))
+        if tail and self._account.hides(self._account.look(SseEvent(tail, event_data(tail)))):
+            tail = b""
         head = self._head
         # Where only the end of the connection frames it, [DONE] alone shows that it is whole.
         is_framed = head.chunked or head.length is not None
@@ -384,7 +396,7 @@ class Forwarding(Exchange):
         if self._framing is Framing.UNTIL_CLOSE:
             client.keep_alive = False
         more = b"" if REQUEST_ID in head.known else b"X-Request-Id: %b\r\n" % self._request_id
-        client.begin(self)
+        client.begin()
         self.is_committed = True
         self.limit_s = self._limits.stall_s
         self._unsent = response_head(

@@ -68,9 +68,10 @@ class Handlers:
             client.keep_alive = False
         except (ProxyError, BrproxyError) as error:
             failure = error if isinstance(error, ProxyError) else self._failure(error)
-            if not client.transport.is_closing():
+            if not client.has_begun and not client.transport.is_closing():
                 return self._rejection(failure)
-            # The client has been told in its stream.
+            # The client has been told in its stream; one that has not sees its response break off.
+            client.close()
             self._service.metrics.reject("stream")
         finally:
             self._requests -= 1
@@ -165,7 +166,8 @@ class Attempts:
         """Send the request on a kept connection, on a new one if the worker has closed that."""
         service, upload = self._service, self._upload
         head = request_head(request.method, origin_form(request.raw_path), pool.host_field, lines)
-        connection = pool.take_idle()
+        # What cannot be sent twice does not go where it may find a closed door.
+        connection = pool.take_idle() if upload.is_whole else None
         while True:
             if connection is None:
                 connection = await pool.connect()
@@ -189,7 +191,7 @@ class Attempts:
             service.watch.add(exchange)
             try:
                 if not upload.is_whole:
-                    await upload.pass_on(connection, exchange.outcome)
+                    await upload.pass_on(connection, exchange)
                 await exchange.outcome
             except StaleConnectionError:
                 if upload.is_spent:

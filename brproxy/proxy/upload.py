@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.streams import StreamReader
 
 from brproxy.proxy import errors
+from brproxy.proxy.forwarding import Forwarding
 from brproxy.proxy.service import ServiceLimits
 from brproxy.relay.client import body_so_far, continue_upload
 from brproxy.relay.connection import WorkerConnection
@@ -59,8 +60,8 @@ class Upload:
         beginning = self.beginning or b""
         return beginning if self.is_whole else self._framed(beginning)
 
-    async def pass_on(self, connection: WorkerConnection, outcome: asyncio.Future[None]) -> None:
-        """Send the rest as the client sends it, no faster than the worker reads; stops at an ``outcome``.
+    async def pass_on(self, connection: WorkerConnection, exchange: Forwarding) -> None:
+        """Send the rest as the client sends it, no faster than the worker reads; stops at an outcome.
 
         Raises ProxyError when it is too large.
         """
@@ -68,6 +69,21 @@ class Upload:
         if content is None:
             return
         self.is_spent = True
+        # A client may wait for the answer before it sends more: one that has it need not send the rest.
+        passing = asyncio.create_task(self._pass_rest(content, connection, exchange))
+        try:
+            await asyncio.wait((passing, exchange.outcome), return_when=asyncio.FIRST_COMPLETED)
+            if passing.done():
+                passing.result()
+        finally:
+            if not passing.cancel() and not passing.cancelled():
+                # Seen, whoever asks.
+                passing.exception()
+
+    async def _pass_rest(
+        self, content: StreamReader, connection: WorkerConnection, exchange: Forwarding
+    ) -> None:
+        outcome = exchange.outcome
         passed_bytes = len(self.beginning or b"")
         async for piece in content.iter_any():
             passed_bytes += len(piece)
@@ -75,8 +91,11 @@ class Upload:
                 raise errors.upload_too_large(self._bytes_max)
             if outcome.done():
                 return
+            exchange.progressed = True
             connection.write(self._framed(piece))
             await connection.writable()
+        if outcome.done():
+            return
         if self._length is None:
             connection.write(last_chunk(b""))
         connection.request_is_whole = True

@@ -33,6 +33,9 @@ class Paced(Protocol):
     def client_resumed(self) -> None:
         """Send again: the client has caught up."""
 
+    def client_gone(self) -> None:
+        """Send nothing from now on: there is no connection to the client any more."""
+
 
 class ClientProtocol(RequestHandler):
     """aiohttp's server protocol, which also tells whoever writes to the client how fast it reads."""
@@ -54,6 +57,13 @@ class ClientProtocol(RequestHandler):
         super().resume_writing()
         if self.paced is not None:
             self.paced.client_resumed()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """See asyncio.Protocol."""
+        # The handler is cancelled, but until it runs a worker's bytes would go to a closed transport.
+        if self.paced is not None:
+            self.paced.client_gone()
+        super().connection_lost(exc)
 
 
 class RelayServer(web.Server):
@@ -116,7 +126,7 @@ def answered(client: Client, drain_s: float) -> web.StreamResponse:
 class Client:
     """The client of one request: where its response goes, and what it can read."""
 
-    __slots__ = ("_protocol", "_request", "is_http10", "keep_alive", "transport", "write")
+    __slots__ = ("_protocol", "_request", "has_begun", "is_http10", "keep_alive", "transport", "write")
 
     def __init__(self, request: web.BaseRequest) -> None:
         self._request = request
@@ -127,24 +137,36 @@ class Client:
             raise ConnectionResetError(msg)
         self.transport: asyncio.Transport = transport
         self.write = transport.write
+        self.has_begun = False
         self.is_http10 = request.version < HttpVersion11
         self.keep_alive = bool(request.keep_alive)
 
     @property
     def wants_upgrade(self) -> bool:
-        """Whether the client asks to go on in another protocol (Upgrade)."""
-        return bool(self._request._message.upgrade)  # noqa: SLF001 - there is no public way to ask
+        """Whether the client asks to go on as a WebSocket.
+
+        Of other protocols aiohttp parses on; and HTTP/2 past this proxy (h2c) is not for clients to have.
+        """
+        asked = self._request._message.upgrade  # noqa: SLF001 - there is no public way to ask
+        return bool(asked) and self._request.headers.get("Upgrade", "").lower() == "websocket"
 
     @property
     def is_paused(self) -> bool:
         """Whether it has not read what it was sent."""
         return self._protocol.writing_paused
 
-    def begin(self, paced: Paced) -> None:
-        """Note that the response begins here: ``paced`` follows how fast it is read."""
+    def follow(self, paced: Paced) -> None:
+        """Tell ``paced`` from now on how fast the client reads, and when it leaves."""
+        self._protocol.paced = paced
+        # An earlier response, of a client that pipelines, may not have been read yet.
+        if self._protocol.writing_paused:
+            paced.client_paused()
+
+    def begin(self) -> None:
+        """Note that the response begins here."""
         # aiohttp must not put an error page behind what has been sent.
         self._request.writer.output_size += 1
-        self._protocol.paced = paced
+        self.has_begun = True
 
     def finish(self) -> None:
         """Note that nothing more is written for this request."""

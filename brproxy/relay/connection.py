@@ -249,7 +249,8 @@ class WorkerConnection(asyncio.Protocol):
             self._on_idle(self)
         else:
             self.state = after(self.state, Event.END_CLOSE)
-            self._transport.close()
+            # Not close(): that waits until the worker has read the rest of what was written.
+            self._transport.abort()
         exchange.end(piece, self._parser.trailers)
 
     def _break(self, error: BrokenResponseError) -> None:

@@ -1,0 +1,113 @@
+"""Event loops, and workers and clients that speak HTTP byte by byte."""
+
+import asyncio
+
+import pytest
+import uvloop
+
+from tests.brproxy.wire import RawClient
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """Run the tests of a module that sets BOTH_LOOPS on uvloop as well, which differs in awkward moments."""
+    if getattr(item.module, "BOTH_LOOPS", False):
+        return {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.SelectorEventLoop}
+
+
+@pytest.fixture
+async def raw(stack):
+    """Return a function that connects a RawClient to a proxy; at the end no event loop may have complained."""
+    complaints = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+
+    async def connect(proxy, **settings):
+        client = await RawClient.connect(proxy.running.port, **settings)
+        stack.callback(client.writer.close)
+        return client
+
+    yield connect
+    assert not complaints
+
+
+class RawWorker:
+    """A worker whose connections are handed to ``script(worker, reader, writer)``; it notes how they end."""
+
+    def __init__(self, script):
+        self._script = script
+        self.tasks = []
+        self.requests = []
+        self.ended = 0
+        self.url = ""
+
+    async def handle(self, reader, writer):
+        self.tasks.append(asyncio.current_task())
+        try:
+            await self._script(self, reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self.ended += 1
+            writer.close()
+
+    async def read_head(self, reader):
+        """Read a request's head, note it and return its length, 0 without one."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.requests.append(head)
+        _, found, rest = head.lower().partition(b"\r\ncontent-length:")
+        return int(rest.partition(b"\r\n")[0]) if found else 0
+
+    async def read_request(self, reader):
+        """Read a request with a Content-Length, or without a body, and return its body."""
+        return await reader.readexactly(await self.read_head(reader))
+
+    async def read_chunks(self, reader):
+        """Read a chunked request and return its body."""
+        await self.read_head(reader)
+        body = b""
+        while size := int((await reader.readuntil(b"\n")).partition(b";")[0], 16):
+            body += await reader.readexactly(size)
+            assert await reader.readexactly(2) == b"\r\n"
+        while await reader.readuntil(b"\n") != b"\r\n":
+            pass
+        return body
+
+
+@pytest.fixture
+async def raw_worker(stack):
+    """Return a function that starts a RawWorker."""
+
+    async def start(script, **settings):
+        worker = RawWorker(script)
+        server = await asyncio.start_server(worker.handle, "127.0.0.1", 0, **settings)
+        worker.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        server_close = server.close
+
+        async def close():
+            server_close()
+            for task in worker.tasks:
+                task.cancel()
+            await asyncio.gather(*worker.tasks, return_exceptions=True)
+
+        stack.push_async_callback(close)
+        return worker
+
+    return start
+
+
+@pytest.fixture
+def answering():
+    """Return a script for raw_worker: each request on a connection is answered with the next of ``answers``."""
+
+    def make(*answers, close=False):
+        async def script(worker, reader, writer):
+            for answer in answers:
+                await worker.read_request(reader)
+                writer.write(answer)
+            if not close:
+                await reader.read()
+
+        return script
+
+    return make

@@ -1,0 +1,139 @@
+"""HTTP responses read without any of the code under test: slow, strict, and all at once."""
+
+import asyncio
+from typing import NamedTuple
+
+
+class WireError(Exception):
+    """The bytes are no response that a client could understand."""
+
+
+class Answer(NamedTuple):
+    """One response; ``framing`` is "none", "length", "chunked" or "close"; ``chunks`` are their sizes."""
+
+    version: bytes
+    status: int
+    reason: bytes
+    fields: list[tuple[bytes, bytes]]
+    body: bytes
+    framing: str
+    chunks: list[int]
+    trailers: list[tuple[bytes, bytes]]
+
+    def all(self, name):
+        return [value for key, value in self.fields if key.lower() == name.lower()]
+
+    def one(self, name):
+        """Return the only value of a field, None without one."""
+        found = self.all(name)
+        if len(found) > 1:
+            raise WireError(f"{name!r} came {len(found)} times")
+        return found[0] if found else None
+
+
+def read_answer(raw, method="GET", *, closed=False):
+    """Return the first response in ``raw`` and what follows it; None while it is not complete.
+
+    ``closed``: the connection has ended behind ``raw``.
+    """
+    head, found, rest = raw.partition(b"\r\n\r\n")
+    if not found:
+        if closed and raw:
+            raise WireError(f"the connection ended in a head: {raw[:80]!r}")
+        return None, raw
+    start, *lines = head.split(b"\r\n")
+    version, status, reason = [*start.split(b" ", 2), b""][:3]
+    if version not in {b"HTTP/1.0", b"HTTP/1.1"} or len(status) != 3:
+        raise WireError(f"no status line: {start!r}")
+    answer = Answer(version, int(status), reason, [_field(line) for line in lines], b"", "none", [], [])
+    length, coding = answer.one(b"content-length"), answer.one(b"transfer-encoding")
+    if method == "HEAD" or answer.status in {204, 304} or answer.status < 200:
+        return answer, rest
+    if coding is not None:
+        if coding != b"chunked" or length is not None:
+            raise WireError(f"unclear framing: {coding!r} and {length!r}")
+        return _read_chunks(answer, rest, raw, closed)
+    if length is not None:
+        if len(rest) < int(length):
+            if closed:
+                raise WireError("the connection ended before the body's length")
+            return None, raw
+        return answer._replace(body=rest[: int(length)], framing="length"), rest[int(length) :]
+    return (answer._replace(body=rest, framing="close"), b"") if closed else (None, raw)
+
+
+def _field(line):
+    name, colon, value = line.partition(b":")
+    if not colon or not name or name != name.strip():
+        raise WireError(f"no field: {line!r}")
+    return name, value.strip(b" \t")
+
+
+def _read_chunks(answer, rest, raw, closed):
+    body = b""
+    while True:
+        line, found, rest = rest.partition(b"\r\n")
+        size = int(line.partition(b";")[0], 16) if found else 0
+        if not found or (size and len(rest) < size + 2):
+            break
+        if not size:
+            section, end, after = (b"\r\n" + rest).partition(b"\r\n\r\n")
+            if not end:
+                break
+            trailers = [_field(line) for line in section.split(b"\r\n")[1:]]
+            return answer._replace(body=body, framing="chunked", trailers=trailers), after
+        if rest[size : size + 2] != b"\r\n":
+            raise WireError("a chunk does not end where its size says")
+        body += rest[:size]
+        answer.chunks.append(size)
+        rest = rest[size + 2 :]
+    if closed:
+        raise WireError("the connection ended in a chunked body")
+    return None, raw
+
+
+class RawClient:
+    """A client that says exactly what it is told to, and reads with ``read_answer``."""
+
+    def __init__(self, reader, writer):
+        self.reader = reader
+        self.writer = writer
+        self.received = b""
+
+    @classmethod
+    async def connect(cls, port, **settings):
+        return cls(*await asyncio.open_connection("127.0.0.1", port, **settings))
+
+    def send(self, *parts):
+        self.writer.write(b"".join(parts))
+
+    async def answer(self, method="GET"):
+        """Return the next response; raises WireError when the connection ends before it does."""
+        while True:
+            answer, rest = read_answer(self.received, method)
+            if answer is not None:
+                self.received = rest
+                return answer
+            data = await self.reader.read(1 << 16)
+            if not data:
+                answer, self.received = read_answer(self.received, method, closed=True)
+                if answer is None:
+                    raise WireError("the connection ended without a response")
+                return answer
+            self.received += data
+
+    async def ended(self):
+        """Return whether the connection has ended, with nothing more on it; waits for that."""
+        return not self.received and not await self.reader.read(1)
+
+
+def post(path, body, *fields, version="1.1", media_type="application/json"):
+    """Return a request as bytes, with a Content-Length."""
+    lines = [f"POST {path} HTTP/{version}", "Host: h", f"Content-Length: {len(body)}"]
+    lines += [f"Content-Type: {media_type}", *fields]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def get(path, *fields, version="1.1", method="GET"):
+    """Return a request without a body as bytes."""
+    return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: h", *fields]).encode() + b"\r\n\r\n"
