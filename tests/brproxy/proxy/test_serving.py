@@ -163,11 +163,12 @@ async def test_prompts_that_come_again_are_known(start_emulator, start_proxy, cl
 
 
 async def test_metrics_tell_how_good_predictions_are(start_emulator, start_proxy, client):
-    emulator = await start_emulator(1, slots=2)
+    # Enough slots that some request runs whenever a round samples one, also on a slow machine.
+    emulator = await start_emulator(1, slots=4)
     proxy = await start_proxy(
-        emulator.urls, worker={"slots": 2}, routing={"policy": "br-h", "br-h": {"horizon_steps": 20}}
+        emulator.urls, worker={"slots": 4}, routing={"policy": "br-h", "br-h": {"horizon_steps": 20}}
     )
-    await asyncio.gather(*(ask_for(client, proxy.url, 10 + i % 30) for i in range(80)))
+    await asyncio.gather(*(ask_for(client, proxy.url, 10 + i % 30) for i in range(150)))
     async with client.get(proxy.url + "/metrics") as response:
         samples = re.search(r'brproxy_prediction_samples{group="default"} (\S+)', await response.text())
     assert float(samples[1]) > 0
