@@ -107,6 +107,18 @@ class RawClient:
     def send(self, *parts):
         self.writer.write(b"".join(parts))
 
+    async def fill(self, bytes_max, piece=bytes(1 << 20), wait_s=0.2):
+        """Send until nobody reads any more, or ``bytes_max`` bytes; return how many were sent."""
+        sent = 0
+        while sent < bytes_max:
+            self.writer.write(piece)
+            sent += len(piece)
+            try:
+                await asyncio.wait_for(self.writer.drain(), wait_s)
+            except TimeoutError:
+                break
+        return sent
+
     async def answer(self, method="GET"):
         """Return the next response; raises WireError when the connection ends before it does."""
         while True:

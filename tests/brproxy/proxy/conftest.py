@@ -17,7 +17,7 @@ def pytest_asyncio_loop_factories(config, item):
 
 @pytest.fixture
 async def raw(stack):
-    """Return a function that connects a RawClient to a proxy; at the end no event loop may have complained."""
+    """Return a function that connects a RawClient to a proxy; at the end no loop may have complained."""
     complaints = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: complaints.append(context))
@@ -98,7 +98,7 @@ async def raw_worker(stack):
 
 @pytest.fixture
 def answering():
-    """Return a script for raw_worker: each request on a connection is answered with the next of ``answers``."""
+    """Return a script for raw_worker: the requests on a connection are answered with ``answers``."""
 
     def make(*answers, close=False):
         async def script(worker, reader, writer):
