@@ -5,6 +5,8 @@ import asyncio
 import pytest
 import uvloop
 
+from brproxy.relay.client import ClientProtocol
+from brproxy.relay.connection import WorkerConnection
 from tests.brproxy.wire import RawClient
 
 
@@ -17,7 +19,7 @@ def pytest_asyncio_loop_factories(config, item):
 
 @pytest.fixture
 async def raw(stack):
-    """Return a function that connects a RawClient to a proxy; at the end no event loop may have complained."""
+    """Return a function that connects a RawClient to a proxy; at the end no loop may have complained."""
     complaints = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: complaints.append(context))
@@ -98,7 +100,7 @@ async def raw_worker(stack):
 
 @pytest.fixture
 def answering():
-    """Return a script for raw_worker: each request on a connection is answered with the next of ``answers``."""
+    """Return a script for raw_worker: the requests on a connection are answered with ``answers``."""
 
     def make(*answers, close=False):
         async def script(worker, reader, writer):
@@ -111,3 +113,18 @@ def answering():
         return script
 
     return make
+
+
+@pytest.fixture
+def transports(monkeypatch):
+    """Return the proxy's transports to clients and to workers, by the class of their protocol."""
+    made = {ClientProtocol: [], WorkerConnection: []}
+    for protocol, found in made.items():
+        original = protocol.connection_made
+
+        def connection_made(self, transport, original=original, found=found):
+            found.append(transport)
+            original(self, transport)
+
+        monkeypatch.setattr(protocol, "connection_made", connection_made)
+    return made

@@ -16,8 +16,8 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
 def chunked_post(path, media_type="application/json"):
-    head = f"POST {path} HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Type: {media_type}\r\n\r\n"
-    return head.encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: h", "Transfer-Encoding: chunked", f"Content-Type: {media_type}"]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 
 def as_chunk(payload):
@@ -99,23 +99,12 @@ async def test_an_upload_waits_for_a_worker_that_reads_slowly(raw_worker, start_
     proxy = await start_proxy([worker.url])
     client = await raw(proxy)
     size = 64 * MIB
-    client.writer.write(post(FILES, b"", media_type=AUDIO).replace(b"Length: 0", b"Length: %d" % size))
-    passed = 0
-    piece = bytes(MIB)
-    while passed < size:
-        client.writer.write(piece)
-        passed += MIB
-        try:
-            await asyncio.wait_for(client.writer.drain(), 0.2)
-        except TimeoutError:
-            break
+    client.send(post(FILES, b"", media_type=AUDIO).replace(b"Length: 0", b"Length: %d" % size))
+    passed = await client.fill(size)
     # What lies in between: two sockets' buffers each way, and no more than a few reads in the proxy.
     assert passed < 40 * MIB, "the client was made to wait"
     go_on.set()
-    while passed < size:
-        client.writer.write(piece)
-        passed += MIB
-        await client.writer.drain()
+    assert await client.fill(size - passed, wait_s=5) == size - passed
     assert (await client.answer()).status == 200
     await proxy.idle()
 
