@@ -1,6 +1,7 @@
 """HTTP responses read without any of the code under test: slow, strict, and all at once."""
 
 import asyncio
+import socket
 from typing import NamedTuple
 
 
@@ -101,8 +102,14 @@ class RawClient:
         self.received = b""
 
     @classmethod
-    async def connect(cls, port, **settings):
-        return cls(*await asyncio.open_connection("127.0.0.1", port, **settings))
+    async def connect(cls, port, receive_bytes=None):
+        """Connect; ``receive_bytes`` is what the kernel holds of what is not read."""
+        sock = socket.socket()
+        sock.setblocking(False)
+        if receive_bytes is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+        return cls(*await asyncio.open_connection(sock=sock))
 
     def send(self, *parts):
         self.writer.write(b"".join(parts))

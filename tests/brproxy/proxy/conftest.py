@@ -5,6 +5,8 @@ import asyncio
 import pytest
 import uvloop
 
+from brproxy.relay.client import ClientProtocol
+from brproxy.relay.connection import WorkerConnection
 from tests.brproxy.wire import RawClient
 
 
@@ -111,3 +113,18 @@ def answering():
         return script
 
     return make
+
+
+@pytest.fixture
+def transports(monkeypatch):
+    """Return the proxy's transports to clients and to workers, by the class of their protocol."""
+    made = {ClientProtocol: [], WorkerConnection: []}
+    for protocol, found in made.items():
+        original = protocol.connection_made
+
+        def connection_made(self, transport, original=original, found=found):
+            found.append(transport)
+            original(self, transport)
+
+        monkeypatch.setattr(protocol, "connection_made", connection_made)
+    return made

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from brproxy.relay.client import ClientProtocol
 from tests.brproxy.wire import WireError, get, post
 
 BOTH_LOOPS = True
@@ -110,7 +111,7 @@ async def test_leaving_a_flood(raw_worker, start_proxy, raw, until):
     await proxy.idle()
 
 
-async def test_clients_that_do_not_read_stop_their_workers(raw_worker, start_proxy, raw, until):
+async def test_clients_that_do_not_read_stop_their_workers(raw_worker, start_proxy, raw, until, transports):
     sent = []
 
     async def script(worker, reader, writer):
@@ -124,12 +125,10 @@ async def test_clients_that_do_not_read_stop_their_workers(raw_worker, start_pro
             await writer.drain()
             await asyncio.sleep(0)
             sent[mine] += len(payload)
-        writer.write(b"0\r\n\r\n")
-        await reader.read()
 
     worker = await raw_worker(script)
     proxy = await start_proxy([worker.url])
-    clients = [await raw(proxy, limit=1024) for _ in range(4)]
+    clients = [await raw(proxy, receive_bytes=1 << 16) for _ in range(4)]
     for client in clients:
         client.send(post(CHAT, ASK))
         await client.reader.readexactly(10)
@@ -137,13 +136,16 @@ async def test_clients_that_do_not_read_stop_their_workers(raw_worker, start_pro
     while sent != before:
         before = list(sent)
         await asyncio.sleep(0.1)
-    assert all(0 < bytes_sent < 40 * MIB for bytes_sent in sent), "only buffers of sockets were filled"
-    for client in clients[1:]:
-        client.writer.transport.abort()
-    received, enough = 10, sent[0] + 10 * MIB
-    while received < enough:
+    assert len(sent) == 4
+    assert max(sent) < 40 * MIB, "only buffers of sockets were filled"
+    held = [transport.get_write_buffer_size() for transport in transports[ClientProtocol]]
+    assert max(held) < MIB, "the proxy holds one read of each"
+    received = 0
+    while sent[0] < before[0] + MIB:
         received += len(await clients[0].reader.read(MIB))
-    clients[0].writer.transport.abort()
+    assert sent[1:] == before[1:]
+    for client in clients:
+        client.writer.transport.abort()
     await until(lambda: worker.ended == 4)
     await proxy.idle()
 

@@ -5,8 +5,6 @@ import socket
 
 import pytest
 
-from brproxy.relay.client import ClientProtocol
-from brproxy.relay.connection import WorkerConnection
 from tests.brproxy.wire import get, post
 
 BOTH_LOOPS = True
@@ -236,21 +234,6 @@ async def test_events_pass_whole_however_chunks_and_reads_cut_them(raw_worker, s
         at += size
         assert at in ends, "no chunk ends inside an event"
     await proxy.idle()
-
-
-@pytest.fixture
-def transports(monkeypatch):
-    """Return what collects the transports of clients and workers."""
-    made = {ClientProtocol: [], WorkerConnection: []}
-    for protocol, found in made.items():
-        original = protocol.connection_made
-
-        def connection_made(self, transport, original=original, found=found):
-            found.append(transport)
-            original(self, transport)
-
-        monkeypatch.setattr(protocol, "connection_made", connection_made)
-    return made
 
 
 async def test_small_writes_do_not_wait_for_acknowledgements(
