@@ -7,8 +7,9 @@ a key seen often does not::
     P_l(h | t) = (alive_l[t + h] + κ·S_{l+1}(t)·P_{l+1}(h | t)) / (alive_l[t] + κ·S_{l+1}(t))
     S_l(t)     = (alive_l[t] + κ·S_{l+1}(t)) / (n_l + κ)
 
-with n_l lengths at level l, alive_l[t] of them above t. The weight of a level is conditioned on the tokens
-already streamed: a request that has outlived all its siblings falls back to its parent's curve.
+with n_l lengths at level l, alive_l[t] of them above t (smoothed, see curve_table.py). The weight of a level
+is conditioned on the tokens already streamed: a request that has outlived all its siblings falls back to
+its parent's curve.
 """
 
 from __future__ import annotations
@@ -96,9 +97,9 @@ class BackoffPredictor(SurvivalPredictor):
         """See Predictor.restore."""
         super().restore(state)
         for table, items in zip(self._tables, state["levels"], strict=True):
-            for key, lengths in items:
-                for length in lengths:
-                    table.add(tuple(key) if isinstance(key, list) else key, int(length))
+            table.restore(
+                (tuple(key) if isinstance(key, list) else key, map(int, lengths)) for key, lengths in items
+            )
 
     def _curve(self, request: PendingRequest) -> int:
         curve = 0

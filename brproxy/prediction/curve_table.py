@@ -1,9 +1,20 @@
-"""Length distributions by key, in one matrix: bounded, the least recently used keys make room. Pure."""
+"""Length distributions by key, in one matrix: bounded, the least recently used keys make room. Pure.
+
+Most keys are seen a few times only, and a few lengths are a poor distribution. What all keys have in common
+is how much the lengths of one key differ: so each length stands for a little distribution around itself, as
+wide as that says, and the narrower the more lengths of the key there are. Source: kernel smoothing with
+Scott's rule (Scott 1992, "Multivariate Density Estimation"), here in the logarithm of the length::
+
+    alive[t] = Σ_i K((ln l_i - ln(t + 1/2)) / b),    b = σ · n^(-1/5)
+
+with σ the standard deviation of ln l within keys, pooled over all of them, and K the logistic distribution.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 import numpy as np
 
@@ -12,16 +23,31 @@ from brproxy.prediction.lengths import FloatArray, LengthGrid, LengthWindow
 NO_SLOT = 0
 """Slot of a key that is not known: a curve without any length."""
 
+_SPREAD_SAMPLES = 1000
+"""Lengths over which σ is averaged."""
+
+_SPREAD_MIN = 0.01
+"""A narrower kernel changes nothing: the grid itself is two per cent wide."""
+
+_LOGISTIC_SCALE = math.sqrt(3) / math.pi
+"""Scale of a logistic distribution of standard deviation 1."""
+
+_EXPONENT_MAX = 40.0
+
 
 class CurveTable:
     """Up to ``keys_max`` keys with their last ``window`` output lengths each.
 
-    ``alive[slot, B]`` are the curves on the grid and ``samples[slot]`` their sizes; slot 0 is always empty.
+    ``alive[slot, B]`` are the smoothed curves on the grid and ``samples[slot]`` their sizes; slot 0 is always
+    empty.
     """
 
     def __init__(self, grid: LengthGrid, keys_max: int, window: int) -> None:
         self._grid = grid
         self._window = window
+        self._log_points = np.log(grid.points + 0.5)[:, None]
+        self._variance = 0.0
+        self._variance_samples = 0
         self._slots: OrderedDict[Hashable, int] = OrderedDict()
         self._windows: list[LengthWindow] = [LengthWindow(grid, window) for _ in range(keys_max + 1)]
         self.alive: FloatArray = np.zeros((keys_max + 1, len(grid)))
@@ -38,18 +64,52 @@ class CurveTable:
         """Remember that an output for ``key`` had ``length`` tokens."""
         if key is None:
             return
-        slot = self.find(key)
-        if slot == NO_SLOT:
-            slot = self._take_slot(key)
-        window = self._windows[slot]
-        window.add(length)
-        self.alive[slot] = window.alive
-        self.samples[slot] = len(window)
+        slot = self._remember(key, length)
+        self.alive[slot] = self._smoothed(self._windows[slot])
+
+    def restore(self, items: Iterable[tuple[Hashable, Iterable[int]]]) -> None:
+        """Remember what ``items`` gave once; curves come last, when the spread is known."""
+        for key, lengths in items:
+            for length in lengths:
+                self._remember(key, length)
+        for slot in self._slots.values():
+            self.alive[slot] = self._smoothed(self._windows[slot])
 
     def items(self) -> Iterator[tuple[Hashable, list[int]]]:
         """Yield every key with its lengths, least recently used first."""
         for key, slot in self._slots.items():
             yield key, list(self._windows[slot].lengths)
+
+    def _learn_spread(self, window: LengthWindow, length: int) -> None:
+        """Compare a length with those of its key before: (n + 1) / n times the variance within a key."""
+        seen = len(window)
+        deviation = math.log(max(length, 1)) - float(_logs(window).mean())
+        self._variance_samples = min(self._variance_samples + 1, _SPREAD_SAMPLES)
+        self._variance += (deviation**2 * seen / (seen + 1) - self._variance) / self._variance_samples
+
+    def _smoothed(self, window: LengthWindow) -> FloatArray:
+        """Return the curve of a key, float64[B]."""
+        width = math.sqrt(self._variance) * len(window) ** -0.2
+        if width < _SPREAD_MIN:
+            return window.alive
+        exponent = (self._log_points - _logs(window)) / (width * _LOGISTIC_SCALE)
+        np.clip(exponent, -_EXPONENT_MAX, _EXPONENT_MAX, out=exponent)
+        np.exp(exponent, out=exponent)
+        exponent += 1.0
+        alive: FloatArray = (1.0 / exponent).sum(axis=1)
+        return alive
+
+    def _remember(self, key: Hashable, length: int) -> int:
+        """Put a length into the window of ``key``, without a new curve; return the slot."""
+        slot = self.find(key)
+        if slot == NO_SLOT:
+            slot = self._take_slot(key)
+        window = self._windows[slot]
+        if len(window):
+            self._learn_spread(window, length)
+        window.add(length)
+        self.samples[slot] = len(window)
+        return slot
 
     def _take_slot(self, key: Hashable) -> int:
         if len(self._slots) + 1 < len(self._windows):
@@ -59,3 +119,10 @@ class CurveTable:
             self._windows[slot] = LengthWindow(self._grid, self._window)
         self._slots[key] = slot
         return slot
+
+
+def _logs(window: LengthWindow) -> FloatArray:
+    """Return the logarithms of the remembered lengths; an empty output counts as one token."""
+    lengths = np.array(window.lengths, dtype=np.float64)
+    logs: FloatArray = np.log(np.maximum(lengths, 1.0))
+    return logs
