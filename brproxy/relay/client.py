@@ -1,11 +1,23 @@
 """The client's side of the relay: everything that leans on aiohttp's internals, and nothing else.
 
 aiohttp's server accepts, parses and queues requests; what a worker answers goes to the client's transport
-past its writer. That leans on: ``RequestHandler`` being the client's asyncio protocol, with
-``pause_writing``, ``resume_writing`` and ``set_parser``, and asking a response for nothing but ``prepare``,
-``write_eof`` and ``keep_alive``; ``BaseRequest._message`` telling of an upgrade; ``writer.output_size``
-telling that a response has begun; ``StreamReader._buffer`` holding what has come of a body.
-tests/brproxy/relay/test_client.py pins each of these.
+past its writer. That leans on:
+
+* ``web.Server`` keeping its loop in ``_loop``, making requests with ``request_factory`` and cancelling the
+  handler of a client that has left; on ``BaseRequest`` limiting ``read`` by ``client_max_size``.
+* ``RequestHandler`` being the client's asyncio protocol (``request.protocol``), with ``pause_writing``,
+  ``resume_writing``, ``writing_paused`` and ``connection_lost``; one request of a connection at a time;
+  ``set_parser`` handing over what has come and all that comes, and ``feed_eof`` at the end.
+* a response being asked for nothing but ``prepare``, ``write_eof`` and ``keep_alive``, unless there is an
+  access log; no error page coming behind a response that has begun, which ``writer.output_size`` tells; the
+  writer keeping nothing back; ``writer.drain`` waiting for ``resume_writing``.
+* ``BaseRequest._message.upgrade``, and parsing on behind an upgrade that is not made.
+* ``StreamReader.is_eof``, ``total_bytes`` and ``_buffer`` of a body that has come, as one up to
+  ``_LOOKED_AT_BYTES_MAX`` does though nobody reads it, and which need not be read for the next request to be
+  parsed; only what ``body_exists`` is true of has a buffer.
+* ``Expect`` being left to the handler, and HTTPExpectationFailed being an answer.
+
+tests/brproxy/relay/test_client.py and test_client_bodies.py pin each of these.
 """
 
 from __future__ import annotations
@@ -221,6 +233,7 @@ class _Tunnel:
 def body_so_far(request: web.BaseRequest) -> bytes | None:
     """Return the body if it has come as a whole and is not large, as that of the usual request; else None.
 
+    Only for a request that has one (``body_exists``): the stream of one that has none is of another kind.
     Looking is enough: reading it out would have aiohttp parse the connection's next bytes, of which there
     are none, at the cost of a tenth of a small request.
     """

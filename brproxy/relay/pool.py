@@ -67,7 +67,9 @@ class WorkerPool:
             msg = f"cannot connect to {self.origin} in time"
             raise WorkerFailedError(msg, unreachable=True) from error
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            # TLS has numbers of its own: a certificate that is not trusted was "Operation not permitted".
+            number = 0 if isinstance(error, ssl.SSLError) else error.errno or 0
+            reason = os.strerror(number) if number > 0 else str(error)
             msg = f"cannot connect to {self.origin}: {reason}"
             raise WorkerFailedError(msg, unreachable=True) from error
         if not connection.is_idle:

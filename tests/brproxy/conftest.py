@@ -1,4 +1,4 @@
-"""Real sockets: emulated and scripted workers, and a proxy in front of them."""
+"""Event loops and real sockets: emulated and scripted workers, and a proxy in front of them."""
 
 import asyncio
 import time
@@ -6,11 +6,19 @@ from contextlib import AsyncExitStack
 
 import aiohttp
 import pytest
+import uvloop
 
 from brproxy.app import running_proxy
 from brproxy.config import parse_config
 from loadgen.cluster import ClusterSettings
 from loadgen.emulator.server import EmulatorSettings, running_emulator
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """Run the tests of a module that sets BOTH_LOOPS on uvloop as well, which differs in awkward moments."""
+    if getattr(item.module, "BOTH_LOOPS", False):
+        return {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.SelectorEventLoop}
 
 
 @pytest.fixture

@@ -1,20 +1,12 @@
-"""Event loops, and workers and clients that speak HTTP byte by byte."""
+"""Workers and clients that speak HTTP byte by byte."""
 
 import asyncio
 
 import pytest
-import uvloop
 
 from brproxy.relay.client import ClientProtocol
 from brproxy.relay.connection import WorkerConnection
 from tests.brproxy.wire import RawClient
-
-
-def pytest_asyncio_loop_factories(config, item):
-    """Run the tests of a module that sets BOTH_LOOPS on uvloop as well, which differs in awkward moments."""
-    if getattr(item.module, "BOTH_LOOPS", False):
-        return {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.new_event_loop}
-    return {"asyncio": asyncio.SelectorEventLoop}
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """Clients that stop reading or leave, in every phase, and workers that do: over real sockets."""
 
 import asyncio
+import socket
 
 import pytest
 
+from brproxy.proxy.forwarding import Forwarding
 from brproxy.relay.client import ClientProtocol
 from tests.brproxy.wire import WireError, get, post
 
@@ -173,6 +175,55 @@ async def test_a_reply_that_waits_for_its_client_keeps_no_worker(raw_worker, sta
     for _ in range(3):
         other.send(post("/x", b'"small"'))
         assert (await asyncio.wait_for(other.answer(), 2)).body == b"small"
+    await proxy.idle()
+
+
+async def test_a_client_that_pauses_at_the_last_write_of_all_keeps_no_worker(
+    raw_worker, start_proxy, raw, until, transports, monkeypatch
+):
+    piece = bytes(1 << 15)
+    sent, passed = 0, 0
+    pass_on = Forwarding._pass
+
+    def counting(self, payload):
+        nonlocal passed
+        passed += len(payload)
+        pass_on(self, payload)
+
+    monkeypatch.setattr(Forwarding, "_pass", counting)
+
+    async def script(worker, reader, writer):
+        nonlocal sent
+        await worker.read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        to_client = transports[ClientProtocol][0]
+        to_client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+        # One piece at a time until the kernel takes no more: that much does not pause the client yet.
+        while not to_client.get_write_buffer_size():
+            sent += len(piece)
+            writer.write(as_chunk(piece))
+            await until(lambda total=sent: passed == total)
+        # From now on any byte does, and what comes next is the end.
+        to_client.set_write_buffer_limits(high=to_client.get_write_buffer_size())
+        assert not to_client.get_protocol().writing_paused
+        writer.write(as_chunk(piece) + b"0\r\n\r\n")
+        await worker.read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nsecond")
+        await reader.read()
+
+    worker = await raw_worker(script)
+    proxy = await start_proxy([worker.url])
+    slow, other = await raw(proxy, receive_bytes=1 << 12), await raw(proxy)
+    slow.writer.transport.pause_reading()
+    slow.send(get("/x"))
+    await until(lambda: sum(proxy.ledger.requests))
+    await proxy.idle()
+    assert transports[ClientProtocol][0].get_protocol().writing_paused
+    other.send(get("/x"))
+    assert (await asyncio.wait_for(other.answer(), 2)).body == b"second"
+    assert len(worker.tasks) == 1, "the connection to the worker was used again"
+    slow.writer.transport.resume_reading()
+    assert (await slow.answer()).body == bytes(sent + len(piece))
     await proxy.idle()
 
 

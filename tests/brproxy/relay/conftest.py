@@ -1,0 +1,45 @@
+"""The client's side of the relay on a real socket, without a proxy behind it."""
+
+import asyncio
+
+import pytest
+
+from brproxy.relay.client import RelayServer
+from tests.brproxy.wire import RawClient, WireError
+
+
+@pytest.fixture
+async def serve(stack):
+    """Return a function that serves a handler and returns how to connect; no loop may have complained."""
+    complaints = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+
+    async def start(handler, body_bytes_max=1 << 20):
+        relay = RelayServer(handler, body_bytes_max, access_log=None, auto_decompress=False)
+        server = await loop.create_server(relay, "127.0.0.1", 0)
+        stack.push_async_callback(relay.shutdown, 0.1)
+        stack.callback(server.close)
+
+        async def connect(**settings):
+            client = await RawClient.connect(server.sockets[0].getsockname()[1], **settings)
+            stack.callback(client.writer.close)
+            return client
+
+        return connect
+
+    yield start
+    assert not complaints
+
+
+@pytest.fixture
+def within():
+    """Return a function that waits for something, and fails with a sentence when it does not come."""
+
+    async def wait(awaitable, otherwise):
+        try:
+            return await asyncio.wait_for(awaitable, 2.0)
+        except (TimeoutError, WireError, AssertionError, ConnectionError) as error:
+            pytest.fail(f"{otherwise} ({error!r})")
+
+    return wait
