@@ -344,19 +344,26 @@ class Forwarding(Exchange):
     def _end_stream(self) -> bool:
         """Pass on what is left of a stream; return whether it is whole."""
         tail = self._splitter.tail
-        if tail and self._account.hides(self._account.look(SseEvent(tail, event_data(tail)))):
-            tail = b""
-        head = self._head
-        # Where only the end of the connection frames it, [DONE] alone shows that it is whole.
-        is_framed = head.chunked or head.length is not None
-        if not is_framed and self._account.dialect.ends_with_done(self._path) and not self._account.done:
+        if not self._ends_properly(tail):
             self.lost(BrokenResponseError("the stream ended without [DONE]"))
             return False
+        if tail and self._account.hides(self._account.look(SseEvent(tail, event_data(tail)))):
+            tail = b""
         self._held += tail
         if not self.is_committed:
             self._commit()
         self._pass_held()
         return True
+
+    def _ends_properly(self, tail: bytes) -> bool:
+        """Tell whether a stream that ends with ``tail``, behind its last event, is whole."""
+        head, account = self._head, self._account
+        if head.chunked or head.length is not None or account.done:
+            return True
+        # Where only the end of the connection frames it, [DONE] alone shows that it is whole. What breaks off
+        # is not booked: an event that is not whole must not keep the request from another worker.
+        dialect = account.dialect
+        return not dialect.ends_with_done(self._path) or dialect.read_event(event_data(tail) or b"").done
 
     def _reply(self, payload: bytes) -> None:
         self.progressed = True
@@ -423,7 +430,8 @@ class Forwarding(Exchange):
     def _break_off(self, error: ProxyError) -> None:
         """Tell a client that has seen part of a response that there is no more."""
         if self.is_committed:
-            if self._is_stream:
+            # Within a Content-Length the event could be taken for the missing rest.
+            if self._is_stream and self._framing is not Framing.LENGTH:
                 self._pass(error.event())
             self._flush()
             # Without the framing's end: a client that ignores the event still sees a broken response.

@@ -190,11 +190,12 @@ class Client:
 
     def pause(self) -> None:
         """Read nothing from the client for now."""
-        self.transport.pause_reading()
+        # By way of aiohttp, which would else resume what it does not know to be paused.
+        self._protocol.pause_reading()
 
     def resume(self) -> None:
         """Read again."""
-        self.transport.resume_reading()
+        self._protocol.resume_reading(resume_parser=False)
 
     def close(self) -> None:
         """Close the connection once what was written is sent."""

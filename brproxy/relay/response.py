@@ -148,7 +148,9 @@ class ResponseParser:
     def is_between_chunks(self, data: bytes) -> bool:
         """Tell whether a chunk ends, and the next has not begun, where the last bytes fed, ``data``, end."""
         # Of what may stand between two chunks only the size line is left: it would not end like this.
-        return not self._in_chunk and data.endswith(b"\r\n")
+        # A body without chunks may hold what looks like one.
+        head = self.head
+        return head is not None and head.chunked and not self._in_chunk and data.endswith(b"\r\n")
 
     def ends_with_connection(self) -> bool:
         """Tell whether the end of the connection now is the end of the response."""
