@@ -1,12 +1,21 @@
 """HTTP responses read without any of the code under test: slow, strict, and all at once."""
 
 import asyncio
+import re
 import socket
 from typing import NamedTuple
 
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] [1-9]\d\d(?: [^\r\n]*)?")
+_FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*")
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
+
 
 class WireError(Exception):
-    """The bytes are no response that a client could understand."""
+    """The bytes are no response that a client could understand; ``answer`` is what could be read of it."""
+
+    def __init__(self, message, answer=None):
+        super().__init__(message)
+        self.answer = answer
 
 
 class Answer(NamedTuple):
@@ -43,9 +52,9 @@ def read_answer(raw, method="GET", *, closed=False):
             raise WireError(f"the connection ended in a head: {raw[:80]!r}")
         return None, raw
     start, *lines = head.split(b"\r\n")
-    version, status, reason = [*start.split(b" ", 2), b""][:3]
-    if version not in {b"HTTP/1.0", b"HTTP/1.1"} or len(status) != 3:
+    if not _STATUS_LINE.fullmatch(start):
         raise WireError(f"no status line: {start!r}")
+    version, status, reason = [*start.split(b" ", 2), b""][:3]
     answer = Answer(version, int(status), reason, [_field(line) for line in lines], b"", "none", [], [])
     length, coding = answer.one(b"content-length"), answer.one(b"transfer-encoding")
     if method == "HEAD" or answer.status in {204, 304} or answer.status < 200:
@@ -55,27 +64,37 @@ def read_answer(raw, method="GET", *, closed=False):
             raise WireError(f"unclear framing: {coding!r} and {length!r}")
         return _read_chunks(answer, rest, raw, closed)
     if length is not None:
-        if len(rest) < int(length):
-            if closed:
-                raise WireError("the connection ended before the body's length")
-            return None, raw
-        return answer._replace(body=rest[: int(length)], framing="length"), rest[int(length) :]
+        return _read_length(answer, rest, raw, length, closed)
     return (answer._replace(body=rest, framing="close"), b"") if closed else (None, raw)
 
 
 def _field(line):
-    name, colon, value = line.partition(b":")
-    if not colon or not name or name != name.strip():
+    if not _FIELD.fullmatch(line):
         raise WireError(f"no field: {line!r}")
+    name, _, value = line.partition(b":")
     return name, value.strip(b" \t")
+
+
+def _read_length(answer, rest, raw, length, closed):
+    if not length.isdigit():
+        raise WireError(f"no length: {length!r}")
+    if len(rest) >= int(length):
+        return answer._replace(body=rest[: int(length)], framing="length"), rest[int(length) :]
+    if closed:
+        raise WireError("the connection ended before the body's length", answer._replace(body=rest))
+    return None, raw
 
 
 def _read_chunks(answer, rest, raw, closed):
     body = b""
     while True:
         line, found, rest = rest.partition(b"\r\n")
-        size = int(line.partition(b";")[0], 16) if found else 0
+        digits = line.partition(b";")[0]
+        if found and not _CHUNK_SIZE.fullmatch(digits):
+            raise WireError(f"no chunk size: {line!r}", answer._replace(body=body))
+        size = int(digits, 16) if found else 0
         if not found or (size and len(rest) < size + 2):
+            body += rest[:size]
             break
         if not size:
             section, end, after = (b"\r\n" + rest).partition(b"\r\n\r\n")
@@ -83,13 +102,13 @@ def _read_chunks(answer, rest, raw, closed):
                 break
             trailers = [_field(line) for line in section.split(b"\r\n")[1:]]
             return answer._replace(body=body, framing="chunked", trailers=trailers), after
-        if rest[size : size + 2] != b"\r\n":
-            raise WireError("a chunk does not end where its size says")
         body += rest[:size]
+        if rest[size : size + 2] != b"\r\n":
+            raise WireError("a chunk does not end where its size says", answer._replace(body=body))
         answer.chunks.append(size)
         rest = rest[size + 2 :]
     if closed:
-        raise WireError("the connection ended in a chunked body")
+        raise WireError("the connection ended in a chunked body", answer._replace(body=body))
     return None, raw
 
 
