@@ -158,7 +158,8 @@ def check_break(exchange, sent, got, proxied, *, is_stream):
         assert exchange.harm == "damage"
         return
     had, came = got.answer.body, sent.answer.body
-    if is_stream:
+    # Within a Content-Length an error event could be taken for the rest: the missing bytes tell.
+    if is_stream and not got.answer.all(b"content-length"):
         event = ERROR_EVENT.search(had)
         assert event, f"no error event: {had[-200:]!r}"
         had = had[: event.start()]
