@@ -267,33 +267,49 @@ class Forwarding(Exchange):
 
     # The three ways through, and the tunnel.
 
-    def _one_plain_chunk(self, data: bytes) -> bool:
-        """See Exchange.take_chunk. What is done here is done for every token of every user.
+    def _plain_chunks(self, data: bytes) -> bool:
+        """See Exchange.take_chunks. What is done here is done for every token of every user.
 
-        A chunk that holds one plain event passes as it came: the parser need not see a whole chunk.
+        Chunks that hold one plain event each pass as they came: the parser need not see whole chunks.
         """
-        read_bytes = len(data)
-        if read_bytes > ONE_CHUNK_BYTES_MAX:
-            return False
-        size_line = SIZE_LINES[read_bytes]
-        prefix, suffix, text_starts, suffix_bytes = self._chunk_pattern
-        text_starts += len(size_line)
-        text_ends = read_bytes - suffix_bytes
-        if (
-            not data.startswith(size_line)
-            or not data.startswith(prefix, len(size_line))
-            or not data.endswith(suffix)
-            or data.find(b'"', text_starts, text_ends) >= 0
-            or text_starts > text_ends
-        ):
+        chunks = 1 if self._is_plain_chunk(data, 0, len(data)) else self._count_plain_chunks(data)
+        if not chunks:
             return False
         self.progressed = True
         account = self._account
         if not account.unbooked_events:
             account.book_later()
-        account.unbooked_events += 1
+        account.unbooked_events += chunks
         self._write(data)
         return True
+
+    def _is_plain_chunk(self, data: bytes, start: int, end: int) -> bool:
+        """Tell whether ``data[start:end]`` is exactly one chunk that holds exactly one plain event."""
+        if end - start > ONE_CHUNK_BYTES_MAX:
+            return False
+        size_line = SIZE_LINES[end - start]
+        prefix, suffix, text_starts, suffix_bytes = self._chunk_pattern
+        event_starts = start + len(size_line)
+        text_starts += event_starts
+        text_ends = end - suffix_bytes
+        return (
+            data.startswith(size_line, start)
+            and data.startswith(prefix, event_starts)
+            and data.endswith(suffix, start, end)
+            and data.find(b'"', text_starts, text_ends) < 0
+            and text_starts <= text_ends
+        )
+
+    def _count_plain_chunks(self, data: bytes) -> int:
+        """Return how many plain chunks ``data`` is, as reads are when there is much to do; 0: not only."""
+        chunks = start = 0
+        while start < len(data):
+            end = data.find(self._chunk_pattern[1], start) + len(self._chunk_pattern[1])
+            if end <= start or not self._is_plain_chunk(data, start, end):
+                return 0
+            start = end
+            chunks += 1
+        return chunks
 
     def _stream(self, payload: bytes) -> None:
         """Pass on a read of a stream: plain events after a glance, all others after a close look."""
@@ -337,9 +353,9 @@ class Forwarding(Exchange):
                 plain.prefix_bytes,
                 plain.suffix_bytes + 2,
             )
-            self.take_chunk = self._one_plain_chunk
+            self.take_chunks = self._plain_chunks
         else:
-            self.take_chunk = None
+            self.take_chunks = None
 
     def _end_stream(self) -> bool:
         """Pass on what is left of a stream; return whether it is whole."""

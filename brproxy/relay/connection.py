@@ -27,17 +27,17 @@ class Exchange(ABC):
     that has body bytes (never empty) but the last, ``end``. ``lost`` may come instead of whatever would be
     next, and is the last. ``receive`` is an attribute, so that what it does can follow from the head.
 
-    ``take_chunk``, where an exchange has it, is offered each read that begins where a chunk of a chunked body
-    begins. It returns False for anything but exactly one whole chunk, which it takes with its framing.
+    ``take_chunks``, where an exchange has it, is offered each read that begins where a chunk of a chunked
+    body begins. It returns False for anything but whole chunks, which it then takes with their framing.
     """
 
-    __slots__ = ("bodiless", "receive", "take_chunk")
+    __slots__ = ("bodiless", "receive", "take_chunks")
 
     receive: Callable[[bytes], None]
 
     def __init__(self, *, bodiless: bool) -> None:
         self.bodiless = bodiless
-        self.take_chunk: Callable[[bytes], bool] | None = None
+        self.take_chunks: Callable[[bytes], bool] | None = None
 
     @abstractmethod
     def interim(self, head: ResponseHead) -> None:
@@ -79,7 +79,7 @@ class WorkerConnection(asyncio.Protocol):
         "_heard",
         "_on_idle",
         "_parser",
-        "_take_chunk",
+        "_take_chunks",
         "_transport",
         "_used",
         "_writable",
@@ -97,7 +97,7 @@ class WorkerConnection(asyncio.Protocol):
         self._on_idle = on_idle
         self._parser = ResponseParser(head_bytes_max)
         self._exchange: Exchange | None = None
-        self._take_chunk: Callable[[bytes], bool] | None = None
+        self._take_chunks: Callable[[bytes], bool] | None = None
         self._transport: asyncio.Transport
         self._used = False
         self._heard = False
@@ -136,7 +136,7 @@ class WorkerConnection(asyncio.Protocol):
 
         What a tunnel was given still goes out; anything else is not worth the wait.
         """
-        self._exchange = self._take_chunk = None
+        self._exchange = self._take_chunks = None
         if self.state is State.TUNNEL:
             self._transport.close()
         else:
@@ -155,9 +155,9 @@ class WorkerConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol. The ordinary read is one chunk, else a piece of a body."""
-        take_chunk = self._take_chunk
-        if take_chunk is not None and take_chunk(data):
+        """See asyncio.Protocol. The ordinary read is whole chunks, else a piece of a body."""
+        take_chunks = self._take_chunks
+        if take_chunks is not None and take_chunks(data):
             return
         exchange = self._exchange
         if exchange is None or self.state is not _BODY:
@@ -177,7 +177,7 @@ class WorkerConnection(asyncio.Protocol):
             exchange.receive(piece)
         if exchange is self._exchange:
             # The exchange may have learnt by now what its chunks look like.
-            self._take_chunk = exchange.take_chunk if parser.is_between_chunks(data) else None
+            self._take_chunks = exchange.take_chunks if parser.is_between_chunks(data) else None
 
     def _received_first(self, exchange: Exchange | None, data: bytes) -> None:
         """Take a read that is not just more of a body."""
@@ -241,7 +241,7 @@ class WorkerConnection(asyncio.Protocol):
             exchange.receive(piece)
 
     def _complete(self, exchange: Exchange, piece: bytes) -> None:
-        self._exchange = self._take_chunk = None
+        self._exchange = self._take_chunks = None
         # A worker that has answered before it read the whole request will not read the rest as one.
         if self._parser.keep_alive and self.request_is_whole:
             self._used = True
@@ -255,7 +255,7 @@ class WorkerConnection(asyncio.Protocol):
 
     def _break(self, error: BrokenResponseError) -> None:
         exchange, state = self._exchange, self.state
-        self._exchange = self._take_chunk = None
+        self._exchange = self._take_chunks = None
         self.state = after(state, Event.LOST)
         self._transport.abort()
         if exchange is None:

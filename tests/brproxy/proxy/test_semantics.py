@@ -301,3 +301,37 @@ async def test_two_codings_in_two_fields_are_no_plain_chunks(raw_worker, answeri
     client = await raw(proxy)
     client.send(get("/x"))
     assert (await client.answer()).status == 502
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [chunks(CHUNK, CHUNK, end=b"")],
+        [chunks(CHUNK, CHUNK, CHUNK, end=b""), chunks(CHUNK, end=b"")],
+        # Not only plain events: the same bytes by the exact way, and the plain ones after it still count.
+        [chunks(CHUNK, b": ping\n\n", end=b""), chunks(CHUNK, CHUNK, end=b"")],
+        [chunks(CHUNK + CHUNK, CHUNK, end=b"")],
+        [chunks(CHUNK, CHUNK, end=b"")[:-9], chunks(CHUNK, CHUNK, end=b"")[-9:] + chunks(CHUNK, end=b"")],
+        [chunks(CHUNK, CHUNK.replace(b" x", b'","role":"'), CHUNK, end=b"")],
+    ],
+)
+async def test_chunks_that_come_together_pass_and_count_each(reads, raw_worker, start_proxy, raw):
+    body = b"".join(reads)
+
+    async def script(worker, reader, writer):
+        await worker.read_request(reader)
+        writer.write(CHUNKED_STREAM + chunks(CHUNK, end=b""))
+        # The first read shows what its events look like, the second where its chunks begin.
+        for read in (chunks(CHUNK, end=b""), *reads, chunks(DONE)):
+            await asyncio.sleep(0.01)
+            writer.write(read)
+
+    worker = await raw_worker(script)
+    proxy = await start_proxy([worker.url])
+    client = await raw(proxy)
+    client.send(post(CHAT, ASK))
+    answer = await client.answer()
+    events = [part for part in body.split(b"\r\n") if b"data" in part or b": ping" in part]
+    assert answer.body == CHUNK * 2 + b"".join(events) + DONE
+    await proxy.idle()
+    assert proxy.running.service.metrics.groups["default"].output_tokens == 2 + body.count(b'" x"')

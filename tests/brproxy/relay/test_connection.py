@@ -29,7 +29,7 @@ class Noted(Exchange):
         super().__init__(bodiless=bodiless)
         self.told = []
         self.receive = lambda piece: self.told.append(("receive", piece))
-        self.take_chunk = takes
+        self.take_chunks = takes
 
     def interim(self, head):
         self.told.append(("interim", head.status))
