@@ -204,9 +204,9 @@ class ResponseParser:
             raise BrokenResponseError(msg)
         length = known.get(b"content-length")
         head = ResponseHead(status, self._reason, lines, known, length, chunked=coding is not None)
+        self._fields, self._reason = [], b""
         if status < _FINAL and status != _UPGRADED:
             self.interim.append(head)
-            self._fields, self._reason = [], b""
         else:
             self.head = head
             self._in_trailers = True
