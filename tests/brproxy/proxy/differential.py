@@ -175,10 +175,12 @@ class Bench:
         return Seen(status, reason, list(received), bytes(body), failure, bytes(tap))
 
     def check_idle(self):
+        """Note load that is booked for no request."""
         for proxy in self._proxies.values():
             for group in proxy.service.fleet.groups:
                 ledger = group.dispatcher.ledger
-                assert (ledger.bound, ledger.pending, sum(ledger.kv_tokens)) == (0, 0, 0)
+                if ledger.bound or ledger.pending or any(ledger.kv_tokens):
+                    self.failures.append(f"not idle: {ledger.bound} bound, {ledger.pending} pending")
 
 
 async def pieces(parts):

@@ -81,7 +81,7 @@ class Exchange(Case):
         self.fields = rng.sample(REQUEST_FIELDS, rng.choice([0, 0, 1, 3, 6]))
         self.upload, self.uploads_chunked, self.expects = None, False, False
         kind = rng.choices(["ask", "upload", "look"], [6, 2, 1])[0] if self.method != "HEAD" else "look"
-        self.path = CHAT if kind == "ask" else f"/v1/files/{rng.randrange(9)}%20x"
+        self.path = CHAT if kind == "ask" else f"/v1/files/{rng.randrange(9)}%20%7e"
         if kind == "look":
             self.method = self.method if self.method == "HEAD" else rng.choice(["GET", "DELETE"])
             return

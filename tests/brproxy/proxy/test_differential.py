@@ -9,7 +9,8 @@ BOTH_LOOPS = True
 
 
 async def test_a_client_sees_the_same_through_the_proxy():
-    _, failures = await differ(range(200))
+    # The last one has an upload that is passed on as it comes, which is rare.
+    _, failures = await differ([*range(140, 340), 781])
     assert not failures
 
 
