@@ -27,6 +27,7 @@ USAGE_EVENT = re.compile(
 )
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\](?:[\r\n]|\Z)")
 BLANK_LINE = re.compile(LINE_END + LINE_END)
+ENDS_EVENT = re.compile(rb"(?:\r\n|\n|\r){2}\Z")
 ERROR_EVENT = re.compile(rb'data: \{"error":\{"message":"The worker\'s response broke off [^\n]*\}\}\n\n\Z')
 ALLOWED = {
     "strict": "aiohttp reads leniently what is no valid HTTP; the proxy refuses it",
@@ -167,6 +168,7 @@ def check_break(exchange, sent, got, proxied, *, is_stream):
         event = ERROR_EVENT.search(had)
         assert event, f"no error event: {had[-200:]!r}"
         had = had[: event.start()]
+        assert not had or ENDS_EVENT.search(had), f"the error event is a part of another: {had[-200:]!r}"
     if exchange.usage_is_added and not came.startswith(had):
         came = USAGE_EVENT.sub(b"", came)
     assert came.startswith(had), f"not what the worker sent: {had[-200:]!r}"
