@@ -21,9 +21,11 @@ FRAMING = {b"content-length"}
 NOT_FORWARDED = {b"host", b"expect", b"trailer"}
 USAGE_QUESTION = b'"stream_options":{"include_usage":true},'
 LINE_END = rb"(?>\r\n|\n|\r)"
+# A whole event: damage may leave lines in it that are no data.
+OTHER_LINE = rb"(?!data)[^\r\n]++"
 USAGE_EVENT = re.compile(
-    rb'(?:(?!data)[^\r\n]++%b)*+data: ?[^\r\n]*"choices":\s*\[\s*\],\s*"usage"[^\r\n]*%b{2}'
-    % (LINE_END, LINE_END)
+    rb'(?:%b%b)*+data: ?[^\r\n]*"choices":\s*\[\s*\],\s*"usage"[^\r\n]*(?:%b%b)*+%b{2}'
+    % (OTHER_LINE, LINE_END, LINE_END, OTHER_LINE, LINE_END)
 )
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\](?:[\r\n]|\Z)")
 BLANK_LINE = re.compile(LINE_END + LINE_END)
