@@ -15,8 +15,8 @@ class Account:
     """Reads one worker's response to one request and keeps its lease up to date; never changes a byte.
 
     ``usage_was_added``: the proxy asked for usage and the client did not. ``plain`` is what the ordinary
-    event of this stream looks like, once one has been seen; ``unbooked_events`` have come since the last
-    booking, and are booked together before anybody looks at the load.
+    event of this stream looks like, once one has been seen. What has come since the last booking is booked
+    together, before anybody looks at the load.
     """
 
     __slots__ = (
@@ -25,11 +25,11 @@ class Account:
         "_estimator",
         "_facts",
         "_lease",
+        "_unbooked_events",
         "_usage",
         "dialect",
         "done",
         "plain",
-        "unbooked_events",
         "usage_was_added",
     )
 
@@ -50,7 +50,7 @@ class Account:
         self._counter = StreamCounter(estimator.tokens_per_chunk(facts.model))
         self._usage: Usage | None = None
         self._chunks_reported = 0
-        self.unbooked_events = 0
+        self._unbooked_events = 0
         self.done = False
         self.plain: PlainEvent | None = None
 
@@ -61,9 +61,7 @@ class Account:
         facts = self.dialect.read_event(event.data)
         if facts.has_tokens:
             self._lease.first_token()
-            if not self.unbooked_events:
-                self.book_later()
-            self.unbooked_events += 1
+            self.count(1)
         if facts is PLAIN_TOKENS:
             self.plain = PlainEvent.learn(event.raw) or self.plain
         elif facts.usage is not None:
@@ -72,9 +70,11 @@ class Account:
             self.done = True
         return facts
 
-    def book_later(self) -> None:
-        """Have ``unbooked_events`` booked in time; to be called before the first of them is noted."""
-        self._lease.book_later(self._book)
+    def count(self, events: int) -> None:
+        """Note ``events`` more with tokens."""
+        if not self._unbooked_events:
+            self._lease.book_later(self._book)
+        self._unbooked_events += events
 
     def hides(self, facts: EventFacts) -> bool:
         """Tell whether the client must not see an event: it exists only because the proxy asked for it."""
@@ -97,7 +97,7 @@ class Account:
             self._estimator.learn_chunks(model, self._chunks_reported, usage.completion_tokens)
 
     def _book(self) -> None:
-        events, self.unbooked_events = self.unbooked_events, 0
+        events, self._unbooked_events = self._unbooked_events, 0
         if events:
             self._lease.tokens(self._counter.count(events))
 

@@ -10,18 +10,18 @@ reply is read for usage at the end.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from brproxy.proxy.accounting import Account
 from brproxy.proxy.errors import ProxyError, stream_broke_off, worker_silent
+from brproxy.proxy.plain_chunks import plain_chunk_counter
 from brproxy.proxy.sse import SseEvent, SseSplitter, event_data
 from brproxy.relay.client import Client
 from brproxy.relay.connection import Exchange, WorkerConnection
 from brproxy.relay.errors import BrokenResponseError, ClientGoneError, WorkerFailedError
 from brproxy.relay.fields import REQUEST_ID
 from brproxy.relay.framing import (
-    ONE_CHUNK_BYTES_MAX,
-    SIZE_LINES,
     Framing,
     choose_framing,
     chunk,
@@ -69,13 +69,13 @@ class Forwarding(Exchange):
 
     __slots__ = (
         "_account",
-        "_chunk_pattern",
         "_chunked",
         "_client",
         "_connection",
         "_copy",
         "_copy_bytes",
         "_corked",
+        "_count_chunks",
         "_framing",
         "_head",
         "_held",
@@ -115,7 +115,7 @@ class Forwarding(Exchange):
         self._request_id = request_id
         self._connection: WorkerConnection
         self._head: ResponseHead
-        self._chunk_pattern: tuple[bytes, bytes, int, int]
+        self._count_chunks: Callable[[bytes], int]
         self._framing = Framing.NONE
         self._chunked = False
         self._splitter: SseSplitter
@@ -268,48 +268,14 @@ class Forwarding(Exchange):
     # The three ways through, and the tunnel.
 
     def _plain_chunks(self, data: bytes) -> bool:
-        """See Exchange.take_chunks. What is done here is done for every token of every user.
-
-        Chunks that hold one plain event each pass as they came: the parser need not see whole chunks.
-        """
-        chunks = 1 if self._is_plain_chunk(data, 0, len(data)) else self._count_plain_chunks(data)
-        if not chunks:
+        """See Exchange.take_chunks. Plain chunks pass as they came: the parser need not see whole chunks."""
+        events = self._count_chunks(data)
+        if not events:
             return False
         self.progressed = True
-        account = self._account
-        if not account.unbooked_events:
-            account.book_later()
-        account.unbooked_events += chunks
+        self._account.count(events)
         self._write(data)
         return True
-
-    def _is_plain_chunk(self, data: bytes, start: int, end: int) -> bool:
-        """Tell whether ``data[start:end]`` is exactly one chunk that holds exactly one plain event."""
-        if end - start > ONE_CHUNK_BYTES_MAX:
-            return False
-        size_line = SIZE_LINES[end - start]
-        prefix, suffix, text_starts, suffix_bytes = self._chunk_pattern
-        event_starts = start + len(size_line)
-        text_starts += event_starts
-        text_ends = end - suffix_bytes
-        return (
-            data.startswith(size_line, start)
-            and data.startswith(prefix, event_starts)
-            and data.endswith(suffix, start, end)
-            and data.find(b'"', text_starts, text_ends) < 0
-            and text_starts <= text_ends
-        )
-
-    def _count_plain_chunks(self, data: bytes) -> int:
-        """Return how many plain chunks ``data`` is, as reads are when there is much to do; 0: not only."""
-        chunks = start = 0
-        while start < len(data):
-            end = data.find(self._chunk_pattern[1], start) + len(self._chunk_pattern[1])
-            if end <= start or not self._is_plain_chunk(data, start, end):
-                return 0
-            start = end
-            chunks += 1
-        return chunks
 
     def _stream(self, payload: bytes) -> None:
         """Pass on a read of a stream: plain events after a glance, all others after a close look."""
@@ -319,9 +285,7 @@ class Forwarding(Exchange):
         if not events:
             self._stream_exactly(payload)
             return
-        if not account.unbooked_events:
-            account.book_later()
-        account.unbooked_events += events
+        account.count(events)
         self._pass(payload)
 
     def _stream_exactly(self, payload: bytes) -> None:
@@ -347,12 +311,7 @@ class Forwarding(Exchange):
         self._is_whole = self.is_committed and not self._splitter.tail
         plain = self._account.plain
         if plain is not None and self._is_whole and self._chunked:
-            self._chunk_pattern = (
-                plain.prefix,
-                plain.suffix + b"\r\n",
-                plain.prefix_bytes,
-                plain.suffix_bytes + 2,
-            )
+            self._count_chunks = plain_chunk_counter(plain)
             self.take_chunks = self._plain_chunks
         else:
             self.take_chunks = None

@@ -175,3 +175,8 @@ def post(path, body, *fields, version="1.1", media_type="application/json"):
 def get(path, *fields, version="1.1", method="GET"):
     """Return a request without a body as bytes."""
     return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: h", *fields]).encode() + b"\r\n\r\n"
+
+
+def as_chunk(payload):
+    """Return a payload as one chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)

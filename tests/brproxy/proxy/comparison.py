@@ -6,6 +6,7 @@ from typing import NamedTuple
 from tests.brproxy.proxy.exchanges import CHAT
 from tests.brproxy.wire import Answer, WireError, read_answer
 
+# Written down once more on purpose: what is compared must not take the proxy's word for what it drops.
 HOP_BY_HOP = {
     b"connection",
     b"keep-alive",

@@ -7,7 +7,7 @@ import pytest
 
 from brproxy.proxy.forwarding import Forwarding
 from brproxy.relay.client import ClientProtocol
-from tests.brproxy.wire import WireError, get, post
+from tests.brproxy.wire import WireError, as_chunk, get, post
 
 BOTH_LOOPS = True
 CHAT = "/v1/chat/completions"
@@ -16,10 +16,6 @@ CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":" x"}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 MIB = 1 << 20
-
-
-def as_chunk(payload):
-    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 PHASES = {

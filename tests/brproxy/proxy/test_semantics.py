@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from tests.brproxy.wire import get, post
+from tests.brproxy.wire import as_chunk, get, post
 
 BOTH_LOOPS = True
 CHAT = "/v1/chat/completions"
@@ -17,7 +17,7 @@ CHUNKED_STREAM = STREAM + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def chunks(*payloads, end=b"0\r\n\r\n"):
-    return b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in payloads) + end
+    return b"".join(map(as_chunk, payloads)) + end
 
 
 def fixed(body, *fields, status=b"200 OK"):
@@ -335,3 +335,19 @@ async def test_chunks_that_come_together_pass_and_count_each(reads, raw_worker, 
     assert answer.body == CHUNK * 2 + b"".join(events) + DONE
     await proxy.idle()
     assert proxy.running.service.metrics.groups["default"].output_tokens == 2 + body.count(b'" x"')
+
+
+async def test_what_looks_like_a_chunk_in_a_body_without_chunks_is_its_body(raw_worker, start_proxy, raw):
+    sends = [CHUNK, b": x\r\n\r\n", as_chunk(CHUNK), DONE]
+
+    async def script(worker, reader, writer):
+        await worker.read_request(reader)
+        writer.write(STREAM + b"\r\n")
+        for send in sends:
+            writer.write(send)
+            await asyncio.sleep(0.01)
+
+    worker = await raw_worker(script)
+    client = await raw(await start_proxy([worker.url]))
+    client.send(post(CHAT, ASK))
+    assert (await client.answer()).body == b"".join(sends)

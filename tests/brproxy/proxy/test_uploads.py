@@ -5,7 +5,7 @@ import asyncio
 import orjson
 import pytest
 
-from tests.brproxy.wire import WireError, post
+from tests.brproxy.wire import WireError, as_chunk, post
 
 BOTH_LOOPS = True
 CHAT = "/v1/chat/completions"
@@ -18,10 +18,6 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 def chunked_post(path, media_type="application/json"):
     lines = [f"POST {path} HTTP/1.1", "Host: h", "Transfer-Encoding: chunked", f"Content-Type: {media_type}"]
     return "\r\n".join(lines).encode() + b"\r\n\r\n"
-
-
-def as_chunk(payload):
-    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from aiohttp import web
 
 from brproxy.relay.client import Client, answered, body_so_far, continue_upload
-from tests.brproxy.wire import get, post
+from tests.brproxy.wire import as_chunk, get, post
 
 BOTH_LOOPS = True
 CHUNKED = b"POST /chunked HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -16,8 +16,8 @@ LOOKED_AT = 64 * KIB
 
 
 def chunks(payload, size):
-    pieces = [payload[i : i + size] for i in range(0, len(payload), size)]
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    pieces = (payload[i : i + size] for i in range(0, len(payload), size))
+    return b"".join(map(as_chunk, pieces)) + b"0\r\n\r\n"
 
 
 class Looking:
