@@ -144,6 +144,10 @@ class Forwarding(Exchange):
 
     def close(self) -> None:
         """Leave; a response that is not complete is abandoned with its connection."""
+        # These refer to this object, and all that the request held would wait for the garbage collector:
+        # every new request would be written to memory that no cache holds, and others wait while it collects.
+        del self.receive
+        self.take_chunks = None
         self._client.finish()
         if not self.outcome.done() or self.outcome.cancelled():
             self._connection.abandon()
