@@ -11,7 +11,7 @@ from itertools import islice, takewhile
 
 import numpy as np
 
-from brproxy.ledger import BoolArray, Entry, Ledger
+from brproxy.ledger import Entry, Ledger
 from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import ActiveRequests, AnyPredictor, truncate
 from brproxy.prediction.quality import QualityMonitor
@@ -55,6 +55,7 @@ class Dispatcher:
         self.predictor = predictor
         self.limits = limits
         self.quality = QualityMonitor()
+        self._late_binding = policy.params.late_binding
         self._rng = rng
         self._rounds = 0
         self._discounts_for: float | None = None
@@ -74,26 +75,27 @@ class Dispatcher:
             raise PoolFullError(msg)
         return self.ledger.arrive(request, now_s)
 
-    def decide(self, now_s: float, routable: BoolArray) -> list[Assignment]:
+    def decide(self, now_s: float, routable: Sequence[bool]) -> list[Assignment]:
         """Run one decision round over everything that waits and bind what it admits.
 
-        ``routable`` is bool[G]: workers that may be chosen. Requests that a worker failed are placed first,
+        ``routable`` (G) are the workers that may be chosen. Requests that a worker failed are placed first,
         one by one, away from the workers that failed them as long as there are others.
         """
-        assignments: list[Assignment] = []
-        may_be_chosen: list[bool] = routable.tolist()
-        if not self.ledger.pending or not any(may_be_chosen):
-            return assignments
-        late_binding = self.policy.params.late_binding
-        alone = self.ledger.alone()
+        ledger, late_binding = self.ledger, self._late_binding
+        if not any(routable):
+            return []
+        alone = ledger.alone()
         if alone is not None:
-            return self._place(alone, self.ledger.state(may_be_chosen, late_binding=late_binding), now_s)
-        for entry in self.ledger.retrying():
-            others = [ok and g not in entry.avoid for g, ok in enumerate(may_be_chosen)]
-            state = self.ledger.state(others if any(others) else may_be_chosen, late_binding=late_binding)
+            return self._place(alone, ledger.state(routable, late_binding=late_binding), now_s)
+        assignments: list[Assignment] = []
+        for entry in ledger.retrying():
+            others = [ok and g not in entry.avoid for g, ok in enumerate(routable)]
+            state = ledger.state(others if any(others) else routable, late_binding=late_binding)
             assignments += self._place(entry, state, now_s)
-        state = self.ledger.state(may_be_chosen, late_binding=late_binding)
-        waiting = list(islice(self.ledger.pending_by_age(), self._worth_seeing(state)))
+        if not ledger.pending:
+            return assignments
+        state = ledger.state(routable, late_binding=late_binding)
+        waiting = list(islice(ledger.pending_by_age(), self._worth_seeing(state)))
         if waiting:
             assignments += self._route(waiting, state, now_s)
         return assignments
@@ -120,7 +122,7 @@ class Dispatcher:
 
     def _worth_seeing(self, state: RoundState) -> int:
         """Return how many of the oldest requests a round can make use of."""
-        if not self.policy.params.late_binding:
+        if not self._late_binding:
             return self.limits.requests_max
         slots_free = sum(state.slots_free)
         return slots_free + self.policy.lookahead_requests if slots_free else 0
@@ -128,9 +130,9 @@ class Dispatcher:
     def _place(self, entry: Entry, state: RoundState, now_s: float) -> list[Assignment]:
         """Decide on one request by itself, as most rounds do; the same as ``_route``."""
         discounts, _ = self._discounts()
-        active = self._active(len(discounts) - 1)
         load: Sequence[float] = state.kv_tokens
-        if active is not None:
+        if len(discounts) > 1:
+            active = self._active(len(discounts) - 1)
             load = self.predictor.discounted_load(active, self.ledger.workers, discounts).tolist()
         worker = self.policy.place(state, entry.prompt_tokens, load, self._rng)
         return [] if worker == NOT_ADMITTED else [self._bind(entry, worker, now_s)]
@@ -154,9 +156,9 @@ class Dispatcher:
         """Decide on all of ``waiting`` together."""
         discounts, turnover_steps = self._discounts()
         horizon_steps = len(discounts) - 1
-        active = self._active(horizon_steps)
         forecast = None
-        if active is not None:
+        if horizon_steps:
+            active = self._active(horizon_steps)
             forecast = self.predictor.forecast(active, self.ledger.workers, horizon_steps)
         view = ClusterView.of(
             state,
@@ -173,10 +175,8 @@ class Dispatcher:
         self.ledger.pass_over(waiting, admitted)
         return [self._bind(waiting[i], decision[i], now_s) for i in admitted]
 
-    def _active(self, horizon_steps: int) -> ActiveRequests | None:
-        """Return the bound requests, None where nobody looks ahead; now and then note what is predicted."""
-        if horizon_steps == 0:
-            return None
+    def _active(self, horizon_steps: int) -> ActiveRequests:
+        """Return the bound requests, and now and then note what is predicted of one."""
         active = self.ledger.active()
         self._rounds += 1
         if self._rounds % ROUNDS_PER_SAMPLE == 0 and self.ledger.bound:

@@ -48,7 +48,7 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Tell whether any worker of any group may be chosen."""
-        return any(group.health.routable().any() for group in self.groups)
+        return any(any(group.health.routable()) for group in self.groups)
 
     def choose(self, model: str) -> Group:
         """Return the group for a request; raises UnknownModelError, which lists the models served.
@@ -62,4 +62,4 @@ class Fleet:
             raise UnknownModelError(msg)
         if len(serving) == 1:
             return serving[0]
-        return min(serving, key=lambda group: (not group.health.routable().any(), group.pressure))
+        return min(serving, key=lambda group: (not any(group.health.routable()), group.pressure))

@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-import numpy as np
-from numpy.typing import NDArray
-
 from brproxy.types import WorkerIndex
 
 
@@ -85,9 +82,9 @@ class GroupHealth:
             self._routable = self._mask()
         return changed
 
-    def routable(self) -> NDArray[np.bool_]:
-        """Return bool[G]: the workers that may be chosen. Do not write to it."""
+    def routable(self) -> tuple[bool, ...]:
+        """Return for each of the G workers whether it may be chosen."""
         return self._routable
 
-    def _mask(self) -> NDArray[np.bool_]:
-        return np.array([tracker.state is Health.HEALTHY for tracker in self._trackers], dtype=bool)
+    def _mask(self) -> tuple[bool, ...]:
+        return tuple(tracker.state is Health.HEALTHY for tracker in self._trackers)

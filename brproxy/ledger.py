@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ class Ledger:
         self._kv_is_limited = min(self._kv_capacity) < KV_UNLIMITED_TOKENS
         self._kv_tokens = [0] * len(workers)
         self._requests = [0] * len(workers)
-        self._ids = count()
+        self._ids = cast("Iterator[RequestId]", count())
         self._entries: dict[RequestId, Entry] = {}
         self._pending: dict[RequestId, Entry] = {}
         self._retrying: dict[RequestId, Entry] = {}
@@ -149,11 +150,7 @@ class Ledger:
 
     def entry(self, request_id: RequestId) -> Entry:
         """Return the request's entry; raises LifecycleError once it has ended."""
-        try:
-            return self._entries[request_id]
-        except KeyError:
-            msg = f"request {request_id} is not in the ledger: it has ended or never arrived"
-            raise LifecycleError(msg) from None
+        return self._entries.get(request_id) or _unknown(request_id)
 
     def pending_by_age(self) -> Iterator[Entry]:
         """Iterate over the waiting requests that are not retries, oldest first."""
@@ -161,7 +158,9 @@ class Ledger:
 
     def alone(self) -> Entry | None:
         """Return the one request that waits, None if none or several do, or it is a retry."""
-        return next(iter(self._pending.values())) if self.pending == len(self._pending) == 1 else None
+        if len(self._pending) != 1 or self._retrying:
+            return None
+        return next(iter(self._pending.values()))
 
     def retrying(self) -> tuple[Entry, ...]:
         """Return the requests that a worker failed and that wait for another."""
@@ -203,20 +202,21 @@ class Ledger:
                 kv_free = [most - taken if most > taken else 0 for most, taken in kv_tokens]
         else:
             slots_free = [SLOTS_UNLIMITED if ok else 0 for ok in routable]
+        # By position, in the order of its fields: this is done for each request.
         return RoundState(
-            kv_tokens=self._kv_tokens.copy(),
-            requests=self._requests.copy(),
-            slots=self._slots,
-            slots_free=slots_free,
-            kv_capacity=self._kv_capacity,
-            kv_free=kv_free,
+            self._kv_tokens.copy(),
+            self._requests.copy(),
+            self._slots,
+            slots_free,
+            self._kv_capacity,
+            kv_free,
         )
 
     # What happens.
 
     def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
         """Enter a request into the pool."""
-        request_id = RequestId(next(self._ids))
+        request_id = next(self._ids)
         entry = Entry(request_id, request, now_s, now_s, prompt_tokens=request.prompt_tokens)
         self._entries[request_id] = entry
         self._pending[request_id] = entry
@@ -226,7 +226,7 @@ class Ledger:
         self, request_id: RequestId, worker: WorkerIndex, now_s: float, prospect: Prospect | None = None
     ) -> None:
         """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it."""
-        entry = self.entry(request_id)
+        entry = self._entries.get(request_id) or _unknown(request_id)
         if not 0 <= worker < self.workers:
             msg = f"there is no worker {worker} among {self.workers}"
             raise LifecycleError(msg)
@@ -253,7 +253,7 @@ class Ledger:
 
     def grow(self, request_id: RequestId, tokens: int) -> None:
         """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output."""
-        entry = self.entry(request_id)
+        entry = self._entries.get(request_id) or _unknown(request_id)
         if entry.row == NO_ROW:
             msg = f"request {request_id} is not bound and cannot grow"
             raise LifecycleError(msg)
@@ -305,7 +305,7 @@ class Ledger:
 
     def end(self, request_id: RequestId, event: Event) -> Entry:
         """End a request by FINISH, FAIL, CANCEL or EXPIRE: return its load and forget it."""
-        entry = self.entry(request_id)
+        entry = self._entries.get(request_id) or _unknown(request_id)
         state = after(entry.state, event)
         if state not in TERMINAL:
             msg = f"{event.name} does not end a request"
@@ -336,3 +336,8 @@ class Ledger:
             for column, value in zip(self._columns, moved, strict=True):
                 column[row] = value
         entry.row = NO_ROW
+
+
+def _unknown(request_id: RequestId) -> NoReturn:
+    msg = f"request {request_id} is not in the ledger: it has ended or never arrived"
+    raise LifecycleError(msg)

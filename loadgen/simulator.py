@@ -92,7 +92,7 @@ class _Run:
         )
         self._requests = workload.requests
         self._cluster = Cluster(settings)
-        self._routable = np.ones(settings.workers, dtype=bool)
+        self._routable = (True,) * settings.workers
         self._record = BarrierRecord()
         count = len(workload.requests)
         self._arrival_s = np.array([r.arrival_s for r in workload.requests])

@@ -104,8 +104,9 @@ class GroupDriver:
         assignments = self._dispatcher.decide(now_s, self.group.health.routable())
         if assignments:
             self._on_round(time.perf_counter() - started_s, len(assignments))
-        for assignment in assignments:
-            self._wake(assignment.request_id, assignment.worker)
+        if self._waiters:
+            for assignment in assignments:
+                self._wake(assignment.request_id, assignment.worker)
         if not self._dispatcher.ledger.pending:
             self._tick = None
             return

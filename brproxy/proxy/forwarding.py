@@ -146,8 +146,7 @@ class Forwarding(Exchange):
         """Leave; a response that is not complete is abandoned with its connection."""
         # These refer to this object, and all that the request held would wait for the garbage collector:
         # every new request would be written to memory that no cache holds, and others wait while it collects.
-        del self.receive
-        self.take_chunks = None
+        self.receive, self.take_chunks = _ignore, None
         self._client.finish()
         if not self.outcome.done() or self.outcome.cancelled():
             self._connection.abandon()
@@ -424,3 +423,7 @@ class Forwarding(Exchange):
     def _fail(self, error: Exception) -> None:
         if not self.outcome.done():
             self.outcome.set_exception(error)
+
+
+def _ignore(_piece: bytes) -> None:
+    """Take what comes when all has been said: nothing does."""

@@ -54,9 +54,10 @@ class Pages:
     async def _models(self, request: web.BaseRequest) -> web.Response:
         """Answer with the union of the models that healthy workers report, in the first one's words."""
         asked = [
-            (service.pools[i].origin, service.dialect.MODELS_PATH)
+            (pool.origin, service.dialect.MODELS_PATH)
             for service in self._service.groups.values()
-            for i in service.group.health.routable().nonzero()[0].tolist()
+            for pool, routable in zip(service.pools, service.group.health.routable(), strict=True)
+            if routable
         ]
         headers = crossing_pairs(request.raw_headers)
         timeout_s = self._service.limits.control_timeout_s

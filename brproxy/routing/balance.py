@@ -23,8 +23,9 @@ goes to the least of them, and no envelope, margin or score has a say.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -40,6 +41,9 @@ _MAKE_ROOM_FROM = 2
 
 _TIE = 1e-9
 """Discounted loads that differ by less than this share are equal: they are sums of floats."""
+
+_DRAWS = 64
+"""Random numbers drawn at once."""
 
 
 def _tie_limit(least: float) -> float:
@@ -81,10 +85,9 @@ class BalanceParams(PolicyParams):
     )
 
 
-def random_order(rng: np.random.Generator, workers: int) -> list[int]:
-    """Return a random rank for each worker, from one draw: a permutation costs more than a decision."""
-    draw = rng.random()
-    return [hash((draw, worker)) for worker in range(workers)]
+def random_order(draw: float, workers: Iterable[int]) -> list[int]:
+    """Return a random rank for each of ``workers``, from one draw: a permutation costs more than that."""
+    return [hash((draw, worker)) for worker in workers]
 
 
 class BalanceRound:
@@ -142,7 +145,7 @@ class BalanceRound:
         if len(equals) == 1:
             return int(equals[0])
         if self._tie_break is None:
-            self._tie_break = np.array(random_order(self._rng, self._view.workers))
+            self._tie_break = np.array(random_order(self._rng.random(), range(self._view.workers)))
         return int(equals[int(np.argmin(self._tie_break[equals]))])
 
     def _choose(self, worker: int) -> list[int]:
@@ -220,6 +223,10 @@ B = TypeVar("B", bound=BalanceParams)
 class BalancePolicy(RoutingPolicy[B]):
     """What BR-0 and BR-H share: a policy is its F-score and its discounts."""
 
+    def __init__(self, params: B) -> None:
+        super().__init__(params)
+        self._draws: list[float] = []
+
     @property
     def lookahead_requests(self) -> int:
         """See RoutingPolicy.lookahead_requests."""
@@ -241,16 +248,28 @@ class BalancePolicy(RoutingPolicy[B]):
         rng: np.random.Generator,
     ) -> int:
         """See RoutingPolicy.place: the most headroom, then the most free slots, then at random."""
-        eligible = state.eligible(prompt_tokens)
-        if not eligible:
-            return NOT_ADMITTED
-        limit = _tie_limit(min([discounted_load[g] for g in eligible]))
-        ties = [g for g in eligible if discounted_load[g] <= limit]
-        if len(ties) == 1:
-            return ties[0]
-        most = max([state.slots_free[g] for g in ties])
-        equals = [g for g in ties if state.slots_free[g] == most]
-        if len(equals) == 1:
-            return equals[0]
-        order = random_order(rng, len(discounted_load))
-        return min(equals, key=order.__getitem__)
+        # In one pass: on most arrivals this is all that there is to decide.
+        equals: list[int] = []
+        better, limit, most = math.inf, math.inf, 0
+        slots_free, kv_free = state.slots_free, state.kv_free
+        for worker, load in enumerate(discounted_load):
+            slots = slots_free[worker]
+            if slots <= 0 or kv_free[worker] < prompt_tokens or load > limit:
+                continue
+            if load < better:
+                limit = _tie_limit(load)
+                better, most, equals = load - (limit - load), slots, [worker]
+            elif slots > most:
+                most, equals = slots, [worker]
+            elif slots == most:
+                equals.append(worker)
+        if len(equals) <= 1:
+            return equals[0] if equals else NOT_ADMITTED
+        order = random_order(self._draw(rng), equals)
+        return equals[order.index(min(order))]
+
+    def _draw(self, rng: np.random.Generator) -> float:
+        """Return what ``rng`` draws next; it is asked for many: for one it takes as long as the choice."""
+        if not self._draws:
+            self._draws = rng.random(_DRAWS)[::-1].tolist()
+        return self._draws.pop()

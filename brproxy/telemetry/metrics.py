@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from brproxy.fleet import Fleet, Group
 from brproxy.ledger import Entry
+from brproxy.lifecycle import State
 
 _WAIT_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ROUND_S = (50e-6, 100e-6, 150e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3)
@@ -60,7 +61,7 @@ class GroupMetrics:
     """What has happened in one barrier group."""
 
     def __init__(self, worker_names: Sequence[str]) -> None:
-        self.outcomes: Counter[str] = Counter()
+        self.outcomes: Counter[State] = Counter()
         self.retries: dict[str, int] = dict.fromkeys(worker_names, 0)
         self.output_tokens = 0
         self.admitted = 0
@@ -70,7 +71,7 @@ class GroupMetrics:
 
     def ended(self, entry: Entry) -> None:
         """Count a request that has ended."""
-        self.outcomes[entry.state.name] += 1
+        self.outcomes[entry.state] += 1
         self.output_tokens += entry.output_tokens
         if entry.bound_s is not None:
             self.wait_s.observe(entry.bound_s - entry.arrived_s)
@@ -119,7 +120,7 @@ class Metrics(Collector):
         admitted = CounterMetricFamily("brproxy_admitted", "Requests bound to a worker", labels=["group"])
         for name, metrics in self.groups.items():
             for outcome, count in metrics.outcomes.items():
-                requests.add_metric([name, outcome.lower()], count)
+                requests.add_metric([name, outcome.name.lower()], count)
             for worker, count in metrics.retries.items():
                 retries.add_metric([name, worker], count)
             tokens.add_metric([name], metrics.output_tokens)
@@ -209,5 +210,4 @@ def _requests(group: Group) -> Sequence[float]:
 
 
 def _routable(group: Group) -> Sequence[float]:
-    routable: list[float] = group.health.routable().astype(float).tolist()
-    return routable
+    return group.health.routable()

@@ -138,7 +138,7 @@ class _SteadyState:
             self._predictor.observe(PendingRequest(0), next(self._lengths))
         self._leaving_share = 1 / self._predictor.mean_output_tokens
         self._prompts = self._prompt_tokens()
-        self._routable = np.ones(case.workers, dtype=bool)
+        self._routable = (True,) * case.workers
         self._fill()
 
     def _outputs(self) -> Iterator[int]:

@@ -22,9 +22,7 @@ def dispatcher_of(policy="br-0", slots=(2, 2), capacity=None, pool=POOL):
 
 
 def routable(dispatcher, *down):
-    mask = np.ones(dispatcher.ledger.workers, dtype=bool)
-    mask[list(down)] = False
-    return mask
+    return [worker not in down for worker in range(dispatcher.ledger.workers)]
 
 
 @pytest.mark.parametrize("policy", POLICIES.names())
@@ -208,7 +206,7 @@ def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
     entry = ledger.entry(dispatcher.arrive(PendingRequest(prompt), 0.0))
     entry.passed_over = passed_over
     expected, load = decided_by_a_round(dispatcher, entry, mask, seed)
-    assignments = dispatcher.decide(0.0, np.array(mask))
+    assignments = dispatcher.decide(0.0, mask)
     worker = assignments[0].worker if assignments else NOT_ADMITTED
     # Forecasts are single precision: nearer than that, either of two workers is right.
     as_good = NOT_ADMITTED not in {worker, expected} and load[worker] == pytest.approx(

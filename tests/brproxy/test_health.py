@@ -42,12 +42,12 @@ def test_a_change_is_reported_with_time_and_reason():
 
 def test_group_mask():
     health = GroupHealth(2, HealthThresholds(1, 1))
-    assert health.routable().tolist() == [False, False], "nobody is chosen before its first success"
+    assert health.routable() == (False, False), "nobody is chosen before its first success"
     health.record(WorkerIndex(1), ok=True, reason="", now_s=0.0)
-    assert health.routable().tolist() == [False, True]
+    assert health.routable() == (False, True)
     health.record(WorkerIndex(1), ok=False, reason="", now_s=1.0)
-    assert health.routable().tolist() == [False, False]
+    assert health.routable() == (False, False)
 
 
 def test_without_checks_everybody_is_healthy():
-    assert GroupHealth(3, HealthThresholds(), checked=False).routable().all()
+    assert GroupHealth(3, HealthThresholds(), checked=False).routable() == (True, True, True)

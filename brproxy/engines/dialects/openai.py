@@ -161,6 +161,10 @@ def _find_usage(document: dict[str, Any]) -> Usage | None:
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    # Nearly every report is of this kind, and the last thing that a request waits for.
+    if type(prompt) is int and type(completion) is int and prompt >= 0 and completion >= 0:
+        return Usage(prompt, completion)
     return Usage(
         _first_count(usage, "prompt_tokens", "input_tokens"),
         _first_count(usage, "completion_tokens", "output_tokens"),

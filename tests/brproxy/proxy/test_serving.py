@@ -98,9 +98,9 @@ async def test_a_worker_goes_out_and_comes_back(start_emulator, start_proxy, cli
     other = await start_emulator(1)
     proxy = await start_proxy([*running.urls, *other.urls], health=True, health_table={"unhealthy_after": 2})
     health = proxy.groups[0].health
-    assert health.routable().tolist() == [True, True]
+    assert health.routable() == (True, True)
     await first.__aexit__(None, None, None)
-    await until(lambda: health.routable().tolist() == [False, True])
+    await until(lambda: health.routable() == (False, True))
     for _ in range(4):
         async with client.post(
             proxy.url + "/v1/completions", json={"model": "emulated", "prompt": "x", "max_tokens": 1}
@@ -108,7 +108,7 @@ async def test_a_worker_goes_out_and_comes_back(start_emulator, start_proxy, cli
             assert response.status == 200
     again = EmulatorSettings(settings.cluster, base_port=port)
     await stack.enter_async_context(running_emulator(again))
-    await until(lambda: health.routable().tolist() == [True, True])
+    await until(lambda: health.routable() == (True, True))
 
 
 async def test_a_request_waits_for_the_first_worker_to_come_up(

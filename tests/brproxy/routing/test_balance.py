@@ -48,7 +48,7 @@ class BruteForce:
         self.slots = view.slots_free.tolist()
         self.kv = view.kv_free.tolist()
         self.waiting = list(range(view.waiting))
-        self.tie_break = random_order(np.random.default_rng(seed), view.workers)
+        self.tie_break = random_order(np.random.default_rng(seed).random(), range(view.workers))
         self.closed = set()
         self.decision = [NOT_ADMITTED] * view.waiting
 
