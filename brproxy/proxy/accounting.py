@@ -6,9 +6,10 @@ from brproxy.engines.dialect import PLAIN_TOKENS, Dialect, EventFacts, RequestFa
 from brproxy.engines.plain import PlainEvent
 from brproxy.estimate import StreamCounter, TokenEstimator
 from brproxy.proxy.driver import Lease
-from brproxy.proxy.sse import SseEvent
+from brproxy.proxy.sse import event_data
 
-_NO_DATA = EventFacts()
+NO_DATA = EventFacts()
+"""Said of an event that has none, or that is too long to look into."""
 
 
 class Account:
@@ -24,6 +25,7 @@ class Account:
         "_counter",
         "_estimator",
         "_facts",
+        "_has_begun",
         "_lease",
         "_unbooked_events",
         "_usage",
@@ -51,19 +53,23 @@ class Account:
         self._usage: Usage | None = None
         self._chunks_reported = 0
         self._unbooked_events = 0
+        self._has_begun = False
         self.done = False
         self.plain: PlainEvent | None = None
 
-    def look(self, event: SseEvent) -> EventFacts:
+    def look(self, event: bytes) -> EventFacts:
         """Book what one event says and return it."""
-        if event.data is None:
-            return _NO_DATA
-        facts = self.dialect.read_event(event.data)
+        data = event_data(event)
+        if data is None:
+            return NO_DATA
+        facts = self.dialect.read_event(data)
         if facts.has_tokens:
-            self._lease.first_token()
+            if not self._has_begun:
+                self._has_begun = True
+                self._lease.first_token()
             self.count(1)
         if facts is PLAIN_TOKENS:
-            self.plain = PlainEvent.learn(event.raw) or self.plain
+            self.plain = PlainEvent.learn(event) or self.plain
         elif facts.usage is not None:
             self._settle(facts.usage)
         elif facts.done:

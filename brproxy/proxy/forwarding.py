@@ -13,10 +13,11 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from brproxy.proxy.accounting import Account
+from brproxy.engines.plain import PlainEvent
+from brproxy.proxy.accounting import NO_DATA, Account
 from brproxy.proxy.errors import ProxyError, stream_broke_off, worker_silent
 from brproxy.proxy.plain_chunks import plain_chunk_counter
-from brproxy.proxy.sse import SseEvent, SseSplitter, event_data
+from brproxy.proxy.sse import SseSplitter, event_data
 from brproxy.relay.client import Client
 from brproxy.relay.connection import Exchange, WorkerConnection
 from brproxy.relay.errors import BrokenResponseError, ClientGoneError, WorkerFailedError
@@ -76,6 +77,7 @@ class Forwarding(Exchange):
         "_copy_bytes",
         "_corked",
         "_count_chunks",
+        "_counted_plain",
         "_framing",
         "_head",
         "_held",
@@ -116,6 +118,7 @@ class Forwarding(Exchange):
         self._connection: WorkerConnection
         self._head: ResponseHead
         self._count_chunks: Callable[[bytes], int]
+        self._counted_plain: PlainEvent | None = None
         self._framing = Framing.NONE
         self._chunked = False
         self._splitter: SseSplitter
@@ -292,32 +295,48 @@ class Forwarding(Exchange):
         self._pass(payload)
 
     def _stream_exactly(self, payload: bytes) -> None:
+        account = self._account
         events = self._splitter.feed(payload)
+        plain_events = 0
         for position, event in enumerate(events):
-            facts = self._account.look(event)
+            if account.plain is not None and account.plain.matches(event):
+                plain_events += 1
+                self._held += event
+                continue
+            if plain_events:
+                account.count(plain_events)
+                plain_events = 0
+            facts = account.look(event)
             if not self.is_committed and facts.refused:
                 # The head says 200, but this and what follows is kept like the body of any refusal.
-                self._held += b"".join(e.raw for e in events[position:]) + self._splitter.tail
+                self._held += b"".join(events[position:]) + self._splitter.tail
                 self._is_refusal = True
                 self.receive = self._hold
                 return
-            if self._account.hides(facts):
+            if facts.usage_only and account.hides(facts):
                 # Only the event: blank lines before it are the worker's own.
-                self._held += event.raw[: -len(event.raw.lstrip(b"\r\n"))]
+                self._held += event[: -len(event.lstrip(b"\r\n"))]
             else:
-                self._held += event.raw
+                self._held += event
             # Comments may come before the first data, which alone tells if it was taken.
-            if not self.is_committed and (event.data is not None or len(self._held) > _HELD_BYTES_MAX):
+            if not self.is_committed and (facts is not NO_DATA or len(self._held) > _HELD_BYTES_MAX):
                 self._commit()
+        if plain_events:
+            account.count(plain_events)
         if self.is_committed:
             self._pass_held()
+        self._expect_plain(account.plain)
+
+    def _expect_plain(self, plain: PlainEvent | None) -> None:
+        """Note what the next read is likely to be."""
         self._is_whole = self.is_committed and not self._splitter.tail
-        plain = self._account.plain
-        if plain is not None and self._is_whole and self._chunked:
-            self._count_chunks = plain_chunk_counter(plain)
-            self.take_chunks = self._plain_chunks
-        else:
+        if plain is None or not self._is_whole or not self._chunked or self._corked:
             self.take_chunks = None
+            return
+        if plain is not self._counted_plain:
+            self._counted_plain = plain
+            self._count_chunks = plain_chunk_counter(plain)
+        self.take_chunks = self._plain_chunks
 
     def _end_stream(self) -> bool:
         """Pass on what is left of a stream; return whether it is whole."""
@@ -325,7 +344,7 @@ class Forwarding(Exchange):
         if not self._ends_properly(tail):
             self.lost(BrokenResponseError("the stream ended without [DONE]"))
             return False
-        if tail and self._account.hides(self._account.look(SseEvent(tail, event_data(tail)))):
+        if tail and self._account.hides(self._account.look(tail)):
             tail = b""
         self._held += tail
         if not self.is_committed:

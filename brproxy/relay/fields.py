@@ -26,12 +26,15 @@ _NOT_TO_CLIENTS = HOP_BY_HOP | {b"content-length"}
 # Lists that may come in several fields, all of which count.
 _LISTS = frozenset({b"connection", b"transfer-encoding"})
 _ORDINARY = frozenset({b"keep-alive", b"close", b"upgrade"})
+# What the proxy itself looks at, besides what it drops.
+_LOOKED_AT = frozenset({b"content-type", b"content-encoding", b"content-length", REQUEST_ID})
 
 
 class Fields(NamedTuple):
-    """Header fields: ``lines`` are those that cross, ready to be sent; ``known`` all, by lower-case name.
+    """Header fields: ``lines`` are those that cross, ready to be sent; ``known`` some, by lower-case name.
 
-    Of a field that came several times ``known`` has the last, of those about the connection the whole list.
+    Known are those that the proxy looks at, and what it drops. Of a field that came several times ``known``
+    has the last, of those about the connection the whole list.
     """
 
     lines: bytes
@@ -61,8 +64,9 @@ def _crossing(fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes]) 
         low = name.lower()
         if low not in dropped:
             parts += (name, b": ", value, b"\r\n")
-            known[low] = value
-        elif low in _LISTS and low in known:
+            if low not in _LOOKED_AT:
+                continue
+        if low in _LISTS and low in known:
             known[low] += b"," + value
         else:
             known[low] = value

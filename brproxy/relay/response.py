@@ -6,6 +6,7 @@ chunk by chunk; no search for something that looks like an end.
 
 from __future__ import annotations
 
+from functools import partial
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -70,8 +71,8 @@ class ResponseParser:
         "_fields",
         "_head_bytes",
         "_head_bytes_max",
-        "_in_chunk",
         "_in_trailers",
+        "_open_chunk",
         "_parser",
         "_reason",
         "complete",
@@ -80,6 +81,8 @@ class ResponseParser:
         "interim",
         "keep_alive",
         "on_body",
+        "on_chunk_complete",
+        "on_chunk_header",
         "pieces",
         "trailers",
         "upgraded_rest",
@@ -90,6 +93,10 @@ class ResponseParser:
         self.pieces: list[bytes] = []
         # What httptools calls for each piece of a body: no frame of ours is on the way.
         self.on_body = self.pieces.append
+        # The same for where chunks begin and end: something is in here between the two.
+        self._open_chunk: list[None] = []
+        self.on_chunk_header = partial(self._open_chunk.append, None)
+        self.on_chunk_complete = self._open_chunk.clear
         self._restart()
         self.expect(bodiless=False)
 
@@ -104,7 +111,7 @@ class ResponseParser:
         self._reason = b""
         self._head_bytes = 0
         self._in_trailers = False
-        self._in_chunk = False
+        self._open_chunk.clear()
         self.head: ResponseHead | None = None
         self.interim: list[ResponseHead] = []
         self.complete = False
@@ -150,7 +157,7 @@ class ResponseParser:
         # Of what may stand between two chunks only the size line is left: it would not end like this.
         # A body without chunks may hold what looks like one.
         head = self.head
-        return head is not None and head.chunked and not self._in_chunk and data.endswith(b"\r\n")
+        return head is not None and head.chunked and not self._open_chunk and data.endswith(b"\r\n")
 
     def ends_with_connection(self) -> bool:
         """Tell whether the end of the connection now is the end of the response."""
@@ -162,7 +169,7 @@ class ResponseParser:
             self.complete = True
             self.keep_alive = self._parser.should_keep_alive()
         # Bytes behind the head are no part of it, nor of whatever would be asked for next.
-        if overrun or self.pieces or self._in_chunk:
+        if overrun or self.pieces or self._open_chunk:
             self.keep_alive = False
         self.pieces.clear()
         # The parser waits for the body that the length announces: it cannot be used again.
@@ -210,14 +217,6 @@ class ResponseParser:
         else:
             self.head = head
             self._in_trailers = True
-
-    def on_chunk_header(self) -> None:
-        """Note that a chunk begins."""
-        self._in_chunk = True
-
-    def on_chunk_complete(self) -> None:
-        """Note that a chunk, and the line end behind it, is over."""
-        self._in_chunk = False
 
     def on_message_complete(self) -> None:
         """Note the end; of an interim response only if it was the real one."""

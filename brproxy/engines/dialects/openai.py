@@ -97,16 +97,16 @@ class OpenAIDialect(Dialect):
         error = document.get("error")
         if error is not None:
             return EventFacts(error=True, refused=self.is_refusal_error(error))
-        usage = _find_usage(document)
         choices = document.get("choices")
         if isinstance(choices, list):
-            return EventFacts(
-                has_tokens=any(_has_output(choice) for choice in choices),
-                usage=usage,
-                usage_only=not choices and usage is not None,
-            )
+            usage = _usage_in(document)
+            has_tokens = False
+            for choice in choices:
+                has_tokens = has_tokens or _has_output(choice)
+            return EventFacts(has_tokens, usage, not choices and usage is not None)
         kind = _text(document.get("type"))
-        return EventFacts(has_tokens=kind.endswith("delta") and "delta" in document, usage=usage)
+        has_tokens = kind.endswith("delta") and "delta" in document
+        return EventFacts(has_tokens, _find_usage(document))
 
     def read_reply(self, body: bytes) -> Usage | None:
         """See Dialect.read_reply.
@@ -147,17 +147,26 @@ def _has_output(choice: object) -> bool:
     if choice.get("text") or choice.get("finish_reason"):
         return True
     delta = choice.get("delta")
-    return isinstance(delta, dict) and any(delta.get(key) for key in _TEXT_KEYS)
+    if isinstance(delta, dict):
+        for key in _TEXT_KEYS:
+            if delta.get(key):
+                return True
+    return False
 
 
 def _find_usage(document: dict[str, Any]) -> Usage | None:
     """Return the usage report: at the top, or in the object that responses and messages wrap it in."""
     for key in _USAGE_HOLDERS:
         holder = document if key is None else document.get(key)
-        usage = holder.get("usage") if isinstance(holder, dict) else None
-        if isinstance(usage, dict):
-            return _usage(usage)
+        usage = _usage_in(holder) if isinstance(holder, dict) else None
+        if usage is not None:
+            return usage
     return None
+
+
+def _usage_in(holder: dict[str, Any]) -> Usage | None:
+    usage = holder.get("usage")
+    return _usage(usage) if isinstance(usage, dict) else None
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
