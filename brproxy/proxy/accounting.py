@@ -27,11 +27,11 @@ class Account:
         "_facts",
         "_has_begun",
         "_lease",
-        "_unbooked_events",
         "_usage",
         "dialect",
         "done",
         "plain",
+        "unbooked_events",
         "usage_was_added",
     )
 
@@ -52,7 +52,7 @@ class Account:
         self._counter = StreamCounter(estimator.tokens_per_chunk(facts.model))
         self._usage: Usage | None = None
         self._chunks_reported = 0
-        self._unbooked_events = 0
+        self.unbooked_events = 0
         self._has_begun = False
         self.done = False
         self.plain: PlainEvent | None = None
@@ -78,9 +78,9 @@ class Account:
 
     def count(self, events: int) -> None:
         """Note ``events`` more with tokens."""
-        if not self._unbooked_events:
+        if not self.unbooked_events:
             self._lease.book_later(self._book)
-        self._unbooked_events += events
+        self.unbooked_events += events
 
     def hides(self, facts: EventFacts) -> bool:
         """Tell whether the client must not see an event: it exists only because the proxy asked for it."""
@@ -103,7 +103,7 @@ class Account:
             self._estimator.learn_chunks(model, self._chunks_reported, usage.completion_tokens)
 
     def _book(self) -> None:
-        events, self._unbooked_events = self._unbooked_events, 0
+        events, self.unbooked_events = self.unbooked_events, 0
         if events:
             self._lease.tokens(self._counter.count(events))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from brproxy.engines.plain import PlainEvent
 from brproxy.proxy.accounting import NO_DATA, Account
 from brproxy.proxy.errors import ProxyError, stream_broke_off, worker_silent
-from brproxy.proxy.plain_chunks import plain_chunk_counter
+from brproxy.proxy.plain_chunks import plain_chunk_taker
 from brproxy.proxy.sse import SseSplitter, event_data
 from brproxy.relay.client import Client
 from brproxy.relay.connection import Exchange, WorkerConnection
@@ -76,8 +76,6 @@ class Forwarding(Exchange):
         "_copy",
         "_copy_bytes",
         "_corked",
-        "_count_chunks",
-        "_counted_plain",
         "_framing",
         "_head",
         "_held",
@@ -89,6 +87,8 @@ class Forwarding(Exchange):
         "_path",
         "_request_id",
         "_splitter",
+        "_take_plain",
+        "_taken_plain",
         "_unsent",
         "_write",
         "deadline_s",
@@ -117,8 +117,8 @@ class Forwarding(Exchange):
         self._request_id = request_id
         self._connection: WorkerConnection
         self._head: ResponseHead
-        self._count_chunks: Callable[[bytes], int]
-        self._counted_plain: PlainEvent | None = None
+        self._taken_plain: PlainEvent | None = None
+        self._take_plain: Callable[[bytes], bool] | None = None
         self._framing = Framing.NONE
         self._chunked = False
         self._splitter: SseSplitter
@@ -149,7 +149,7 @@ class Forwarding(Exchange):
         """Leave; a response that is not complete is abandoned with its connection."""
         # These refer to this object, and all that the request held would wait for the garbage collector:
         # every new request would be written to memory that no cache holds, and others wait while it collects.
-        self.receive, self.take_chunks = _ignore, None
+        self.receive, self.take_chunks, self._take_plain = _ignore, None, None
         self._client.finish()
         if not self.outcome.done() or self.outcome.cancelled():
             self._connection.abandon()
@@ -273,15 +273,15 @@ class Forwarding(Exchange):
 
     # The three ways through, and the tunnel.
 
-    def _plain_chunks(self, data: bytes) -> bool:
-        """See Exchange.take_chunks. Plain chunks pass as they came: the parser need not see whole chunks."""
-        events = self._count_chunks(data)
-        if not events:
-            return False
+    def _pass_plain(self, data: bytes, events: int) -> None:
+        """Pass on plain chunks as they came: the parser need not see whole chunks."""
         self.progressed = True
-        self._account.count(events)
+        account = self._account
+        if account.unbooked_events:
+            account.unbooked_events += events
+        else:
+            account.count(events)
         self._write(data)
-        return True
 
     def _stream(self, payload: bytes) -> None:
         """Pass on a read of a stream: plain events after a glance, all others after a close look."""
@@ -333,10 +333,10 @@ class Forwarding(Exchange):
         if plain is None or not self._is_whole or not self._chunked or self._corked:
             self.take_chunks = None
             return
-        if plain is not self._counted_plain:
-            self._counted_plain = plain
-            self._count_chunks = plain_chunk_counter(plain)
-        self.take_chunks = self._plain_chunks
+        if plain is not self._taken_plain:
+            self._taken_plain = plain
+            self._take_plain = plain_chunk_taker(plain, self._pass_plain)
+        self.take_chunks = self._take_plain
 
     def _end_stream(self) -> bool:
         """Pass on what is left of a stream; return whether it is whole."""

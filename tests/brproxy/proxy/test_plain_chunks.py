@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.engines.plain import PlainEvent
-from brproxy.proxy.plain_chunks import plain_chunk_counter
+from brproxy.proxy.plain_chunks import plain_chunk_taker
 from brproxy.relay.framing import ONE_CHUNK_BYTES_MAX
 from tests.brproxy.engines.test_plain import EVENTS, chunk_event
 from tests.brproxy.wire import as_chunk
@@ -14,7 +14,13 @@ LEARNT = st.sampled_from(["", "a", " two words", "ff\r\n", "1" * 300]).map(chunk
 PAYLOADS = st.one_of(
     LEARNT, LEARNT, LEARNT, EVENTS, st.just(b": ping\n\n"), st.tuples(LEARNT, LEARNT).map(b"".join)
 )
-count = plain_chunk_counter(PLAIN)
+
+
+def count(data):
+    taken = []
+    took = plain_chunk_taker(PLAIN, lambda *call: taken.append(call))(data)
+    assert [of for of, _ in taken] == ([data] if took else [])
+    return sum(chunks for _, chunks in taken)
 
 
 def one_by_one(data):
