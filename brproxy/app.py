@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import signal
-import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,13 +15,14 @@ import numpy as np
 from aiohttp import web
 
 from brproxy.clock import MonotonicClock
-from brproxy.config import Config, Listen, Worker
+from brproxy.config import Config, Worker
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.health import GroupHealth, HealthThresholds
 from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.listening import start_listening
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
@@ -37,17 +36,12 @@ from brproxy.relay.watch import Watch
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state, save_state
 from brproxy.telemetry.metrics import Metrics
-from brproxy.types import InvalidInputError
 
 log = logging.getLogger(__name__)
 
 
 _GC_THRESHOLD = 20_000
 """Container objects more than at the last collection that start one; Python's own 700 is a few requests."""
-
-
-class ListenError(InvalidInputError):
-    """The proxy cannot listen where the configuration says."""
 
 
 def build_group(config: Config, name: str, workers: list[Worker], seed: np.random.SeedSequence) -> Group:
@@ -175,7 +169,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         await runner.setup()
         if config.health.enabled:
             await prober.start()
-        port = await _listen(runner, config)
+        port = await start_listening(runner, config.listen)
         yield RunningProxy(service, handlers, port)
         handlers.pages.draining = True
     finally:
@@ -208,35 +202,6 @@ def _save_state(config: Config, service: Service) -> None:
 
 def _predictors(fleet: Fleet) -> dict[str, AnyPredictor]:
     return {group.name: group.dispatcher.predictor for group in fleet.groups}
-
-
-async def _listen(runner: web.ServerRunner, config: Config) -> int:
-    listen = config.listen
-    context = _tls_context(listen)
-    try:
-        site = web.TCPSite(runner, listen.host, listen.port, backlog=listen.backlog, ssl_context=context)
-        await site.start()
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        msg = f"listen: cannot listen on {listen.host}:{listen.port}: {reason}; choose a free port"
-        raise ListenError(msg) from error
-    port: int = runner.addresses[0][1]
-    return port
-
-
-def _tls_context(listen: Listen) -> ssl.SSLContext | None:
-    """Return what HTTPS needs, None for plain HTTP; raises ListenError."""
-    if not listen.tls_certificate_file:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(listen.tls_certificate_file, listen.tls_key_file or None)
-    except (OSError, ssl.SSLError) as error:
-        reason = error.strerror or error
-        chain = listen.tls_certificate_file
-        msg = f"listen.tls_certificate_file: {chain!r} or its key cannot be used: {reason}"
-        raise ListenError(msg) from error
-    return context
 
 
 async def serve(config: Config) -> None:

@@ -33,6 +33,13 @@ class Listen(Section):
     backlog: int = Field(
         default=1024, ge=1, description="Connections that may wait to be accepted (connections)."
     )
+    accepts_per_turn: int = Field(
+        default=32,
+        ge=1,
+        le=256,
+        description="Connections accepted in one turn of the event loop: that many descriptors listen "
+        "(connections).",
+    )
     tls_certificate_file: str = Field(
         default="", description="Certificate chain (PEM): clients speak HTTPS; empty: plain HTTP."
     )

@@ -5,7 +5,7 @@ import ssl
 import pytest
 import trustme
 
-from brproxy.app import ListenError
+from brproxy.listening import ListenError
 
 CHAT = "/v1/chat/completions"
 ASK = {"model": "emulated", "stream": True, "messages": [{"role": "user", "content": "x"}], "max_tokens": 5}
