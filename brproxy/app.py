@@ -26,10 +26,9 @@ from brproxy.listening import start_listening
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
-from brproxy.proxy.forwarding import RelayLimits
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.prober import Prober, ProbeSettings
-from brproxy.proxy.service import GroupService, Service, ServiceLimits
+from brproxy.proxy.service import GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.client import RelayServer
 from brproxy.relay.pool import PoolSettings, WorkerPool
 from brproxy.relay.watch import Watch

@@ -83,6 +83,8 @@ class StreamCounter:
     What it returns are integers that add up: the sum of all increments is always the rounded count.
     """
 
+    __slots__ = ("_booked_tokens", "_chunks_since", "_reported_tokens", "_tokens_per_chunk", "chunks")
+
     def __init__(self, tokens_per_chunk: float) -> None:
         self._tokens_per_chunk = tokens_per_chunk
         self._reported_tokens = 0

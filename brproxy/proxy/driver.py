@@ -138,6 +138,8 @@ class Lease:
     left is CANCEL; any other exception is FAIL. A request that expired while it waited has ended already.
     """
 
+    __slots__ = ("_driver", "_ledger", "_outcome", "entry")
+
     def __init__(self, driver: GroupDriver, entry: Entry) -> None:
         self._driver = driver
         self._ledger = driver.group.dispatcher.ledger

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from brproxy.engines.plain import PlainEvent
-from brproxy.proxy.accounting import NO_DATA, Account
+from brproxy.proxy.accounting import Account
 from brproxy.proxy.errors import ProxyError, stream_broke_off, worker_silent
+from brproxy.proxy.events import HELD_BYTES_MAX, EventReader
 from brproxy.proxy.plain_chunks import plain_chunk_taker
-from brproxy.proxy.sse import SseSplitter, event_data
+from brproxy.proxy.service import RelayLimits
 from brproxy.relay.client import Client
 from brproxy.relay.connection import Exchange, WorkerConnection
 from brproxy.relay.errors import BrokenResponseError, ClientGoneError, WorkerFailedError
@@ -33,18 +33,6 @@ from brproxy.relay.framing import (
 )
 from brproxy.relay.response import ResponseHead
 from brproxy.types import BrproxyError
-
-_HELD_BYTES_MAX = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class RelayLimits:
-    """Limits of one response: seconds of silence, bytes of an event looked into and of a reply kept."""
-
-    first_byte_s: float
-    stall_s: float
-    event_bytes_max: int
-    response_parse_bytes_max: int
 
 
 class WorkerRefusedError(BrproxyError):
@@ -65,7 +53,8 @@ class Forwarding(Exchange):
 
     ``outcome`` is done when the response is complete, or fails with WorkerFailedError or WorkerRefusedError
     while the client has seen nothing, ProxyError when the worker stayed silent or broke off (the client has
-    been told), ClientGoneError when the client stopped reading.
+    been told), ClientGoneError when the client stopped reading. ``on_commit`` is called when a stream begins
+    to reach the client: the request is not sent again.
     """
 
     __slots__ = (
@@ -76,17 +65,19 @@ class Forwarding(Exchange):
         "_copy",
         "_copy_bytes",
         "_corked",
+        "_events",
         "_framing",
         "_head",
         "_held",
+        "_is_framed",
         "_is_refusal",
         "_is_stream",
         "_is_tunnel",
         "_is_whole",
         "_limits",
+        "_on_commit",
         "_path",
         "_request_id",
-        "_splitter",
         "_take_plain",
         "_taken_plain",
         "_unsent",
@@ -108,6 +99,7 @@ class Forwarding(Exchange):
         path: str,
         bodiless: bool,
         request_id: bytes,
+        on_commit: Callable[[], None],
     ) -> None:
         super().__init__(bodiless=bodiless)
         self._client = client
@@ -115,14 +107,16 @@ class Forwarding(Exchange):
         self._limits = limits
         self._path = path
         self._request_id = request_id
+        self._on_commit = on_commit
         self._connection: WorkerConnection
         self._head: ResponseHead
         self._taken_plain: PlainEvent | None = None
         self._take_plain: Callable[[bytes], bool] | None = None
         self._framing = Framing.NONE
         self._chunked = False
-        self._splitter: SseSplitter
+        self._events: EventReader
         self._is_stream = False
+        self._is_framed = False
         self._is_refusal = False
         self._is_tunnel = False
         # Between two events of a stream, and the client has had all of it.
@@ -175,7 +169,8 @@ class Forwarding(Exchange):
         media_type = b"" if head.is_encoded or self.bodiless else head.media_type
         if media_type == b"text/event-stream":
             self._is_stream = True
-            self._splitter = SseSplitter(self._limits.event_bytes_max)
+            self._is_framed = head.chunked or head.length is not None
+            self._events = EventReader(self._account, self._limits.event_bytes_max)
             self.receive = self._stream
         else:
             if media_type == b"application/json" and head.status < 300:
@@ -295,41 +290,21 @@ class Forwarding(Exchange):
         self._pass(payload)
 
     def _stream_exactly(self, payload: bytes) -> None:
-        account = self._account
-        events = self._splitter.feed(payload)
-        plain_events = 0
-        for position, event in enumerate(events):
-            if account.plain is not None and account.plain.matches(event):
-                plain_events += 1
-                self._held += event
-                continue
-            if plain_events:
-                account.count(plain_events)
-                plain_events = 0
-            facts = account.look(event)
-            if not self.is_committed and facts.refused:
-                # The head says 200, but this and what follows is kept like the body of any refusal.
-                self._held += b"".join(events[position:]) + self._splitter.tail
-                self._is_refusal = True
-                self.receive = self._hold
-                return
-            if facts.usage_only and account.hides(facts):
-                # Only the event: blank lines before it are the worker's own.
-                self._held += event[: -len(event.lstrip(b"\r\n"))]
-            else:
-                self._held += event
-            # Comments may come before the first data, which alone tells if it was taken.
-            if not self.is_committed and (facts is not NO_DATA or len(self._held) > _HELD_BYTES_MAX):
+        events = self._events
+        events.read(payload)
+        if events.is_refused:
+            # The head says 200, but this and what follows is kept like the body of any refusal.
+            self._is_refusal, self._held, self.receive = True, events.take(), self._hold
+            return
+        if events.is_taken:
+            if not self.is_committed:
                 self._commit()
-        if plain_events:
-            account.count(plain_events)
-        if self.is_committed:
-            self._pass_held()
-        self._expect_plain(account.plain)
+            self._pass(events.take())
+        self._expect_plain(self._account.plain)
 
     def _expect_plain(self, plain: PlainEvent | None) -> None:
         """Note what the next read is likely to be."""
-        self._is_whole = self.is_committed and not self._splitter.tail
+        self._is_whole = self._events.is_between
         if plain is None or not self._is_whole or not self._chunked or self._corked:
             self.take_chunks = None
             return
@@ -340,27 +315,15 @@ class Forwarding(Exchange):
 
     def _end_stream(self) -> bool:
         """Pass on what is left of a stream; return whether it is whole."""
-        tail = self._splitter.tail
-        if not self._ends_properly(tail):
+        events = self._events
+        if not self._is_framed and not events.ends_properly(self._path):
             self.lost(BrokenResponseError("the stream ended without [DONE]"))
             return False
-        if tail and self._account.hides(self._account.look(tail)):
-            tail = b""
-        self._held += tail
+        events.end()
         if not self.is_committed:
             self._commit()
-        self._pass_held()
+        self._pass(events.take())
         return True
-
-    def _ends_properly(self, tail: bytes) -> bool:
-        """Tell whether a stream that ends with ``tail``, behind its last event, is whole."""
-        head, account = self._head, self._account
-        if head.chunked or head.length is not None or account.done:
-            return True
-        # Where only the end of the connection frames it, [DONE] alone shows that it is whole. What breaks off
-        # is not booked: an event that is not whole must not keep the request from another worker.
-        dialect = account.dialect
-        return not dialect.ends_with_done(self._path) or dialect.read_event(event_data(tail) or b"").done
 
     def _reply(self, payload: bytes) -> None:
         self.progressed = True
@@ -376,7 +339,7 @@ class Forwarding(Exchange):
 
     def _hold(self, payload: bytes) -> None:
         self.progressed = True
-        if len(self._held) < _HELD_BYTES_MAX:
+        if len(self._held) < HELD_BYTES_MAX:
             self._held += payload
 
     def _from_tunnel(self, data: bytes) -> None:
@@ -399,6 +362,10 @@ class Forwarding(Exchange):
         self._chunked = self._framing is Framing.CHUNKED
         if self._framing is Framing.UNTIL_CLOSE:
             client.keep_alive = False
+        if self._is_stream:
+            # A stream takes minutes: a thousand of them should not hold what nobody needs.
+            self._on_commit()
+            del self._head
         more = b"" if REQUEST_ID in head.known else b"X-Request-Id: %b\r\n" % self._request_id
         client.begin()
         self.is_committed = True
@@ -407,14 +374,10 @@ class Forwarding(Exchange):
             head, self._framing, keep_alive=client.keep_alive, http10=client.is_http10, more=more
         )
 
-    def _pass_held(self) -> None:
-        held = self._held
-        if held:
-            self._held = b""
-            self._pass(held)
-
     def _pass(self, payload: bytes) -> None:
-        self._unsent += chunk(payload) if self._chunked else payload
+        # Without bytes there is nothing to frame: an empty chunk would be the end.
+        if payload:
+            self._unsent += chunk(payload) if self._chunked else payload
         if not self._corked:
             self._flush()
 

@@ -61,9 +61,14 @@ class Handlers:
                 path, media_type, upload.beginning or b"", hashes=self._service.hash_prompts
             )
             group = self._service.choose(facts.model or _model_in_path(path))
+            request_id = fields.known.get(REQUEST_ID) or self._ids.next()
             with group.driver.admit(self._pending(facts)) as lease:
                 attempts = Attempts(self._service, group, lease, facts, upload)
-                await attempts.run(request, client, fields, self._ids)
+                lines = _lines_for_worker(fields, request_id, client)
+                lines += upload.framing(request.method)
+                # The frame stays as long as the stream.
+                del fields
+                await attempts.run(request, client, lines, request_id)
         except ClientGoneError:
             client.keep_alive = False
         except (ProxyError, BrproxyError) as error:
@@ -127,16 +132,12 @@ class Attempts:
         if self._usage_was_added:
             upload.beginning = group.dialect.ask_usage(upload.beginning or b"")
 
-    async def run(self, request: web.BaseRequest, client: Client, fields: Fields, ids: RequestIds) -> None:
-        """Answer the client; raises ProxyError when nobody can, ClientGoneError when it has left."""
+    async def run(self, request: web.BaseRequest, client: Client, lines: bytes, request_id: bytes) -> None:
+        """Answer the client; raises ProxyError when nobody can, ClientGoneError when it has left.
+
+        ``lines`` are the header fields that a worker gets, its own name apart.
+        """
         retries_left = self._service.limits.retries_max
-        request_id = fields.known.get(REQUEST_ID) or ids.next()
-        lines = fields.lines
-        if REQUEST_ID not in fields.known:
-            lines += b"X-Request-Id: %b\r\n" % request_id
-        if client.wants_upgrade:
-            lines += upgrade_lines(fields)
-        lines += self._upload.framing(request.method)
         while True:
             worker = self._lease.worker_now()
             if worker is None:
@@ -165,7 +166,7 @@ class Attempts:
     ) -> None:
         """Send the request on a kept connection, on a new one if the worker has closed that."""
         service, upload = self._service, self._upload
-        head = request_head(request.method, origin_form(request.raw_path), pool.host_field, lines)
+        target = origin_form(request.raw_path)
         # What cannot be sent twice does not go where it may find a closed door.
         connection = pool.take_idle() if upload.is_whole else None
         while True:
@@ -186,8 +187,11 @@ class Attempts:
                 path=request.path,
                 bodiless=request.method == "HEAD",
                 request_id=request_id,
+                on_commit=upload.forget,
             )
+            head = request_head(request.method, target, pool.host_field, lines)
             exchange.send(connection, head + upload.framed_beginning(), whole=upload.is_whole)
+            del head
             service.watch.add(exchange)
             try:
                 if not upload.is_whole:
@@ -217,12 +221,20 @@ class RequestIds:
     """Ids for requests whose client sent none: unique to this process and the request."""
 
     def __init__(self) -> None:
-        self._process = secrets.token_hex(8)
+        self._process = secrets.token_hex(8).encode()
         self._numbers = itertools.count(1)
 
     def next(self) -> bytes:
         """Return an id that was never returned before."""
-        return f"{self._process}{next(self._numbers):08x}".encode()
+        return b"%b%08x" % (self._process, next(self._numbers))
+
+
+def _lines_for_worker(fields: Fields, request_id: bytes, client: Client) -> bytes:
+    """Return the header fields that a worker gets, but for its name and what frames the body."""
+    lines = fields.lines
+    if REQUEST_ID not in fields.known:
+        lines += b"X-Request-Id: %b\r\n" % request_id
+    return lines + upgrade_lines(fields) if client.wants_upgrade else lines
 
 
 def _pass_refusal(client: Client, refusal: WorkerRefusedError, method: str) -> None:

@@ -19,7 +19,6 @@ def plain_chunk_taker(plain: PlainEvent, took: Callable[[bytes, int], None]) -> 
     prefix, _, suffix, _ = plain
     suffix += b"\r\n"
     suffix_bytes = len(suffix)
-    count = _counter(prefix, suffix)
 
     def take(data: bytes) -> bool:
         # Nearly always it is one chunk: then its length tells what it must begin with.
@@ -34,7 +33,7 @@ def plain_chunk_taker(plain: PlainEvent, took: Callable[[bytes, int], None]) -> 
             ):
                 took(data, 1)
                 return True
-        chunks = count(data)
+        chunks = _count(data, prefix, suffix)
         if chunks:
             took(data, chunks)
         return chunks > 0
@@ -42,25 +41,21 @@ def plain_chunk_taker(plain: PlainEvent, took: Callable[[bytes, int], None]) -> 
     return take
 
 
-def _counter(prefix: bytes, suffix: bytes) -> Callable[[bytes], int]:
-    """Return a function that tells how many such chunks a read is; 0 if anything else is in it."""
+def _count(data: bytes, prefix: bytes, suffix: bytes) -> int:
+    """Return how many such chunks a read is; 0 if anything else is in it."""
     prefix_bytes, suffix_bytes = len(prefix), len(suffix)
-
-    def count(data: bytes) -> int:
-        chunks = start = 0
-        while start < len(data):
-            event_starts = data.find(b"\n", start) + 1
-            text_ends = data.find(b'"', event_starts + prefix_bytes)
-            chunk_bytes = text_ends + suffix_bytes - start
-            if (
-                not data.startswith(suffix, text_ends)
-                or not data.startswith(prefix, event_starts)
-                or chunk_bytes > ONE_CHUNK_BYTES_MAX
-                or not data.startswith(SIZE_LINES[chunk_bytes], start)
-            ):
-                return 0
-            start += chunk_bytes
-            chunks += 1
-        return chunks
-
-    return count
+    chunks = start = 0
+    while start < len(data):
+        event_starts = data.find(b"\n", start) + 1
+        text_ends = data.find(b'"', event_starts + prefix_bytes)
+        chunk_bytes = text_ends + suffix_bytes - start
+        if (
+            not data.startswith(suffix, text_ends)
+            or not data.startswith(prefix, event_starts)
+            or chunk_bytes > ONE_CHUNK_BYTES_MAX
+            or not data.startswith(SIZE_LINES[chunk_bytes], start)
+        ):
+            return 0
+        start += chunk_bytes
+        chunks += 1
+    return chunks

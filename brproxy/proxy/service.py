@@ -11,7 +11,6 @@ from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
-from brproxy.proxy.forwarding import RelayLimits
 from brproxy.relay.pool import WorkerPool
 from brproxy.relay.watch import Watch
 from brproxy.telemetry.metrics import Metrics
@@ -37,6 +36,16 @@ class ServiceLimits:
     body_bytes_max: int
     upload_bytes_max: int
     control_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLimits:
+    """Limits of one response: seconds of silence, bytes of an event looked into and of a reply kept."""
+
+    first_byte_s: float
+    stall_s: float
+    event_bytes_max: int
+    response_parse_bytes_max: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ class SseSplitter:
     more than that and one chunk.
     """
 
+    __slots__ = ("_event_bytes_max", "_oversized", "tail")
+
     def __init__(self, event_bytes_max: int) -> None:
         self._event_bytes_max = event_bytes_max
         self._oversized = False

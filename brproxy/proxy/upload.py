@@ -15,7 +15,7 @@ from aiohttp.streams import StreamReader
 from brproxy.proxy import errors
 from brproxy.proxy.forwarding import Forwarding
 from brproxy.proxy.service import ServiceLimits
-from brproxy.relay.client import body_so_far, continue_upload
+from brproxy.relay.client import body_so_far, continue_upload, forget_body
 from brproxy.relay.connection import WorkerConnection
 from brproxy.relay.framing import chunk, last_chunk
 from brproxy.relay.request import CHUNKED, body_length
@@ -31,10 +31,11 @@ class Upload:
     on to a worker, so that the request cannot be repeated.
     """
 
-    __slots__ = ("_bytes_max", "_content", "_length", "beginning", "is_spent", "is_whole")
+    __slots__ = ("_bytes_max", "_content", "_length", "_request", "beginning", "is_spent", "is_whole")
 
     def __init__(
         self,
+        request: web.BaseRequest,
         beginning: bytes | None,
         *,
         is_whole: bool = True,
@@ -42,6 +43,7 @@ class Upload:
         length: int | None = None,
         bytes_max: int = 0,
     ) -> None:
+        self._request = request
         self.beginning = beginning
         self.is_whole = is_whole
         self.is_spent = False
@@ -59,6 +61,13 @@ class Upload:
         """Return what was read, as it goes out."""
         beginning = self.beginning or b""
         return beginning if self.is_whole else self._framed(beginning)
+
+    def forget(self) -> None:
+        """Let go of a body that is not sent again: a prompt may be large, and its stream take minutes."""
+        if self.is_whole:
+            self.is_spent = True
+            self.beginning = None
+            forget_body(self._request)
 
     async def pass_on(self, connection: WorkerConnection, exchange: Forwarding) -> None:
         """Send the rest as the client sends it, no faster than the worker reads; stops at an outcome.
@@ -107,9 +116,9 @@ class Upload:
 def whole_upload(request: web.BaseRequest, limits: ServiceLimits) -> Upload | None:
     """Return the body if it has come as a whole already, as that of the usual request has; else None."""
     if not request.body_exists:
-        return Upload(None)
+        return Upload(request, None)
     body = body_so_far(request)
-    return None if body is None or len(body) > limits.body_bytes_max else Upload(body)
+    return None if body is None or len(body) > limits.body_bytes_max else Upload(request, body)
 
 
 async def read_upload(request: web.BaseRequest, media_type: str, limits: ServiceLimits) -> Upload:
@@ -119,7 +128,7 @@ async def read_upload(request: web.BaseRequest, media_type: str, limits: Service
     may_be_json = not media_type or "json" in media_type
     if may_be_json or (length is not None and length <= READ_BYTES_MAX):
         try:
-            return Upload(await request.read())
+            return Upload(request, await request.read())
         except web.HTTPRequestEntityTooLarge as error:
             raise errors.body_too_large(limits.body_bytes_max) from error
     if length is not None and length > limits.upload_bytes_max:
@@ -129,6 +138,7 @@ async def read_upload(request: web.BaseRequest, media_type: str, limits: Service
     while len(beginning) < READ_BYTES_MAX and not content.at_eof():
         beginning += await content.readany()
     return Upload(
+        request,
         bytes(beginning),
         is_whole=content.at_eof(),
         content=content,

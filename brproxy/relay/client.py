@@ -12,6 +12,7 @@ past its writer. That leans on:
   access log; no error page coming behind a response that has begun, which ``writer.output_size`` tells; the
   writer keeping nothing back; ``writer.drain`` waiting for ``resume_writing``.
 * ``BaseRequest._message.upgrade``, and parsing on behind an upgrade that is not made.
+* ``BaseRequest._read_bytes`` being what ``read`` keeps of a body.
 * ``StreamReader.is_eof``, ``total_bytes`` and ``_buffer`` of a body that has come, as one up to
   ``_LOOKED_AT_BYTES_MAX`` does though nobody reads it, and which need not be read for the next request to be
   parsed; only what ``body_exists`` is true of has a buffer.
@@ -242,6 +243,14 @@ def body_so_far(request: web.BaseRequest) -> bytes | None:
     if content.is_eof() and content.total_bytes <= _LOOKED_AT_BYTES_MAX:
         return b"".join(content._buffer)  # noqa: SLF001 - see above
     return None
+
+
+def forget_body(request: web.BaseRequest) -> None:
+    """Free the body, which has come as a whole; nobody reads it again."""
+    if request._read_bytes is not None:  # noqa: SLF001 - what ``read`` returned, kept for a second call
+        request._read_bytes = None  # noqa: SLF001
+    if request.body_exists:
+        request.content._buffer.clear()  # noqa: SLF001 - what ``body_so_far`` has looked at
 
 
 async def continue_upload(request: web.BaseRequest) -> None:

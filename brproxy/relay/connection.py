@@ -237,7 +237,9 @@ class WorkerConnection(asyncio.Protocol):
         exchange.head(parser.head)
         if parser.complete:
             self._complete(exchange, piece)
-        elif piece:
+            return
+        parser.forget_fields()
+        if piece:
             exchange.receive(piece)
 
     def _complete(self, exchange: Exchange, piece: bytes) -> None:

@@ -20,6 +20,8 @@ _FINAL = int(HTTPStatus.OK)
 _UPGRADED = int(HTTPStatus.SWITCHING_PROTOCOLS)
 _NO_BODY = frozenset({int(HTTPStatus.NO_CONTENT), int(HTTPStatus.NOT_MODIFIED)})
 
+_NOTHING_KNOWN: dict[bytes, bytes] = {}
+
 _READ_BYTES_MAX = 1 << 18
 """Event loops hand over at most this much at once; a head may be complete only at its end."""
 
@@ -51,6 +53,10 @@ class ResponseHead(NamedTuple):
     def with_length(self, length: int) -> ResponseHead:
         """Return the head of a response whose body has ``length`` bytes."""
         return self._replace(length=b"%d" % length, chunked=False)
+
+    def framing_only(self) -> ResponseHead:
+        """Return a head without fields that frames the body in the same way."""
+        return ResponseHead(self.status, b"", b"", _NOTHING_KNOWN, self.length, self.chunked)
 
     @property
     def has_no_body(self) -> bool:
@@ -163,6 +169,11 @@ class ResponseParser:
         """Tell whether the end of the connection now is the end of the response."""
         head = self.head
         return head is not None and not self.complete and not head.chunked and head.length is None
+
+    def forget_fields(self) -> None:
+        """Keep of ``head``, which somebody has taken, what frames the body."""
+        if self.head is not None:
+            self.head = self.head.framing_only()
 
     def _end_without_body(self, *, overrun: bool) -> bytes:
         if not self.complete:

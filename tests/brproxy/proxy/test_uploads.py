@@ -1,6 +1,8 @@
 """Bodies that clients send, over real sockets: in chunks, large, slow, too large, answered early."""
 
 import asyncio
+import gc
+import tracemalloc
 
 import orjson
 import pytest
@@ -236,4 +238,34 @@ async def test_leaving_in_mid_upload(more, raw_worker, start_proxy, raw, noting,
     await until(lambda: worker.requests)
     client.writer.transport.abort()
     await until(lambda: worker.ended == 1)
+    await proxy.idle()
+
+
+@pytest.mark.parametrize("prompt_bytes", [60_000, MIB], ids=["looked at", "read"])
+async def test_a_prompt_is_not_kept_while_its_stream_runs(prompt_bytes, raw_worker, start_proxy, raw, until):
+    streams = 8
+    event = b'data: {"choices":[{"index":0,"delta":{"content":" x"}}]}\n\n'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    may_end = asyncio.Event()
+
+    async def script(worker, reader, writer):
+        await worker.read_request(reader)
+        writer.write(head + as_chunk(event))
+        await may_end.wait()
+        writer.write(as_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    proxy = await start_proxy([(await raw_worker(script)).url])
+    clients = [await raw(proxy) for _ in range(streams)]
+    tracemalloc.start()
+    try:
+        for client in clients:
+            client.send(post(CHAT, b'{"model":"m","stream":true,"prompt":"%b"}' % (b"x" * prompt_bytes)))
+        for client in clients:
+            await client.reader.readuntil(b'x"}}]}\n\n')
+        gc.collect()
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < streams * prompt_bytes / 2
+    may_end.set()
     await proxy.idle()

@@ -1,0 +1,86 @@
+"""The events of one stream on their way to the client: read for the account, held until all is clear. Pure.
+
+An engine may refuse a request with status 200 and say so in the first event, so nothing goes out before
+that; an event goes out when it is whole; and a usage report that only the proxy asked for does not go out.
+"""
+
+from __future__ import annotations
+
+from brproxy.proxy.accounting import NO_DATA, Account
+from brproxy.proxy.sse import SseSplitter, event_data
+
+HELD_BYTES_MAX = 1 << 20
+"""What is held of a response while nobody knows what it is."""
+
+
+class EventReader:
+    """Reads a stream for ``account``; ``take`` hands out what the client gets of it.
+
+    ``is_taken``: the worker has taken the request, or more has come than is held to see whether it has.
+    ``is_refused``: it has not, and what came so far is held.
+    """
+
+    __slots__ = ("_account", "_held", "_splitter", "is_refused", "is_taken")
+
+    def __init__(self, account: Account, event_bytes_max: int) -> None:
+        self._account = account
+        self._splitter = SseSplitter(event_bytes_max)
+        self._held = b""
+        self.is_taken = False
+        self.is_refused = False
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the last event that has come is whole, and known to be worth passing on."""
+        return self.is_taken and not self._splitter.tail
+
+    def read(self, payload: bytes) -> None:
+        """Take in bytes of the stream."""
+        account = self._account
+        events = self._splitter.feed(payload)
+        plain_events = 0
+        for position, event in enumerate(events):
+            if account.plain is not None and account.plain.matches(event):
+                plain_events += 1
+                self._held += event
+                continue
+            # Before a report of all tokens so far, which the next event may be.
+            if plain_events:
+                account.count(plain_events)
+                plain_events = 0
+            facts = account.look(event)
+            if facts.refused and not self.is_taken:
+                self._held += b"".join(events[position:]) + self._splitter.tail
+                self.is_refused = True
+                return
+            if facts.usage_only and account.hides(facts):
+                # Only the event: blank lines before it are the worker's own.
+                self._held += event[: -len(event.lstrip(b"\r\n"))]
+            else:
+                self._held += event
+            # Comments may come before the first data, which alone tells if it was taken.
+            if facts is not NO_DATA or len(self._held) > HELD_BYTES_MAX:
+                self.is_taken = True
+        if plain_events:
+            account.count(plain_events)
+
+    def take(self) -> bytes:
+        """Return what goes on to the client, b"" for nothing yet."""
+        held, self._held = self._held, b""
+        return held
+
+    def ends_properly(self, path: str) -> bool:
+        """Tell whether a stream of ``path`` that only the connection's end frames is whole now."""
+        if self._account.done:
+            return True
+        # [DONE] alone shows it. What breaks off is not booked: an event that is not whole must not keep the
+        # request from another worker.
+        dialect = self._account.dialect
+        last = event_data(self._splitter.tail) or b""
+        return not dialect.ends_with_done(path) or dialect.read_event(last).done
+
+    def end(self) -> None:
+        """Take what is left for an event: there is no more."""
+        tail = self._splitter.tail
+        if tail and not self._account.hides(self._account.look(tail)):
+            self._held += tail
