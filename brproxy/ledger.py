@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from operator import sub
 from typing import NoReturn, cast
 
 import numpy as np
@@ -75,7 +76,6 @@ class Ledger:
         ]
         self._slots_total = sum(self._slots)
         self._kv_capacity_max = max(self._kv_capacity)
-        self._kv_is_limited = min(self._kv_capacity) < KV_UNLIMITED_TOKENS
         self._kv_tokens = [0] * len(workers)
         self._requests = [0] * len(workers)
         self._ids = cast("Iterator[RequestId]", count())
@@ -193,15 +193,19 @@ class Ledger:
         counts for the envelope. Without ``late_binding`` slots and KV room are unlimited, because the
         worker queues what it cannot run.
         """
-        kv_free = [KV_UNLIMITED_TOKENS] * len(routable)
         if late_binding:
-            slots = zip(self._slots, self._requests, routable, strict=True)
-            slots_free = [most - taken if ok and most > taken else 0 for most, taken, ok in slots]
-            if self._kv_is_limited:
-                kv_tokens = zip(self._kv_capacity, self._kv_tokens, strict=True)
-                kv_free = [most - taken if most > taken else 0 for most, taken in kv_tokens]
+            slots_free = list(map(sub, self._slots, self._requests))
+            kv_free = list(map(sub, self._kv_capacity, self._kv_tokens))
+            # Rare: early binding, or an estimate that was corrected, has given a worker more than it holds.
+            if min(slots_free) < 0:
+                slots_free = [max(slots, 0) for slots in slots_free]
+            if min(kv_free) < 0:
+                kv_free = [max(kv_tokens, 0) for kv_tokens in kv_free]
         else:
-            slots_free = [SLOTS_UNLIMITED if ok else 0 for ok in routable]
+            slots_free = [SLOTS_UNLIMITED] * len(routable)
+            kv_free = [KV_UNLIMITED_TOKENS] * len(routable)
+        if not all(routable):
+            slots_free = [slots if ok else 0 for slots, ok in zip(slots_free, routable, strict=True)]
         # By position, in the order of its fields: this is done for each request.
         return RoundState(
             self._kv_tokens.copy(),
