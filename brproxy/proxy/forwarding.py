@@ -195,9 +195,9 @@ class Forwarding(Exchange):
         if self._chunked:
             self._unsent += last_chunk(trailers)
         self._flush()
+        self._succeed()
         if self._framing is Framing.UNTIL_CLOSE:
             self._client.close()
-        self._succeed()
 
     def upgraded(self, head: ResponseHead, rest: bytes) -> None:
         """See Exchange.upgraded: from here on bytes pass both ways until one side closes."""
@@ -216,8 +216,8 @@ class Forwarding(Exchange):
         """See Exchange.lost."""
         if self._is_tunnel:
             # It has no other end.
-            self._client.close()
             self._succeed()
+            self._client.close()
         elif self.is_committed:
             self._break_off(stream_broke_off())
         elif isinstance(error, WorkerFailedError):
@@ -394,11 +394,16 @@ class Forwarding(Exchange):
             if self._is_stream and self._framing is not Framing.LENGTH:
                 self._pass(error.event())
             self._flush()
+        self._fail(error)
+        if self.is_committed:
             # Without the framing's end: a client that ignores the event still sees a broken response.
             self._client.close()
-        self._fail(error)
 
     def _succeed(self) -> None:
+        """Wake the handler; to be called before the client's connection is closed, as ``_fail`` is.
+
+        Else aiohttp cancels it as if the client had left, and that is how the request would end in the books.
+        """
         if not self.outcome.done():
             self.outcome.set_result(None)
 
