@@ -44,6 +44,10 @@ class Fleet:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
+        self._of_any_model = tuple(group for group in groups if not group.models)
+        models = {model for group in groups for model in group.models}
+        self._of_model = {model: tuple(g for g in groups if g.serves(model)) for model in models}
+        self._of_model[""] = self.groups
 
     @property
     def ready(self) -> bool:
@@ -55,7 +59,7 @@ class Fleet:
 
         A group without a routable worker is the last resort: the request then waits for one to return.
         """
-        serving = [group for group in self.groups if group.serves(model)]
+        serving = self._of_model.get(model, self._of_any_model)
         if not serving:
             known = ", ".join(sorted({name for group in self.groups for name in group.models}))
             msg = f"The model `{model}` does not exist. Models served here: {known}."

@@ -231,11 +231,12 @@ class Ledger:
     ) -> None:
         """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it."""
         entry = self._entries.get(request_id) or _unknown(request_id)
-        if not 0 <= worker < self.workers:
+        if not 0 <= worker < len(self._slots):
             msg = f"there is no worker {worker} among {self.workers}"
             raise LifecycleError(msg)
         entry.state = after(entry.state, Event.BIND)
-        self._leave_pool(request_id)
+        if self._pending.pop(request_id, None) is None:
+            del self._retrying[request_id]
         entry.worker, entry.bound_s, entry.row = worker, now_s, len(self._rows)
         self._rows.append(entry)
         curve, length_max, certain = prospect or _NO_PROSPECT
@@ -314,17 +315,13 @@ class Ledger:
         if state not in TERMINAL:
             msg = f"{event.name} does not end a request"
             raise LifecycleError(msg)
-        if entry.row == NO_ROW:
-            self._leave_pool(request_id)
-        else:
+        if entry.row != NO_ROW:
             self._unbind(entry)
+        elif self._pending.pop(request_id, None) is None:
+            del self._retrying[request_id]
         entry.state = state
         del self._entries[request_id]
         return entry
-
-    def _leave_pool(self, request_id: RequestId) -> None:
-        if self._pending.pop(request_id, None) is None:
-            del self._retrying[request_id]
 
     def _unbind(self, entry: Entry) -> None:
         """Return the entry's load and close its row with the last one."""

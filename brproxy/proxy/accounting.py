@@ -99,7 +99,7 @@ class Account:
         model, usage = self._facts.model, self._usage
         if usage.prompt_tokens is not None and self._facts.prompt_tokens is None:
             self._estimator.learn_prompt(model, self._facts.prompt_bytes, usage.prompt_tokens)
-        if usage.completion_tokens is not None:
+        if usage.completion_tokens is not None and self._chunks_reported:
             self._estimator.learn_chunks(model, self._chunks_reported, usage.completion_tokens)
 
     def _book(self) -> None:

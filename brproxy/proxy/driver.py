@@ -54,11 +54,10 @@ class GroupDriver:
         request_id = self._dispatcher.arrive(request, self.clock.now_s())
         return Lease(self, self._dispatcher.ledger.entry(request_id))
 
-    def decide_now(self, entry: Entry) -> bool:
-        """Decide at once if nobody waits for a tick; return whether ``entry`` is bound now."""
+    def decide_now(self) -> None:
+        """Decide at once if nobody waits for a tick."""
         if self._tick is None:
             self._run_round()
-        return entry.state is State.PREFILL
 
     async def wait(self, entry: Entry) -> WorkerIndex:
         """Wait until ``entry``, which a tick is going to look at, is bound; raises WaitExpiredError."""
@@ -168,7 +167,9 @@ class Lease:
 
     def worker_now(self) -> WorkerIndex | None:
         """Return a worker if one can be had at once, else None: then wait for one."""
-        return self.entry.worker if self._driver.decide_now(self.entry) else None
+        entry = self.entry
+        self._driver.decide_now()
+        return entry.worker if entry.state is State.PREFILL else None
 
     async def worker(self) -> WorkerIndex:
         """Wait for a worker; raises WaitExpiredError."""

@@ -51,23 +51,24 @@ class OpenAIDialect(Dialect):
         document = _parse(body)
         if document is None:
             return RequestFacts()
-        size = prompt_size(document)
+        tokens, text_bytes, prompts = prompt_size(document)
         stream = document.get("stream") is True
-        choices = _first_count(document, "n") or 1
+        model, user, choices = document.get("model"), document.get("user"), document.get("n")
+        sequences = prompts * choices if type(choices) is int and choices > 0 else prompts
         prompt_hash, prefix_hash = prompt_hashes(document) if hashes else (None, None)
         usage_can_be_asked = stream and "stream_options" not in document and self.ends_with_done(path)
         # By position, in the order of RequestFacts: names would cost as much as the tuple.
         return RequestFacts(
-            _text(document.get("model")),
+            model if type(model) is str else "",
             stream,
-            size.tokens if size.tokens and not size.text_bytes else None,
-            size.text_bytes,
-            min(size.prompts * choices, SEQUENCES_MAX),
+            tokens if tokens and not text_bytes else None,
+            text_bytes,
+            min(sequences, SEQUENCES_MAX),
             _first_count(document, *_OUTPUT_LIMIT_KEYS),
             document.get("ignore_eos") is True,
             prompt_hash,
             prefix_hash,
-            _text(document.get("user"))[:_USER_CHARS_MAX],
+            user[:_USER_CHARS_MAX] if type(user) is str else "",
             usage_can_be_asked,
         )
 
