@@ -49,13 +49,17 @@ class Account:
         self._facts = facts
         self._estimator = estimator
         self.usage_was_added = usage_was_added
-        self._counter = StreamCounter(estimator.tokens_per_chunk(facts.model))
+        self._counter: StreamCounter
         self._usage: Usage | None = None
         self._chunks_reported = 0
         self.unbooked_events = 0
         self._has_begun = False
         self.done = False
         self.plain: PlainEvent | None = None
+
+    def expect_stream(self) -> None:
+        """Get ready to ``look`` at events and to ``count`` them."""
+        self._counter = StreamCounter(self._estimator.tokens_per_chunk(self._facts.model))
 
     def look(self, event: bytes) -> EventFacts:
         """Book what one event says and return it."""
@@ -90,7 +94,7 @@ class Account:
         """Book what a complete JSON reply reports; its request ends with it, so its prompt stays as it is."""
         self._usage = usage = self.dialect.read_reply(body)
         if usage is not None and usage.completion_tokens is not None:
-            self._lease.tokens(self._counter.settle(usage.completion_tokens))
+            self._lease.tokens(usage.completion_tokens)
 
     def learn(self) -> None:
         """Learn both ratios from what the complete response reported."""
@@ -108,16 +112,19 @@ class Account:
             self._lease.tokens(self._counter.count(events))
 
     def _settle(self, usage: Usage) -> None:
-        before = self._usage or Usage(None, None)
-        # Some APIs report the prompt in their first event and the output in the last.
-        self._usage = Usage(
-            before.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens,
-            before.completion_tokens if usage.completion_tokens is None else usage.completion_tokens,
-        )
+        before, self._usage = self._usage, usage
+        if before is not None:
+            # Some APIs report the prompt in their first event and the output in the last.
+            self._usage = Usage(
+                before.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens,
+                before.completion_tokens if usage.completion_tokens is None else usage.completion_tokens,
+            )
         if usage.prompt_tokens is not None:
             self._lease.correct_prompt(usage.prompt_tokens)
         if usage.completion_tokens is not None:
-            self._book()
+            counter, events = self._counter, self.unbooked_events
+            self.unbooked_events = 0
+            tokens = counter.count(events)
             # What streams after the last report is no part of it.
-            self._chunks_reported = self._counter.chunks
-            self._lease.tokens(self._counter.settle(usage.completion_tokens))
+            self._chunks_reported = counter.chunks
+            self._lease.tokens(tokens + counter.settle(usage.completion_tokens))

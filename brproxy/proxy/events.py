@@ -23,6 +23,7 @@ class EventReader:
     __slots__ = ("_account", "_held", "_splitter", "is_refused", "is_taken")
 
     def __init__(self, account: Account, event_bytes_max: int) -> None:
+        account.expect_stream()
         self._account = account
         self._splitter = SseSplitter(event_bytes_max)
         self._held = b""
