@@ -96,7 +96,11 @@ class StreamCounter:
         """Count ``chunks`` more chunks; return the tokens to book for them."""
         self.chunks += chunks
         self._chunks_since += chunks
-        return self._book(self._reported_tokens + round(self._chunks_since * self._tokens_per_chunk))
+        # As _book, without the call: this is done for every stream that has grown, before each decision.
+        output_tokens = self._reported_tokens + round(self._chunks_since * self._tokens_per_chunk)
+        increment = output_tokens - self._booked_tokens
+        self._booked_tokens = output_tokens
+        return increment
 
     def settle(self, output_tokens: int) -> int:
         """Take a report of all output so far; return the tokens to book, fewer than zero to take back."""

@@ -262,9 +262,11 @@ class Ledger:
         if entry.row == NO_ROW:
             msg = f"request {request_id} is not bound and cannot grow"
             raise LifecycleError(msg)
-        change = max(tokens, -self._row_output_tokens[entry.row])
-        self._row_output_tokens[entry.row] += change
-        self._row_kv_tokens[entry.row] += change
+        row, change = entry.row, tokens
+        if change < 0:
+            change = max(change, -self._row_output_tokens[row])
+        self._row_output_tokens[row] += change
+        self._row_kv_tokens[row] += change
         self._kv_tokens[entry.worker] += change
 
     def grow_rows(self, rows: BoolArray) -> None:
