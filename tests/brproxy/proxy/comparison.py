@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 from tests.brproxy.proxy.exchanges import CHAT
+from tests.brproxy.proxy.test_sse import reference_data
 from tests.brproxy.wire import Answer, WireError, read_answer
 
 # Written down once more on purpose: what is compared must not take the proxy's word for what it drops.
@@ -28,7 +29,6 @@ USAGE_EVENT = re.compile(
     rb'(?:%b%b)*+data: ?[^\r\n]*"choices":\s*\[\s*\],\s*"usage"[^\r\n]*(?:%b%b)*+%b{2}'
     % (OTHER_LINE, LINE_END, LINE_END, OTHER_LINE, LINE_END)
 )
-DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\](?:[\r\n]|\Z)")
 BLANK_LINE = re.compile(LINE_END + LINE_END)
 ENDS_EVENT = re.compile(rb"(?:\r\n|\n|\r){2}\Z")
 ERROR_EVENT = re.compile(rb'data: \{"error":\{"message":"The worker\'s response broke off [^\n]*\}\}\n\n\Z')
@@ -106,7 +106,12 @@ def compare(exchange, direct, proxied):
     is_stream = streams(exchange, sent.answer)
     by_close = sent.answer is not None and sent.answer.framing == "close"
     is_reset = by_close and exchange.end == "reset"
-    lacks_done = is_stream and by_close and exchange.path == CHAT and not DONE.search(sent.answer.body)
+    lacks_done = (
+        is_stream
+        and by_close
+        and exchange.path == CHAT
+        and b"[DONE]" not in reference_data(sent.answer.body + b"\n\n")
+    )
     if proxied.failure or is_refusal_page(proxied, direct):
         check_break(exchange, sent, got, proxied, is_stream=is_stream)
         if direct.failure:
