@@ -219,7 +219,10 @@ class Ledger:
     # What happens.
 
     def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
-        """Enter a request into the pool."""
+        """Enter a request into the pool; raises InvalidInputError for one that would corrupt the books."""
+        if request.prompt_tokens < 0:
+            msg = f"prompt_tokens must be at least 0, got {request.prompt_tokens}"
+            raise InvalidInputError(msg)
         request_id = next(self._ids)
         entry = Entry(request_id, request, now_s, now_s, prompt_tokens=request.prompt_tokens)
         self._entries[request_id] = entry

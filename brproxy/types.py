@@ -41,12 +41,6 @@ class PendingRequest:
     user: str = ""
     output_tokens_true: int | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse counts that would corrupt the ledger."""
-        if self.prompt_tokens < 0:
-            msg = f"prompt_tokens must be at least 0, got {self.prompt_tokens}"
-            raise InvalidInputError(msg)
-
 
 class Assignment(NamedTuple):
     """One decision: ``request_id`` is bound to ``worker`` for the rest of its life."""

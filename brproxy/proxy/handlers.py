@@ -63,12 +63,12 @@ class Handlers:
             group = self._service.choose(facts.model or _model_in_path(path))
             request_id = fields.known.get(REQUEST_ID) or self._ids.next()
             with group.driver.admit(self._pending(facts)) as lease:
-                attempts = Attempts(self._service, group, lease, facts, upload)
+                attempts = Attempts(self._service, group, lease, facts, upload, path)
                 lines = _lines_for_worker(fields, request_id, client)
-                lines += upload.framing(request.method)
+                lines += upload.framing(client.method)
                 # The frame stays as long as the stream.
                 del fields
-                await attempts.run(request, client, lines, request_id)
+                await attempts.run(client, lines, request_id)
         except ClientGoneError:
             client.keep_alive = False
         except (ProxyError, BrproxyError) as error:
@@ -118,21 +118,28 @@ class Handlers:
 class Attempts:
     """One request's way to a worker: one after another, until one answers or the retries are used up."""
 
-    __slots__ = ("_facts", "_group", "_lease", "_service", "_upload", "_usage_was_added")
+    __slots__ = ("_facts", "_group", "_lease", "_path", "_service", "_upload", "_usage_was_added")
 
     def __init__(
-        self, service: Service, group: GroupService, lease: Lease, facts: RequestFacts, upload: Upload
+        self,
+        service: Service,
+        group: GroupService,
+        lease: Lease,
+        facts: RequestFacts,
+        upload: Upload,
+        path: str,
     ) -> None:
         self._service = service
         self._group = group
         self._lease = lease
         self._facts = facts
         self._upload = upload
+        self._path = path
         self._usage_was_added = facts.usage_can_be_asked and service.ask_usage and upload.is_whole
         if self._usage_was_added:
             upload.beginning = group.dialect.ask_usage(upload.beginning or b"")
 
-    async def run(self, request: web.BaseRequest, client: Client, lines: bytes, request_id: bytes) -> None:
+    async def run(self, client: Client, lines: bytes, request_id: bytes) -> None:
         """Answer the client; raises ProxyError when nobody can, ClientGoneError when it has left.
 
         ``lines`` are the header fields that a worker gets, its own name apart.
@@ -143,7 +150,7 @@ class Attempts:
             if worker is None:
                 worker = await self._lease.worker()
             try:
-                await self._attempt(self._group.pools[worker], request, client, lines, request_id)
+                await self._attempt(self._group.pools[worker], client, lines, request_id)
             except WorkerFailedError as error:
                 self._note_failure(worker, error)
                 if not retries_left or self._upload.is_spent:
@@ -152,7 +159,7 @@ class Attempts:
             except WorkerRefusedError as error:
                 if not retries_left or self._upload.is_spent:
                     self._lease.fail()
-                    _pass_refusal(client, error, request.method)
+                    _pass_refusal(client, error)
                     return
             else:
                 return
@@ -161,12 +168,10 @@ class Attempts:
             self._lease.retry()
             retries_left -= 1
 
-    async def _attempt(
-        self, pool: WorkerPool, request: web.BaseRequest, client: Client, lines: bytes, request_id: bytes
-    ) -> None:
+    async def _attempt(self, pool: WorkerPool, client: Client, lines: bytes, request_id: bytes) -> None:
         """Send the request on a kept connection, on a new one if the worker has closed that."""
         service, upload = self._service, self._upload
-        target = origin_form(request.raw_path)
+        target = origin_form(client.target)
         # What cannot be sent twice does not go where it may find a closed door.
         connection = pool.take_idle() if upload.is_whole else None
         while True:
@@ -184,12 +189,12 @@ class Attempts:
                 account,
                 service.relay_limits,
                 service.watch.loop,
-                path=request.path,
-                bodiless=request.method == "HEAD",
+                path=self._path,
+                bodiless=client.method == "HEAD",
                 request_id=request_id,
                 on_commit=upload.forget,
             )
-            head = request_head(request.method, target, pool.host_field, lines)
+            head = request_head(client.method, target, pool.host_field, lines)
             exchange.send(connection, head + upload.framed_beginning(), whole=upload.is_whole)
             del head
             service.watch.add(exchange)
@@ -237,11 +242,11 @@ def _lines_for_worker(fields: Fields, request_id: bytes, client: Client) -> byte
     return lines + upgrade_lines(fields) if client.wants_upgrade else lines
 
 
-def _pass_refusal(client: Client, refusal: WorkerRefusedError, method: str) -> None:
+def _pass_refusal(client: Client, refusal: WorkerRefusedError) -> None:
     """Send what the worker answered, in its own words."""
-    body = b"" if method == "HEAD" else refusal.body
+    body = b"" if client.method == "HEAD" else refusal.body
     head = refusal.head
-    if method != "HEAD":
+    if client.method != "HEAD":
         head = head.with_length(len(body))
     client.write(
         response_head(head, Framing.LENGTH, keep_alive=client.keep_alive, http10=client.is_http10) + body

@@ -11,7 +11,8 @@ past its writer. That leans on:
 * a response being asked for nothing but ``prepare``, ``write_eof`` and ``keep_alive``, unless there is an
   access log; no error page coming behind a response that has begun, which ``writer.output_size`` tells; the
   writer keeping nothing back; ``writer.drain`` waiting for ``resume_writing``.
-* ``BaseRequest._message.upgrade``, and parsing on behind an upgrade that is not made.
+* ``BaseRequest._message`` being the request as parsed, with ``method``, ``path`` (the target), ``version``,
+  ``should_close`` and ``upgrade``; parsing on behind an upgrade that is not made.
 * ``BaseRequest._read_bytes`` being what ``read`` keeps of a body.
 * ``StreamReader.is_eof``, ``total_bytes`` and ``_buffer`` of a body that has come, as one up to
   ``_LOOKED_AT_BYTES_MAX`` does though nobody reads it, and which need not be read for the next request to be
@@ -137,9 +138,19 @@ def answered(client: Client, drain_s: float) -> web.StreamResponse:
 
 
 class Client:
-    """The client of one request: where its response goes, and what it can read."""
+    """The client of one request: what it asks for, where its response goes, what it can read."""
 
-    __slots__ = ("_protocol", "_request", "has_begun", "is_http10", "keep_alive", "transport", "write")
+    __slots__ = (
+        "_protocol",
+        "_request",
+        "has_begun",
+        "is_http10",
+        "keep_alive",
+        "method",
+        "target",
+        "transport",
+        "write",
+    )
 
     def __init__(self, request: web.BaseRequest) -> None:
         self._request = request
@@ -152,8 +163,12 @@ class Client:
         self.transport: asyncio.Transport = transport
         self.write = transport.write
         self.has_begun = False
-        self.is_http10 = request.version < HttpVersion11
-        self.keep_alive = bool(request.keep_alive)
+        # What the request says of these by itself, a property call for each.
+        message = request._message  # noqa: SLF001
+        self.method: str = message.method
+        self.target: str = message.path
+        self.is_http10 = message.version < HttpVersion11
+        self.keep_alive = not message.should_close
 
     @property
     def wants_upgrade(self) -> bool:

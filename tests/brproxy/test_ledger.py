@@ -164,7 +164,7 @@ def test_impossible_calls_are_refused():
     with pytest.raises(InvalidInputError, match="at least one worker"):
         Ledger([])
     with pytest.raises(InvalidInputError, match="at least 0, got -1"):
-        PendingRequest(-1)
+        ledger.arrive(PendingRequest(-1), 0.0)
 
 
 def test_repr_is_the_state_in_a_line():

@@ -48,8 +48,11 @@ class OpenAIDialect(Dialect):
         """See Dialect.read_request."""
         if content_type == "multipart/form-data":
             return RequestFacts(model=_form_model(body))
-        document = _parse(body)
-        if document is None:
+        try:
+            document = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return RequestFacts()
+        if type(document) is not dict:
             return RequestFacts()
         tokens, text_bytes, prompts = prompt_size(document)
         stream = document.get("stream") is True
