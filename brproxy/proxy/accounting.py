@@ -27,6 +27,7 @@ class Account:
         "_facts",
         "_has_begun",
         "_lease",
+        "_plain_differs",
         "_usage",
         "dialect",
         "done",
@@ -54,6 +55,7 @@ class Account:
         self._chunks_reported = 0
         self.unbooked_events = 0
         self._has_begun = False
+        self._plain_differs = False
         self.done = False
         self.plain: PlainEvent | None = None
 
@@ -73,7 +75,12 @@ class Account:
                 self._lease.first_token()
             self.count(1)
         if facts is PLAIN_TOKENS:
-            self.plain = PlainEvent.learn(event) or self.plain
+            # One that differs is mostly the last, which names the reason; a second one shows a change.
+            if self.plain is None or self._plain_differs:
+                self.plain = PlainEvent.learn(event) or self.plain
+                self._plain_differs = False
+            else:
+                self._plain_differs = True
         elif facts.usage is not None:
             self._settle(facts.usage)
         elif facts.done:

@@ -94,3 +94,17 @@ def test_a_reply_is_booked_as_it_reports():
     account.learn()
     assert lease.booked_tokens == 7
     assert estimator.tokens_per_chunk("m") == 1, "no chunks were seen"
+
+
+def test_the_pattern_of_plain_events_follows_the_stream_but_not_its_last_event():
+    account, _, _ = stream_account()
+    thinking = CHUNK.replace(b"content", b"reasoning")
+    last = CHUNK.replace(b"}]}", b'},"finish_reason":"length"]}')
+    account.look(thinking)
+    assert account.plain.matches(thinking)
+    account.look(CHUNK)
+    assert account.plain.matches(thinking), "once is no change"
+    account.look(CHUNK)
+    assert account.plain.matches(CHUNK)
+    account.look(last)
+    assert account.plain.matches(CHUNK)
