@@ -5,17 +5,12 @@ import asyncio
 import pytest
 
 from brproxy.lifecycle import State
-from tests.brproxy.wire import as_chunk, get, post
+from tests.brproxy.proxy.test_semantics import ASK, CHAT, CHUNK, CHUNKED_STREAM, DONE, STREAM, chunks
+from tests.brproxy.wire import get, post
 
 BOTH_LOOPS = True
-CHAT = "/v1/chat/completions"
-ASK = b'{"model":"m","stream":true,"messages":[]}'
-TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":" x"}}]}\n\n'
-DONE = b"data: [DONE]\n\n"
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-BEGUN = CHUNKED + as_chunk(TOKEN)
-WHOLE = BEGUN + as_chunk(DONE) + b"0\r\n\r\n"
+BEGUN = CHUNKED_STREAM + chunks(CHUNK, end=b"")
+WHOLE = CHUNKED_STREAM + chunks(CHUNK, DONE)
 UPGRADED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 UPGRADE = get("/v1/realtime", "Connection: Upgrade", "Upgrade: websocket")
 REFUSAL = b"HTTP/1.1 503 Full\r\nContent-Length: 0\r\n\r\n"
@@ -26,12 +21,12 @@ ENDINGS = {
     "whole, for a 1.0 client": (post(CHAT, ASK, version="1.0"), WHOLE, False, State.FINISHED),
     "whole, until the connection ends": (
         post(CHAT, ASK),
-        HEAD + b"\r\n" + TOKEN + DONE,
+        STREAM + b"\r\n" + CHUNK + DONE,
         True,
         State.FINISHED,
     ),
     "broken off": (post(CHAT, ASK), BEGUN, True, State.FAILED),
-    "broken off before it began": (post(CHAT, ASK), HEAD, True, State.FAILED),
+    "broken off before it began": (post(CHAT, ASK), STREAM, True, State.FAILED),
     "silent": (post(CHAT, ASK), BEGUN, False, State.FAILED),
     "refused": (post(CHAT, ASK), REFUSAL, False, State.FAILED),
     "a tunnel that the worker closes": (UPGRADE, UPGRADED + b"bye", True, State.FINISHED),
