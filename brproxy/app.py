@@ -23,6 +23,7 @@ from brproxy.fleet import Fleet, Group
 from brproxy.health import GroupHealth, HealthThresholds
 from brproxy.ledger import Ledger, WorkerLimits
 from brproxy.listening import start_listening
+from brproxy.open_files import raise_open_files_limit, requests_for_open_files
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
@@ -100,7 +101,7 @@ def build_service(config: Config) -> Service:
         metrics=metrics,
         clock=clock,
         limits=ServiceLimits(
-            requests_max=limits.requests_max,
+            requests_max=min(limits.requests_max, requests_for_open_files()),
             retries_max=limits.retries_max,
             retry_after_s=limits.retry_after_s,
             body_bytes_max=limits.body_bytes_max,
@@ -212,6 +213,7 @@ async def serve(config: Config) -> None:
             stop_now.set()
         stop.set()
 
+    raise_open_files_limit()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
@@ -237,6 +239,14 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
             config.routing.policy,
             groups,
         )
+        possible = proxy.service.limits.requests_max
+        if possible < config.limits.requests_max:
+            log.info(
+                "open files are enough for %d requests at once, fewer than limits.requests_max = %d: "
+                "ulimit -Hn or LimitNOFILE= raises that",
+                possible,
+                config.limits.requests_max,
+            )
         # What exists now stays until the end: the collector need not go through it again and again.
         gc.collect()
         gc.freeze()

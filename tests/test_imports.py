@@ -36,7 +36,9 @@ ALLOWED = {
     "relay": {"types"},
     "proxy": CORE | {"engines", "telemetry", "relay"},
     "listening": {"types", "config"},
-    "app": CORE | {"state_file", "engines", "telemetry", "config", "listening", "proxy", "relay"},
+    "open_files": set(),
+    "app": CORE
+    | {"state_file", "engines", "telemetry", "config", "listening", "open_files", "proxy", "relay"},
     "cli": CORE | {"engines", "config", "config_reference", "proxy", "relay", "app", "command", "logs"},
     "__main__": {"cli"},
     "__init__": set(),

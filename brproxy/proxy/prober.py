@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from brproxy.clock import Clock
+from brproxy.health import Health
 from brproxy.proxy.control import ControlClient
 from brproxy.proxy.service import GroupService
 from brproxy.relay.errors import WorkerFailedError
@@ -83,4 +84,5 @@ class Prober:
         changed = health.record(worker, ok=result.ok, reason=result.reason, now_s=self._clock.now_s())
         if changed:
             name, state = service.group.worker_names[worker], health.trackers[worker].state
-            log.warning("worker %s is %s: %s", name, state.value, result.reason)
+            level = logging.INFO if state is Health.HEALTHY else logging.WARNING
+            log.log(level, "worker %s is %s: %s", name, state.value, result.reason)

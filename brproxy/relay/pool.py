@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import ssl
 from collections import deque
@@ -11,6 +12,9 @@ from urllib.parse import urlsplit
 
 from brproxy.relay.connection import WorkerConnection
 from brproxy.relay.errors import WorkerFailedError
+
+_OUR_OWN = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+"""Errors of this machine, which say nothing about a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ class WorkerPool:
             number = 0 if isinstance(error, ssl.SSLError) else error.errno or 0
             reason = os.strerror(number) if number > 0 else str(error)
             msg = f"cannot connect to {self.origin}: {reason}"
-            raise WorkerFailedError(msg, unreachable=True) from error
+            raise WorkerFailedError(msg, unreachable=number not in _OUR_OWN) from error
         if not connection.is_idle:
             msg = f"{self.origin} closed the connection at once"
             raise WorkerFailedError(msg, unreachable=True)

@@ -1,6 +1,7 @@
 """The command as its users run it: as a process, with its words and exit codes."""
 
 import asyncio
+import resource
 import signal
 import socket
 import sys
@@ -76,6 +77,24 @@ async def test_a_port_that_is_taken(config):
     assert err == (
         f"brproxy: listen: cannot listen on 127.0.0.1:{port}: Address already in use; choose a free port\n"
     )
+
+
+async def test_the_limit_of_open_files_is_raised_and_requests_beyond_it_are_turned_away(config):
+    text = "[listen]\nport = 0\n[health]\nenabled = false\n"
+    command = 'ulimit -Sn 300; ulimit -Hn 600; exec "$0" -m brproxy serve --config "$1"'
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-c", command, sys.executable, config("http://127.0.0.1:1", text=text)),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        while b"listens on" not in await process.stderr.readline():
+            pass
+        told = (await process.stderr.readline()).decode()
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (600, 600)
+    finally:
+        process.terminate()
+        await process.wait()
+    assert "open files are enough for 172 requests at once, fewer than limits.requests_max = 65536" in told
 
 
 async def test_check_says_a_line_for_each_worker(config, start_emulator, unused_tcp_port):

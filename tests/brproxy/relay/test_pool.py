@@ -1,6 +1,7 @@
 """The connections to one worker over real sockets: which one is used again, and which is closed."""
 
 import asyncio
+import resource
 import socket
 import ssl
 
@@ -216,6 +217,21 @@ async def refusal(pool):
         await asyncio.wait_for(pool.connect(), 1.0)
     assert caught.value.unreachable, "it counts against the worker's health"
     return str(caught.value)
+
+
+async def test_open_files_that_have_run_out_say_nothing_about_a_worker(start, pool_of):
+    worker = await start("127.0.0.1")
+    pool = pool_of(f"http://127.0.0.1:{worker.port}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as sock:
+        next_file = sock.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, hard))
+    try:
+        with pytest.raises(WorkerFailedError, match="Too many open files") as caught:
+            await pool.connect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not caught.value.unreachable
 
 
 async def test_a_worker_that_does_not_listen_refuses(pool_of):
