@@ -55,7 +55,6 @@ class Dispatcher:
         self.predictor = predictor
         self.limits = limits
         self.quality = QualityMonitor()
-        self._late_binding = policy.params.late_binding
         self._rng = rng
         self._rounds = 0
         self._discounts_for: float | None = None
@@ -81,7 +80,7 @@ class Dispatcher:
         ``routable`` (G) are the workers that may be chosen. Requests that a worker failed are placed first,
         one by one, away from the workers that failed them as long as there are others.
         """
-        ledger, late_binding = self.ledger, self._late_binding
+        ledger, late_binding = self.ledger, self.policy.params.late_binding
         if not any(routable):
             return []
         alone = ledger.alone()
@@ -122,7 +121,7 @@ class Dispatcher:
 
     def _worth_seeing(self, state: RoundState) -> int:
         """Return how many of the oldest requests a round can make use of."""
-        if not self._late_binding:
+        if not self.policy.params.late_binding:
             return self.limits.requests_max
         slots_free = sum(state.slots_free)
         return slots_free + self.policy.lookahead_requests if slots_free else 0

@@ -61,7 +61,7 @@ class Fleet:
         """
         serving = self._of_model.get(model, self._of_any_model)
         if not serving:
-            known = ", ".join(sorted({name for group in self.groups for name in group.models}))
+            known = ", ".join(sorted(filter(None, self._of_model)))
             msg = f"The model `{model}` does not exist. Models served here: {known}."
             raise UnknownModelError(msg)
         if len(serving) == 1:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from operator import sub
-from typing import NoReturn, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,7 +150,11 @@ class Ledger:
 
     def entry(self, request_id: RequestId) -> Entry:
         """Return the request's entry; raises LifecycleError once it has ended."""
-        return self._entries.get(request_id) or _unknown(request_id)
+        try:
+            return self._entries[request_id]
+        except KeyError:
+            msg = f"request {request_id} is not in the ledger: it has ended or never arrived"
+            raise LifecycleError(msg) from None
 
     def pending_by_age(self) -> Iterator[Entry]:
         """Iterate over the waiting requests that are not retries, oldest first."""
@@ -233,13 +237,12 @@ class Ledger:
         self, request_id: RequestId, worker: WorkerIndex, now_s: float, prospect: Prospect | None = None
     ) -> None:
         """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it."""
-        entry = self._entries.get(request_id) or _unknown(request_id)
-        if not 0 <= worker < len(self._slots):
+        entry = self.entry(request_id)
+        if not 0 <= worker < self.workers:
             msg = f"there is no worker {worker} among {self.workers}"
             raise LifecycleError(msg)
         entry.state = after(entry.state, Event.BIND)
-        if self._pending.pop(request_id, None) is None:
-            del self._retrying[request_id]
+        self._leave_pool(request_id)
         entry.worker, entry.bound_s, entry.row = worker, now_s, len(self._rows)
         self._rows.append(entry)
         curve, length_max, certain = prospect or _NO_PROSPECT
@@ -261,7 +264,7 @@ class Ledger:
 
     def grow(self, request_id: RequestId, tokens: int) -> None:
         """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output."""
-        entry = self._entries.get(request_id) or _unknown(request_id)
+        entry = self.entry(request_id)
         if entry.row == NO_ROW:
             msg = f"request {request_id} is not bound and cannot grow"
             raise LifecycleError(msg)
@@ -315,18 +318,22 @@ class Ledger:
 
     def end(self, request_id: RequestId, event: Event) -> Entry:
         """End a request by FINISH, FAIL, CANCEL or EXPIRE: return its load and forget it."""
-        entry = self._entries.get(request_id) or _unknown(request_id)
+        entry = self.entry(request_id)
         state = after(entry.state, event)
         if state not in TERMINAL:
             msg = f"{event.name} does not end a request"
             raise LifecycleError(msg)
-        if entry.row != NO_ROW:
+        if entry.row == NO_ROW:
+            self._leave_pool(request_id)
+        else:
             self._unbind(entry)
-        elif self._pending.pop(request_id, None) is None:
-            del self._retrying[request_id]
         entry.state = state
         del self._entries[request_id]
         return entry
+
+    def _leave_pool(self, request_id: RequestId) -> None:
+        if self._pending.pop(request_id, None) is None:
+            del self._retrying[request_id]
 
     def _unbind(self, entry: Entry) -> None:
         """Return the entry's load and close its row with the last one."""
@@ -342,8 +349,3 @@ class Ledger:
             for column, value in zip(self._columns, moved, strict=True):
                 column[row] = value
         entry.row = NO_ROW
-
-
-def _unknown(request_id: RequestId) -> NoReturn:
-    msg = f"request {request_id} is not in the ledger: it has ended or never arrived"
-    raise LifecycleError(msg)

@@ -7,7 +7,7 @@ here: what they cost in KV tokens depends on the model, and the engine's usage r
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -32,11 +32,16 @@ _NOT_TEXT = frozenset(
 )
 
 
-def prompt_size(document: dict[str, Any]) -> tuple[int, int, int]:
-    """Return the size of everything in ``document`` that the model reads, and how many prompts it is.
+class PromptSize(NamedTuple):
+    """``tokens``: token ids, exact. ``text_bytes``: UTF-8 bytes of the rest. ``prompts``: their number."""
 
-    In token ids, which is exact, and in UTF-8 bytes of the rest.
-    """
+    tokens: int
+    text_bytes: int
+    prompts: int
+
+
+def prompt_size(document: dict[str, Any]) -> PromptSize:
+    """Return the size of everything in ``document`` that the model reads."""
     tokens = text_bytes = 0
     prompts = 1
     for key, value in document.items():
@@ -45,9 +50,9 @@ def prompt_size(document: dict[str, Any]) -> tuple[int, int, int]:
         more_tokens, more_bytes = _measure(value)
         tokens += more_tokens
         text_bytes += more_bytes
-        if key == "prompt" and isinstance(value, list) and value and type(value[0]) is not int:
+        if key == "prompt" and isinstance(value, list) and value and not _is_token(value[0]):
             prompts = len(value)
-    return tokens, text_bytes, prompts
+    return PromptSize(tokens, text_bytes, prompts)
 
 
 def prompt_hashes(document: dict[str, Any]) -> tuple[int | None, int | None]:
@@ -95,7 +100,7 @@ def _measure(value: object) -> tuple[int, int]:
                 else:
                     stack.append(part)
         elif kind is list:
-            if item and type(item[0]) is int:
+            if item and _is_token(item[0]):
                 tokens += len(item)
             else:
                 stack += item
@@ -104,3 +109,7 @@ def _measure(value: object) -> tuple[int, int]:
 
 def _utf8_bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int

@@ -28,11 +28,11 @@ class Account:
         "_has_begun",
         "_lease",
         "_plain_differs",
+        "_unbooked_events",
         "_usage",
         "dialect",
         "done",
         "plain",
-        "unbooked_events",
         "usage_was_added",
     )
 
@@ -53,7 +53,7 @@ class Account:
         self._counter: StreamCounter
         self._usage: Usage | None = None
         self._chunks_reported = 0
-        self.unbooked_events = 0
+        self._unbooked_events = 0
         self._has_begun = False
         self._plain_differs = False
         self.done = False
@@ -89,9 +89,9 @@ class Account:
 
     def count(self, events: int) -> None:
         """Note ``events`` more with tokens."""
-        if not self.unbooked_events:
+        if not self._unbooked_events:
             self._lease.book_later(self._book)
-        self.unbooked_events += events
+        self._unbooked_events += events
 
     def hides(self, facts: EventFacts) -> bool:
         """Tell whether the client must not see an event: it exists only because the proxy asked for it."""
@@ -114,7 +114,7 @@ class Account:
             self._estimator.learn_chunks(model, self._chunks_reported, usage.completion_tokens)
 
     def _book(self) -> None:
-        events, self.unbooked_events = self.unbooked_events, 0
+        events, self._unbooked_events = self._unbooked_events, 0
         if events:
             self._lease.tokens(self._counter.count(events))
 
@@ -129,9 +129,7 @@ class Account:
         if usage.prompt_tokens is not None:
             self._lease.correct_prompt(usage.prompt_tokens)
         if usage.completion_tokens is not None:
-            counter, events = self._counter, self.unbooked_events
-            self.unbooked_events = 0
-            tokens = counter.count(events)
+            self._book()
             # What streams after the last report is no part of it.
-            self._chunks_reported = counter.chunks
-            self._lease.tokens(tokens + counter.settle(usage.completion_tokens))
+            self._chunks_reported = self._counter.chunks
+            self._lease.tokens(self._counter.settle(usage.completion_tokens))

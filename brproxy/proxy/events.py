@@ -54,7 +54,7 @@ class EventReader:
                 self._held += b"".join(events[position:]) + self._splitter.tail
                 self.is_refused = True
                 return
-            if facts.usage_only and account.hides(facts):
+            if account.hides(facts):
                 # Only the event: blank lines before it are the worker's own.
                 self._held += event[: -len(event.lstrip(b"\r\n"))]
             else:

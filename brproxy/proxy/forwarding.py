@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from brproxy.engines.plain import PlainEvent
 from brproxy.proxy.accounting import Account
 from brproxy.proxy.errors import ProxyError, stream_broke_off, worker_silent
 from brproxy.proxy.events import HELD_BYTES_MAX, EventReader
@@ -69,7 +68,6 @@ class Forwarding(Exchange):
         "_framing",
         "_head",
         "_held",
-        "_is_framed",
         "_is_refusal",
         "_is_stream",
         "_is_tunnel",
@@ -78,8 +76,6 @@ class Forwarding(Exchange):
         "_on_commit",
         "_path",
         "_request_id",
-        "_take_plain",
-        "_taken_plain",
         "_unsent",
         "_write",
         "deadline_s",
@@ -110,13 +106,10 @@ class Forwarding(Exchange):
         self._on_commit = on_commit
         self._connection: WorkerConnection
         self._head: ResponseHead
-        self._taken_plain: PlainEvent | None = None
-        self._take_plain: Callable[[bytes], bool] | None = None
         self._framing = Framing.NONE
         self._chunked = False
         self._events: EventReader
         self._is_stream = False
-        self._is_framed = False
         self._is_refusal = False
         self._is_tunnel = False
         # Between two events of a stream, and the client has had all of it.
@@ -143,7 +136,7 @@ class Forwarding(Exchange):
         """Leave; a response that is not complete is abandoned with its connection."""
         # These refer to this object, and all that the request held would wait for the garbage collector:
         # every new request would be written to memory that no cache holds, and others wait while it collects.
-        self.receive, self.take_chunks, self._take_plain = _ignore, None, None
+        self.receive, self.take_chunks = _ignore, None
         self._client.finish()
         if not self.outcome.done() or self.outcome.cancelled():
             self._connection.abandon()
@@ -169,7 +162,6 @@ class Forwarding(Exchange):
         media_type = b"" if head.is_encoded or self.bodiless else head.media_type
         if media_type == b"text/event-stream":
             self._is_stream = True
-            self._is_framed = head.chunked or head.length is not None
             self._events = EventReader(self._account, self._limits.event_bytes_max)
             self.receive = self._stream
         else:
@@ -271,11 +263,7 @@ class Forwarding(Exchange):
     def _pass_plain(self, data: bytes, events: int) -> None:
         """Pass on plain chunks as they came: the parser need not see whole chunks."""
         self.progressed = True
-        account = self._account
-        if account.unbooked_events:
-            account.unbooked_events += events
-        else:
-            account.count(events)
+        self._account.count(events)
         self._write(data)
 
     def _stream(self, payload: bytes) -> None:
@@ -300,23 +288,17 @@ class Forwarding(Exchange):
             if not self.is_committed:
                 self._commit()
             self._pass(events.take())
-        self._expect_plain(self._account.plain)
-
-    def _expect_plain(self, plain: PlainEvent | None) -> None:
-        """Note what the next read is likely to be."""
-        self._is_whole = self._events.is_between
-        if plain is None or not self._is_whole or not self._chunked or self._corked:
+        self._is_whole = events.is_between
+        plain = self._account.plain
+        if plain is not None and self._is_whole and self._chunked and not self._corked:
+            self.take_chunks = plain_chunk_taker(plain, self._pass_plain)
+        else:
             self.take_chunks = None
-            return
-        if plain is not self._taken_plain:
-            self._taken_plain = plain
-            self._take_plain = plain_chunk_taker(plain, self._pass_plain)
-        self.take_chunks = self._take_plain
 
     def _end_stream(self) -> bool:
         """Pass on what is left of a stream; return whether it is whole."""
         events = self._events
-        if not self._is_framed and not events.ends_properly(self._path):
+        if not self._head.is_framed and not events.ends_properly(self._path):
             self.lost(BrokenResponseError("the stream ended without [DONE]"))
             return False
         events.end()
@@ -365,7 +347,7 @@ class Forwarding(Exchange):
         if self._is_stream:
             # A stream takes minutes: a thousand of them should not hold what nobody needs.
             self._on_commit()
-            del self._head
+            self._head = head.framing_only()
         more = b"" if REQUEST_ID in head.known else b"X-Request-Id: %b\r\n" % self._request_id
         client.begin()
         self.is_committed = True

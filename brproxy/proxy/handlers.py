@@ -194,9 +194,12 @@ class Attempts:
                 request_id=request_id,
                 on_commit=upload.forget,
             )
-            head = request_head(client.method, target, pool.host_field, lines)
-            exchange.send(connection, head + upload.framed_beginning(), whole=upload.is_whole)
-            del head
+            # Put together here and not kept: the frame stays as long as the stream.
+            exchange.send(
+                connection,
+                request_head(client.method, target, pool.host_field, lines) + upload.framed_beginning(),
+                whole=upload.is_whole,
+            )
             service.watch.add(exchange)
             try:
                 if not upload.is_whole:

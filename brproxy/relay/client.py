@@ -134,7 +134,7 @@ def answered(client: Client, drain_s: float) -> web.StreamResponse:
 
     A client that does not read it for ``drain_s`` seconds is disconnected.
     """
-    return _Answered(client, drain_s)  # type: ignore[return-value]
+    return cast(web.StreamResponse, _Answered(client, drain_s))
 
 
 class Client:
@@ -154,8 +154,7 @@ class Client:
 
     def __init__(self, request: web.BaseRequest) -> None:
         self._request = request
-        # RelayServer makes no others. Not cast(): that is a call, for each request.
-        self._protocol: ClientProtocol = request.protocol  # type: ignore[assignment]
+        self._protocol = cast(ClientProtocol, request.protocol)
         transport = request.transport
         if transport is None:
             msg = "the client left before its request was looked at"
@@ -163,8 +162,7 @@ class Client:
         self.transport: asyncio.Transport = transport
         self.write = transport.write
         self.has_begun = False
-        # What the request says of these by itself, a property call for each.
-        message = request._message  # noqa: SLF001
+        message = request._message  # noqa: SLF001 - the request tells these too, by a property call for each
         self.method: str = message.method
         self.target: str = message.path
         self.is_http10 = message.version < HttpVersion11
@@ -263,8 +261,9 @@ def body_so_far(request: web.BaseRequest) -> bytes | None:
 
 def forget_body(request: web.BaseRequest) -> None:
     """Free the body, which has come as a whole; nobody reads it again."""
-    if request._read_bytes is not None:  # noqa: SLF001 - what ``read`` returned, kept for a second call
-        request._read_bytes = None  # noqa: SLF001
+    # What ``read`` returned, kept for a second call. Only then: setting it gives a request a dictionary.
+    if request._read_bytes is not None:  # noqa: SLF001 - there is no public way to let go of it
+        request._read_bytes = None  # noqa: SLF001 - as above
     if request.body_exists:
         request.content._buffer.clear()  # noqa: SLF001 - what ``body_so_far`` has looked at
 

@@ -59,6 +59,11 @@ class ResponseHead(NamedTuple):
         return ResponseHead(self.status, b"", b"", _NOTHING_KNOWN, self.length, self.chunked)
 
     @property
+    def is_framed(self) -> bool:
+        """Whether something else than the connection's end tells where the body ends."""
+        return self.chunked or self.length is not None
+
+    @property
     def has_no_body(self) -> bool:
         """Whether a response with this status never has a body (RFC 9110, section 6.4.1)."""
         return self.status in _NO_BODY
@@ -168,7 +173,7 @@ class ResponseParser:
     def ends_with_connection(self) -> bool:
         """Tell whether the end of the connection now is the end of the response."""
         head = self.head
-        return head is not None and not self.complete and not head.chunked and head.length is None
+        return head is not None and not self.complete and not head.is_framed
 
     def forget_fields(self) -> None:
         """Keep of ``head``, which somebody has taken, what frames the body."""

@@ -48,30 +48,26 @@ class OpenAIDialect(Dialect):
         """See Dialect.read_request."""
         if content_type == "multipart/form-data":
             return RequestFacts(model=_form_model(body))
-        try:
-            document = orjson.loads(body)
-        except orjson.JSONDecodeError:
+        document = _parse(body)
+        if document is None:
             return RequestFacts()
-        if type(document) is not dict:
-            return RequestFacts()
-        tokens, text_bytes, prompts = prompt_size(document)
+        size = prompt_size(document)
         stream = document.get("stream") is True
-        model, user, choices = document.get("model"), document.get("user"), document.get("n")
-        sequences = prompts * choices if type(choices) is int and choices > 0 else prompts
+        choices = _first_count(document, "n") or 1
         prompt_hash, prefix_hash = prompt_hashes(document) if hashes else (None, None)
         usage_can_be_asked = stream and "stream_options" not in document and self.ends_with_done(path)
         # By position, in the order of RequestFacts: names would cost as much as the tuple.
         return RequestFacts(
-            model if type(model) is str else "",
+            _text(document.get("model")),
             stream,
-            tokens if tokens and not text_bytes else None,
-            text_bytes,
-            min(sequences, SEQUENCES_MAX),
+            size.tokens if size.tokens and not size.text_bytes else None,
+            size.text_bytes,
+            min(size.prompts * choices, SEQUENCES_MAX),
             _first_count(document, *_OUTPUT_LIMIT_KEYS),
             document.get("ignore_eos") is True,
             prompt_hash,
             prefix_hash,
-            user[:_USER_CHARS_MAX] if type(user) is str else "",
+            _text(document.get("user"))[:_USER_CHARS_MAX],
             usage_can_be_asked,
         )
 
@@ -104,13 +100,14 @@ class OpenAIDialect(Dialect):
         choices = document.get("choices")
         if isinstance(choices, list):
             usage = _usage_in(document)
-            has_tokens = False
-            for choice in choices:
-                has_tokens = has_tokens or _has_output(choice)
-            return EventFacts(has_tokens, usage, not choices and usage is not None)
+            return EventFacts(
+                has_tokens=any(_has_output(choice) for choice in choices),
+                usage=usage,
+                usage_only=not choices and usage is not None,
+            )
         kind = _text(document.get("type"))
         has_tokens = kind.endswith("delta") and "delta" in document
-        return EventFacts(has_tokens, _find_usage(document))
+        return EventFacts(has_tokens=has_tokens, usage=_find_usage(document))
 
     def read_reply(self, body: bytes) -> Usage | None:
         """See Dialect.read_reply.
@@ -151,11 +148,7 @@ def _has_output(choice: object) -> bool:
     if choice.get("text") or choice.get("finish_reason"):
         return True
     delta = choice.get("delta")
-    if isinstance(delta, dict):
-        for key in _TEXT_KEYS:
-            if delta.get(key):
-                return True
-    return False
+    return isinstance(delta, dict) and any(delta.get(key) for key in _TEXT_KEYS)
 
 
 def _find_usage(document: dict[str, Any]) -> Usage | None:
@@ -174,10 +167,6 @@ def _usage_in(holder: dict[str, Any]) -> Usage | None:
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    # Nearly every report is of this kind, and the last thing that a request waits for.
-    if type(prompt) is int and type(completion) is int and prompt >= 0 and completion >= 0:
-        return Usage(prompt, completion)
     return Usage(
         _first_count(usage, "prompt_tokens", "input_tokens"),
         _first_count(usage, "completion_tokens", "output_tokens"),
