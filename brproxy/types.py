@@ -11,6 +11,13 @@ RequestId = NewType("RequestId", int)
 WorkerIndex = NewType("WorkerIndex", int)
 """Position of a worker within its barrier group, ``0 <= index < G``."""
 
+TOKENS_MAX = 1 << 32
+"""Most tokens that one number may stand for, whoever states it: far above any context, and a million requests
+of that size add up without leaving 64 bits. A larger number from outside counts as this."""
+
+SEQUENCES_MAX = 1024
+"""Most sequences that one request counts as, whatever its ``n`` says (sequences)."""
+
 
 class BrproxyError(Exception):
     """Base of every error that brproxy raises for its users; its text is one line."""

@@ -12,9 +12,6 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from brproxy.registry import Registry
 
-SEQUENCES_MAX = 1024
-"""Most sequences that one request counts as, whatever its ``n`` says."""
-
 
 class RequestFacts(NamedTuple):
     """What a request's body says about the load that it will be.

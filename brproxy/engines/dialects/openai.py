@@ -9,7 +9,6 @@ import orjson
 
 from brproxy.engines.dialect import (
     PLAIN_TOKENS,
-    SEQUENCES_MAX,
     Dialect,
     EventFacts,
     RequestFacts,
@@ -17,6 +16,7 @@ from brproxy.engines.dialect import (
     register_dialect,
 )
 from brproxy.engines.prompt import prompt_hashes, prompt_size
+from brproxy.types import SEQUENCES_MAX, TOKENS_MAX
 
 _DONE = b"[DONE]"
 _DONE_FACTS = EventFacts(done=True)
@@ -174,11 +174,11 @@ def _usage(usage: dict[str, Any]) -> Usage:
 
 
 def _first_count(holder: dict[str, Any], *keys: str) -> int | None:
-    """Return the first of ``keys`` whose value is a count, None if none is."""
+    """Return the first of ``keys`` whose value is a count, at most TOKENS_MAX; None if none is."""
     for key in keys:
         value = holder.get(key)
         if type(value) is int and value >= 0:
-            return value
+            return min(value, TOKENS_MAX)
     return None
 
 
