@@ -13,7 +13,7 @@ from brproxy.engines.dialect import Dialect, RequestFacts, make_dialect
 from brproxy.fleet import UnknownModelError
 from brproxy.proxy import errors
 from brproxy.proxy.accounting import Account
-from brproxy.proxy.driver import Lease, WaitExpiredError
+from brproxy.proxy.driver import DecisionFailedError, Lease, WaitExpiredError
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.forwarding import Forwarding, WorkerRefusedError
 from brproxy.proxy.pages import MODELS_PATH, Pages
@@ -95,6 +95,7 @@ class Handlers:
             facts.prompt_hash,
             facts.prefix_hash,
             facts.user,
+            prompt_is_exact=facts.prompt_tokens is not None,
         )
 
     def _failure(self, error: BrproxyError) -> ProxyError:
@@ -108,6 +109,8 @@ class Handlers:
             return errors.pool_full(str(error), retry_after_s)
         if isinstance(error, WaitExpiredError):
             return errors.waited_too_long(str(error), retry_after_s)
+        if isinstance(error, DecisionFailedError):
+            return errors.undecidable(str(error))
         raise error
 
     def _rejection(self, error: ProxyError) -> web.Response:
