@@ -12,41 +12,42 @@ ROOT = Path(__file__).parents[1]
 
 # What each part of brproxy may import of the others; itself is always allowed.
 BASE = {"types", "clock", "registry"}
-CORE = BASE | {
-    "routing",
-    "prediction",
-    "lifecycle",
-    "ledger",
-    "dispatcher",
-    "estimate",
-    "health",
-    "fleet",
-    "faults",
-    "rounds",
-}
+STATES = {"transitions", "lifecycle", "health", "roster", "waiting", "faults"}
+CORE = (
+    BASE
+    | STATES
+    | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "dispatcher"}
+    | {"rounds", "fleet", "estimate"}
+)
 ALLOWED = {
     "types": set(),
     "clock": {"types"},
     "registry": {"types"},
-    "lifecycle": {"types"},
+    "transitions": {"types"},
+    "lifecycle": {"types", "transitions"},
+    "roster": {"types", "transitions", "health"},
+    "waiting": {"types", "lifecycle"},
     "estimate": set(),
-    "health": {"types"},
+    "health": set(),
     "logs": set(),
     "command": {"types"},
     "routing": BASE,
     "prediction": BASE,
     "engines": BASE,
-    "ledger": BASE | {"lifecycle", "routing", "prediction"},
+    "ledger": BASE | {"lifecycle", "roster", "routing", "prediction"},
     "faults": set(),
-    "rounds": set(),
-    "dispatcher": BASE | {"faults", "lifecycle", "ledger", "routing", "prediction"},
-    "fleet": BASE | {"dispatcher", "health"},
+    "happenings": {"faults", "lifecycle", "roster"},
+    "learning": {"happenings", "lifecycle", "prediction"},
+    "foresight": {"types", "faults", "ledger", "routing", "prediction"},
+    "rounds": {"types", "dispatcher", "lifecycle"},
+    "dispatcher": BASE | STATES | {"ledger", "happenings", "learning", "foresight", "routing", "prediction"},
+    "fleet": BASE | {"dispatcher", "roster"},
     "telemetry": CORE,
     "validation": {"types"},
     "state_file": {"prediction"},
     "config": {"validation"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
-    "relay": {"types"},
+    "relay": {"types", "transitions"},
     "proxy": CORE | {"engines", "telemetry", "relay"},
     "listening": {"types", "config"},
     "open_files": set(),
@@ -62,7 +63,13 @@ PURE = (
     "prediction",
     "engines",
     "ledger",
+    "transitions",
     "lifecycle",
+    "roster",
+    "waiting",
+    "happenings",
+    "learning",
+    "foresight",
     "faults",
     "rounds",
     "dispatcher",

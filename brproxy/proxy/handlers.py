@@ -13,7 +13,7 @@ from brproxy.engines.dialect import Dialect, RequestFacts, make_dialect
 from brproxy.fleet import UnknownModelError
 from brproxy.proxy import errors
 from brproxy.proxy.accounting import Account
-from brproxy.proxy.driver import DecisionFailedError, Lease, WaitExpiredError
+from brproxy.proxy.driver import DecisionFailedError, Lease, NoWorkerError, WaitExpiredError
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.forwarding import Forwarding, WorkerRefusedError
 from brproxy.proxy.pages import MODELS_PATH, Pages
@@ -107,6 +107,8 @@ class Handlers:
             return errors.bad_request(str(error))
         if isinstance(error, PoolFullError):
             return errors.pool_full(str(error), retry_after_s)
+        if isinstance(error, NoWorkerError):
+            return errors.no_worker(str(error).capitalize(), retry_after_s)
         if isinstance(error, WaitExpiredError):
             return errors.waited_too_long(str(error), retry_after_s)
         if isinstance(error, DecisionFailedError):
@@ -153,7 +155,7 @@ class Attempts:
             if worker is None:
                 worker = await self._lease.worker()
             try:
-                await self._attempt(self._group.pools[worker], client, lines, request_id)
+                await self._attempt(self._group.endpoint(worker), client, lines, request_id)
             except WorkerFailedError as error:
                 self._note_failure(worker, error)
                 if not retries_left or self._upload.is_spent:
@@ -166,8 +168,6 @@ class Attempts:
                     return
             else:
                 return
-            group = self._group.group
-            self._service.metrics.groups[group.name].retries[group.worker_names[worker]] += 1
             self._lease.retry()
             retries_left -= 1
 
@@ -220,12 +220,12 @@ class Attempts:
                 exchange.close()
 
     def _note_failure(self, worker: WorkerIndex, error: WorkerFailedError) -> None:
-        group = self._group.group
-        log.warning("worker %s failed before its first byte: %s", group.worker_names[worker], error)
+        member = self._group.member(worker)
+        log.warning("worker %s failed before its first byte: %s", member.key, error)
         # Without active checks nothing would ever bring the worker back.
         if error.unreachable and self._service.health_checks:
             now_s = self._service.clock.now_s()
-            group.health.record(worker, ok=False, reason=str(error), now_s=now_s)
+            self._group.group.roster.record(worker, ok=False, reason=str(error), now_s=now_s)
 
 
 class RequestIds:

@@ -57,10 +57,10 @@ class Pages:
     async def _models(self, request: web.BaseRequest) -> web.Response:
         """Answer with the union of the models that healthy workers report, in the first one's words."""
         asked = [
-            (pool.origin, service.dialect.MODELS_PATH)
+            (member.origin, service.dialect.MODELS_PATH)
             for service in self._service.groups.values()
-            for pool, routable in zip(service.pools, service.group.health.routable(), strict=True)
-            if routable
+            for member in service.group.roster.members
+            if member.is_routable
         ]
         headers = crossing_pairs(request.raw_headers)
         timeout_s = self._service.limits.control_timeout_s

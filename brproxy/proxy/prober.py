@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 
 from brproxy.clock import Clock
@@ -12,7 +13,7 @@ from brproxy.health import Health
 from brproxy.proxy.control import ControlClient
 from brproxy.proxy.service import GroupService
 from brproxy.relay.errors import WorkerFailedError
-from brproxy.types import WorkerIndex
+from brproxy.roster import Change, Member
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ async def probe(control: ControlClient, origin: str, path: str, timeout_s: float
 
 
 class Prober:
-    """Checks every worker of ``services`` for as long as it runs."""
+    """Checks every member of ``services`` for as long as it runs, those that come later included."""
 
     def __init__(
         self, services: list[GroupService], control: ControlClient, clock: Clock, settings: ProbeSettings
@@ -54,35 +55,47 @@ class Prober:
         self._control = control
         self._clock = clock
         self._settings = settings
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[Member, asyncio.Task[None]] = {}
+        self._is_running = False
 
     async def start(self) -> None:
-        """Check every worker once, so that traffic need not wait for the first interval; then go on."""
-        workers = [(s, WorkerIndex(i)) for s in self._services for i in range(len(s.pools))]
-        await asyncio.gather(*(self._check(service, worker) for service, worker in workers))
-        for position, (service, worker) in enumerate(workers):
+        """Check every member once, so that traffic need not wait for the first interval; then go on."""
+        members = [(s, member) for s in self._services for member in s.group.roster.members]
+        await asyncio.gather(*(self._check(service, member) for service, member in members))
+        for position, (service, member) in enumerate(members):
             # Spread over the interval, so that a large group is not asked all at one instant.
-            delay_s = self._settings.interval_s * (1 + position / len(workers))
-            self._tasks.append(asyncio.create_task(self._run(service, worker, delay_s)))
+            self._begin(service, member, self._settings.interval_s * (1 + position / len(members)))
+        for service in self._services:
+            service.group.roster.observe(partial(self._member_changed, service))
+        self._is_running = True
 
     async def stop(self) -> None:
         """End all checks."""
-        for task in self._tasks:
+        self._is_running = False
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, service: GroupService, worker: WorkerIndex, delay_s: float) -> None:
+    def _begin(self, service: GroupService, member: Member, delay_s: float) -> None:
+        self._tasks[member] = asyncio.create_task(self._run(service, member, delay_s))
+
+    def _member_changed(self, service: GroupService, member: Member, change: Change) -> None:
+        if change is Change.ADDED and self._is_running:
+            self._begin(service, member, 0.0)
+        elif change is Change.GONE and member in self._tasks:
+            self._tasks.pop(member).cancel()
+
+    async def _run(self, service: GroupService, member: Member, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         while True:
-            await self._check(service, worker)
+            await self._check(service, member)
             await asyncio.sleep(self._settings.interval_s)
 
-    async def _check(self, service: GroupService, worker: WorkerIndex) -> None:
+    async def _check(self, service: GroupService, member: Member) -> None:
         path = self._settings.path or service.dialect.HEALTH_PATH
-        result = await probe(self._control, service.pools[worker].origin, path, self._settings.timeout_s)
-        health = service.group.health
-        changed = health.record(worker, ok=result.ok, reason=result.reason, now_s=self._clock.now_s())
-        if changed:
-            name, state = service.group.worker_names[worker], health.trackers[worker].state
-            level = logging.INFO if state is Health.HEALTHY else logging.WARNING
-            log.log(level, "worker %s is %s: %s", name, state.value, result.reason)
+        result = await probe(self._control, member.origin, path, self._settings.timeout_s)
+        roster, now_s = service.group.roster, self._clock.now_s()
+        if roster.record_of(member, ok=result.ok, reason=result.reason, now_s=now_s):
+            level = logging.INFO if member.health.state is Health.HEALTHY else logging.WARNING
+            log.log(level, "worker %s is %s: %s", member.key, member.health.state.value, result.reason)
