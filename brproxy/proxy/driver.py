@@ -7,7 +7,6 @@ once. While anybody does, a round every ``tick_s`` decides over all of them, so 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -48,7 +47,7 @@ class GroupDriver:
         self.clock = clock
         self._dispatcher = group.dispatcher
         self._faults = group.dispatcher.faults
-        self._rounds = Rounds(group.dispatcher, tick_s, time.perf_counter)
+        self._rounds = Rounds(group.dispatcher, tick_s, clock.now_s)
         self._waiters: dict[RequestId, asyncio.Future[WorkerIndex]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._growth: list[Callable[[], None]] = []
