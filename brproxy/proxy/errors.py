@@ -99,6 +99,15 @@ def stream_broke_off() -> ProxyError:
     )
 
 
+def response_not_handled() -> ProxyError:
+    """Return 500: a bug of the proxy's own met the worker's response."""
+    return ProxyError(
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "The proxy could not handle the worker's response.",
+        "internal_error",
+    )
+
+
 def draining(retry_after_s: int) -> ProxyError:
     """Return 503: the proxy is about to stop."""
     return ProxyError(

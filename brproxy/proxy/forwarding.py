@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable
 
 from brproxy.proxy.accounting import Account
-from brproxy.proxy.errors import ProxyError, stream_broke_off, worker_silent
+from brproxy.proxy.errors import ProxyError, response_not_handled, stream_broke_off, worker_silent
 from brproxy.proxy.events import HELD_BYTES_MAX, EventReader
 from brproxy.proxy.plain_chunks import plain_chunk_taker
 from brproxy.proxy.service import RelayLimits
@@ -216,6 +216,14 @@ class Forwarding(Exchange):
             self._fail(error)
         else:
             self._fail(WorkerFailedError(f"{error} before the first byte of its response"))
+
+    def crashed(self, error: Exception) -> None:
+        """See Exchange.crashed, Paced.crashed and Watched.crashed."""
+        if not self.outcome.done():
+            self._connection.abandon()
+            self._fail(response_not_handled())
+        if self.is_committed:
+            self._client.close()
 
     def worker_paused(self) -> None:
         """See Exchange.worker_paused. An upload waits by itself."""

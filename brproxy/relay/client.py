@@ -25,6 +25,7 @@ tests/brproxy/relay/test_client.py and test_client_bodies.py pin each of these.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, cast
 
@@ -33,6 +34,8 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpVersion11, RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
+
+log = logging.getLogger(__name__)
 
 _LOOKED_AT_BYTES_MAX = 1 << 16
 """Far below what makes aiohttp stop reading: larger bodies are read the usual way."""
@@ -50,6 +53,9 @@ class Paced(Protocol):
     def client_gone(self) -> None:
         """Send nothing from now on: there is no connection to the client any more."""
 
+    def crashed(self, error: Exception) -> None:
+        """End, wherever this is: ``error`` was raised by one of the methods above. Must not raise."""
+
 
 class ClientProtocol(RequestHandler):
     """aiohttp's server protocol, which also tells whoever writes to the client how fast it reads."""
@@ -64,20 +70,28 @@ class ClientProtocol(RequestHandler):
         """See asyncio.Protocol."""
         super().pause_writing()
         if self.paced is not None:
-            self.paced.client_paused()
+            self._tell(self.paced, self.paced.client_paused)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         super().resume_writing()
         if self.paced is not None:
-            self.paced.client_resumed()
+            self._tell(self.paced, self.paced.client_resumed)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """See asyncio.Protocol."""
         # The handler is cancelled, but until it runs a worker's bytes would go to a closed transport.
         if self.paced is not None:
-            self.paced.client_gone()
+            self._tell(self.paced, self.paced.client_gone)
         super().connection_lost(exc)
+
+    def _tell(self, paced: Paced, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except Exception as error:
+            # Whatever it is, it concerns one request.
+            log.exception("a client's response could not be continued")
+            paced.crashed(error)
 
 
 class RelayServer(web.Server):

@@ -19,6 +19,24 @@ HOP_BY_HOP = frozenset(
 )
 REQUEST_ID = b"x-request-id"
 
+NOT_IN_TRAILERS = HOP_BY_HOP | {
+    b"authorization",
+    b"cache-control",
+    b"content-encoding",
+    b"content-length",
+    b"content-range",
+    b"content-type",
+    b"cookie",
+    b"host",
+    b"location",
+    b"set-cookie",
+    b"trailer",
+    b"vary",
+    b"www-authenticate",
+}
+"""Fields about framing, routing, authentication or the content, which no trailer section may bring in behind
+the head's back (RFC 9110, section 6.5.1)."""
+
 # Host and Content-Length are the upstream connection's own; Expect has been answered by this proxy.
 _NOT_TO_WORKERS = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"trailer"}
 # Content-Length goes with the framing that the client gets.

@@ -95,7 +95,7 @@ class WorkerPool:
             connection.abandon()
 
     def _protocol(self) -> WorkerConnection:
-        return WorkerConnection(self.origin, self._settings.head_bytes_max, self._keep)
+        return WorkerConnection(self.origin, self._settings.head_bytes_max, self._keep, self._loop)
 
     def _keep(self, connection: WorkerConnection) -> None:
         if len(self._idle) >= self._settings.idle_max:
