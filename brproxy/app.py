@@ -25,11 +25,12 @@ from brproxy.ledger import Ledger, WorkerLimits
 from brproxy.listening import start_listening
 from brproxy.open_files import raise_open_files_limit, requests_for_open_files
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
+from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.prober import Prober, ProbeSettings
-from brproxy.proxy.service import GroupService, RelayLimits, Service, ServiceLimits
+from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.client import RelayServer
 from brproxy.relay.pool import PoolSettings, WorkerPool
 from brproxy.relay.watch import Watch
@@ -103,11 +104,18 @@ def build_service(config: Config) -> Service:
         limits=ServiceLimits(
             requests_max=min(limits.requests_max, requests_for_open_files()),
             retries_max=limits.retries_max,
+            retry_wait_s=timeouts.retry_wait_s,
+            retry_wait_s_max=timeouts.retry_wait_s_max,
             retry_after_s=limits.retry_after_s,
-            body_bytes_max=limits.body_bytes_max,
-            upload_bytes_max=limits.upload_bytes_max,
             control_timeout_s=config.health.timeout_s,
         ),
+        body_limits=BodyLimits(
+            bytes_max=limits.body_bytes_max,
+            upload_bytes_max=limits.upload_bytes_max,
+            stall_s=timeouts.client_stall_s,
+            whole_s=timeouts.client_body_s,
+        ),
+        body_room=BodyRoom(limits.bodies_bytes_max),
         relay_limits=RelayLimits(
             first_byte_s=timeouts.first_byte_s,
             stall_s=timeouts.stall_s,

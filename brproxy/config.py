@@ -186,6 +186,11 @@ class Limits(Section):
         description="Other workers tried when one fails before its first byte (workers).",
     )
     body_bytes_max: int = Field(default=64 * MIB, ge=1024, description="Request body; beyond: 413 (bytes).")
+    bodies_bytes_max: int = Field(
+        default=1024 * MIB,
+        ge=1024,
+        description="Bodies of all requests together, until they are answered; beyond: 429 (bytes).",
+    )
     upload_bytes_max: int = Field(
         default=4096 * MIB,
         ge=1024,
@@ -223,6 +228,16 @@ class Timeouts(Section):
     client_keepalive_s: Seconds = Field(
         default=75.0, description="That an idle client connection is kept (seconds)."
     )
+    client_stall_s: Seconds = Field(
+        default=30.0, description="Between two pieces of a request's body (seconds)."
+    )
+    client_body_s: Seconds = Field(default=1800.0, description="For the whole of a request's body (seconds).")
+    retry_wait_s: Seconds = Field(
+        default=0.05,
+        description="Before a request moves to another worker; twice that before it moves again, and so on "
+        "(seconds).",
+    )
+    retry_wait_s_max: Seconds = Field(default=1.0, description="The longest such wait (seconds).")
     drain_s: Seconds = Field(
         default=30.0, description="For running requests to finish after SIGTERM (seconds)."
     )

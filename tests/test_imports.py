@@ -34,7 +34,8 @@ ALLOWED = {
     "config": {"validation"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
     "relay": {"types"},
-    "proxy": CORE | {"engines", "telemetry", "relay"},
+    "journey": {"types"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey"},
     "listening": {"types", "config"},
     "open_files": set(),
     "app": CORE
@@ -54,6 +55,7 @@ PURE = (
     "health",
     "fleet",
     "estimate",
+    "journey",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 

@@ -175,6 +175,11 @@ class Lease:
         """Wait for a worker; raises WaitExpiredError."""
         return await self._driver.wait(self.entry)
 
+    def has_others(self) -> bool:
+        """Tell whether a worker may be chosen that has not failed this request; its own has, if it asks."""
+        tried = self.entry.avoid | {self.entry.worker}
+        return any(ok and g not in tried for g, ok in enumerate(self._driver.group.health.routable()))
+
     def retry(self) -> None:
         """Give the worker back: it failed before the client saw anything."""
         self._driver.catch_up()

@@ -66,6 +66,39 @@ def body_too_large(limit_bytes: int) -> ProxyError:
     )
 
 
+def body_stalled(seconds: float) -> ProxyError:
+    """Return 408: the client has stopped sending its request."""
+    return ProxyError(
+        HTTPStatus.REQUEST_TIMEOUT,
+        f"Nothing of the request's body came for {seconds:g} s.",
+        "invalid_request_error",
+    )
+
+
+def body_too_slow(seconds: float) -> ProxyError:
+    """Return 408: the client takes too long to send its request."""
+    return ProxyError(
+        HTTPStatus.REQUEST_TIMEOUT,
+        f"The request's body did not come within {seconds:g} s.",
+        "invalid_request_error",
+    )
+
+
+def no_room_for_bodies(limit_bytes: int, retry_after_s: int = 1) -> ProxyError:
+    """Return 429: the bodies of all requests together exceed ``limits.bodies_bytes_max``."""
+    return ProxyError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        f"Overloaded: the requests in the proxy have {limit_bytes} bytes already, the most that it holds.",
+        "rate_limit_error",
+        retry_after_s,
+    )
+
+
+def no_connection_left(reason: str) -> ProxyError:
+    """Return 503: this machine, not a worker, could open no connection."""
+    return ProxyError(HTTPStatus.SERVICE_UNAVAILABLE, f"Overloaded: {reason}.", "overloaded_error", 1)
+
+
 def pool_full(message: str, retry_after_s: int) -> ProxyError:
     """Return 429: too many requests wait already."""
     return ProxyError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brproxy.types import BrproxyError
+from brproxy.types import BrproxyError, InvalidInputError
 
 
 class WorkerFailedError(BrproxyError):
@@ -19,6 +19,10 @@ class StaleConnectionError(WorkerFailedError):
 
 class BrokenResponseError(BrproxyError):
     """A worker's response is no HTTP, or ended before it was complete."""
+
+
+class BadBodyError(InvalidInputError):
+    """The body of a client's request is no HTTP."""
 
 
 class ClientGoneError(BrproxyError):

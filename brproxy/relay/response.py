@@ -6,6 +6,7 @@ chunk by chunk; no search for something that looks like an end.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from http import HTTPStatus
 from typing import NamedTuple
@@ -54,9 +55,17 @@ class ResponseHead(NamedTuple):
         """Whether the body is compressed, or otherwise not what its content type says."""
         return self.known.get(b"content-encoding", b"identity").lower() != b"identity"
 
-    def with_length(self, length: int) -> ResponseHead:
-        """Return the head of a response whose body has ``length`` bytes."""
-        return self._replace(length=b"%d" % length, chunked=False)
+    @property
+    def names_place(self) -> bool:
+        """Whether a field says where something is (RFC 9110, sections 8.7 and 10.2.2)."""
+        return b"location" in self.known or b"content-location" in self.known
+
+    def relative_to(self, origin: str) -> ResponseHead:
+        """Return the head with places at ``origin``, the worker's, as paths: clients find them here."""
+        places = re.compile(
+            rb"(?im)^((?:content-)?location: *)%b(?=[/?#\r])/?" % re.escape(origin.encode("latin-1"))
+        )
+        return self._replace(lines=places.sub(rb"\1/", self.lines))
 
     def framing_only(self) -> ResponseHead:
         """Return a head without fields that frames the body in the same way."""
