@@ -110,7 +110,7 @@ class Stream:
             answer.take_chunks = None
 
     def _turns_down(self, facts: EventFacts | None) -> bool:
-        """Tell whether another worker gets the request, which ``facts`` turn down; else they are the answer."""
+        """Tell whether another worker gets the request that ``facts`` turn down; else they are the answer."""
         if facts is None:
             return False
         event = Event.DIED if facts.died else Event.REFUSED
