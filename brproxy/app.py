@@ -54,6 +54,7 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
         PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
+        name,
     )
     checks = config.health
     thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
@@ -139,7 +140,7 @@ def _look_after(services: Iterable[GroupService], now_s: float) -> None:
         for pool in service.pools:
             pool.expire(now_s)
         # Nobody has to look at the load for what is unbooked to stay little.
-        service.driver.catch_up()
+        service.driver.look_after()
 
 
 class RunningProxy:

@@ -12,7 +12,18 @@ ROOT = Path(__file__).parents[1]
 
 # What each part of brproxy may import of the others; itself is always allowed.
 BASE = {"types", "clock", "registry"}
-CORE = BASE | {"routing", "prediction", "lifecycle", "ledger", "dispatcher", "estimate", "health", "fleet"}
+CORE = BASE | {
+    "routing",
+    "prediction",
+    "lifecycle",
+    "ledger",
+    "dispatcher",
+    "estimate",
+    "health",
+    "fleet",
+    "faults",
+    "rounds",
+}
 ALLOWED = {
     "types": set(),
     "clock": {"types"},
@@ -26,7 +37,9 @@ ALLOWED = {
     "prediction": BASE,
     "engines": BASE,
     "ledger": BASE | {"lifecycle", "routing", "prediction"},
-    "dispatcher": BASE | {"lifecycle", "ledger", "routing", "prediction"},
+    "faults": set(),
+    "rounds": set(),
+    "dispatcher": BASE | {"faults", "lifecycle", "ledger", "routing", "prediction"},
     "fleet": BASE | {"dispatcher", "health"},
     "telemetry": CORE,
     "validation": {"types"},
@@ -51,6 +64,8 @@ PURE = (
     "engines",
     "ledger",
     "lifecycle",
+    "faults",
+    "rounds",
     "dispatcher",
     "health",
     "fleet",

@@ -113,6 +113,11 @@ def waited_too_long(message: str, retry_after_s: int) -> ProxyError:
     )
 
 
+def undecidable(message: str) -> ProxyError:
+    """Return 500: the decision on a request failed, which is the proxy's own fault."""
+    return ProxyError(HTTPStatus.INTERNAL_SERVER_ERROR, f"Internal error: {message}.", "internal_error")
+
+
 def workers_failed(message: str) -> ProxyError:
     """Return 502: every worker that was tried failed before its first byte."""
     return ProxyError(HTTPStatus.BAD_GATEWAY, message, "upstream_error")

@@ -9,7 +9,7 @@ from brproxy.engines.dialect import Dialect, RequestFacts, make_dialect
 from brproxy.fleet import UnknownModelError
 from brproxy.proxy import errors
 from brproxy.proxy.attempts import Attempts
-from brproxy.proxy.driver import WaitExpiredError
+from brproxy.proxy.driver import DecisionFailedError, WaitExpiredError
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.incoming import Reader
@@ -89,6 +89,7 @@ class Handlers:
             facts.prompt_hash,
             facts.prefix_hash,
             facts.user,
+            prompt_is_exact=facts.prompt_tokens is not None,
         )
 
     def _failure(self, error: BrproxyError) -> ProxyError:
@@ -102,6 +103,8 @@ class Handlers:
             return errors.pool_full(str(error), retry_after_s)
         if isinstance(error, WaitExpiredError):
             return errors.waited_too_long(str(error), retry_after_s)
+        if isinstance(error, DecisionFailedError):
+            return errors.undecidable(str(error))
         raise error
 
     def _rejection(self, error: ProxyError, request: web.BaseRequest) -> web.Response:

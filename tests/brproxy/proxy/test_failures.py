@@ -338,8 +338,18 @@ async def test_waiting_too_long_is_a_503(start_worker, start_proxy, client, sile
 
 async def test_a_prompt_that_never_fits_is_a_400(start_emulator, start_proxy, client):
     proxy = await start_proxy((await start_emulator(1)).urls, worker={"kv_capacity_tokens": 50})
-    status, _, body = await ask(client, proxy, messages=[{"role": "user", "content": "word " * 100}])
-    assert (status, orjson.loads(body)["error"]["type"]) == (400, "invalid_request_error")
+    counted = {"model": "emulated", "prompt": [1] * 51, "max_tokens": 2}
+    async with client.post(proxy.url + "/v1/completions", json=counted) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_guess_refuses_nothing(start_emulator, start_proxy, client):
+    proxy = await start_proxy((await start_emulator(1)).urls, worker={"kv_capacity_tokens": 50})
+    guessed = [{"role": "user", "content": "word " * 100}]
+    status, _, body = await ask(client, proxy, messages=guessed, max_tokens=2)
+    assert (status, body.endswith(DONE)) == (200, True)
+    await proxy.idle()
 
 
 async def test_a_client_that_stops_reading_does_not_hold_its_slot_for_ever(
