@@ -31,7 +31,7 @@ from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.prober import Prober, ProbeSettings
 from brproxy.proxy.service import GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.client import RelayServer
-from brproxy.relay.pool import PoolSettings, WorkerPool
+from brproxy.relay.endpoint import Endpoint, EndpointSettings
 from brproxy.relay.watch import Watch
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state, save_state
@@ -74,7 +74,7 @@ def build_service(config: Config) -> Service:
         load_state(Path(config.prediction.state_file), _predictors(fleet), config.prediction.predictor)
     metrics = Metrics(fleet)
     limits, timeouts = config.limits, config.timeouts
-    pool_settings = PoolSettings(
+    endpoint_settings = EndpointSettings(
         timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
     )
     services = {
@@ -87,7 +87,7 @@ def build_service(config: Config) -> Service:
                 on_round=metrics.groups[group.name].round,
                 on_end=metrics.groups[group.name].ended,
             ),
-            tuple(WorkerPool(w.url, pool_settings) for w in config.groups[group.name]),
+            tuple(Endpoint(w.url, endpoint_settings) for w in config.groups[group.name]),
             make_dialect(config.groups[group.name][0].engine),
         )
         for group in fleet.groups

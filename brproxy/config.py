@@ -14,9 +14,11 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, Field, create_model, model_validator
 
 from brproxy.engines.dialect import DIALECTS
+from brproxy.origins import read_origin
 from brproxy.prediction.predictor import PREDICTORS, PredictorParams
 from brproxy.registry import Registry, UnknownNameError
 from brproxy.routing.policy import POLICIES, PolicyParams
+from brproxy.types import InvalidInputError
 from brproxy.validation import Section, load_toml, validate
 
 MIB = 1 << 20
@@ -113,19 +115,11 @@ else:
 
 
 def _origin(url: str) -> str:
-    """Check a worker's URL and return it without a trailing slash."""
-    parts = urlsplit(url)
+    """Check a worker's URL and return it as it goes over the wire, without a trailing slash."""
     try:
-        port_is_valid = parts.port is None or parts.port > 0
-    except ValueError:
-        port_is_valid = False
-    if parts.scheme not in {"http", "https"} or not parts.hostname or not port_is_valid:
-        msg = 'must be like "http://host:port"'
-        raise ValueError(msg)
-    if parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username:
-        msg = 'must be only "http://host:port", without path, query or user'
-        raise ValueError(msg)
-    return f"{parts.scheme}://{parts.netloc}"
+        return read_origin(url).url
+    except InvalidInputError as error:
+        raise ValueError(str(error)) from error
 
 
 class Worker(Section):

@@ -31,9 +31,10 @@ ALLOWED = {
     "telemetry": CORE,
     "validation": {"types"},
     "state_file": {"prediction"},
-    "config": {"validation"} | BASE | {"routing", "prediction", "engines"},
+    "config": {"validation", "origins"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
-    "relay": {"types"},
+    "origins": {"types"},
+    "relay": {"types", "origins"},
     "proxy": CORE | {"engines", "telemetry", "relay"},
     "listening": {"types", "config"},
     "open_files": set(),
@@ -54,6 +55,7 @@ PURE = (
     "health",
     "fleet",
     "estimate",
+    "origins",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 

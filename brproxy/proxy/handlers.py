@@ -20,10 +20,10 @@ from brproxy.proxy.pages import MODELS_PATH, Pages
 from brproxy.proxy.service import GroupService, Service
 from brproxy.proxy.upload import Upload, read_upload, whole_upload
 from brproxy.relay.client import Client, answered
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ClientGoneError, StaleConnectionError, WorkerFailedError
 from brproxy.relay.fields import REQUEST_ID, Fields, request_fields
 from brproxy.relay.framing import Framing, response_head
-from brproxy.relay.pool import WorkerPool
 from brproxy.relay.request import origin_form, request_head, upgrade_lines
 from brproxy.types import BrproxyError, InvalidInputError, PendingRequest, WorkerIndex
 
@@ -168,7 +168,7 @@ class Attempts:
             self._lease.retry()
             retries_left -= 1
 
-    async def _attempt(self, pool: WorkerPool, client: Client, lines: bytes, request_id: bytes) -> None:
+    async def _attempt(self, pool: Endpoint, client: Client, lines: bytes, request_id: bytes) -> None:
         """Send the request on a kept connection, on a new one if the worker has closed that."""
         service, upload = self._service, self._upload
         target = origin_form(client.target)

@@ -11,7 +11,7 @@ from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
-from brproxy.relay.pool import WorkerPool
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.watch import Watch
 from brproxy.telemetry.metrics import Metrics
 
@@ -22,7 +22,7 @@ class GroupService:
 
     group: Group
     driver: GroupDriver
-    pools: tuple[WorkerPool, ...]
+    pools: tuple[Endpoint, ...]
     dialect: Dialect
 
 
