@@ -25,10 +25,9 @@ from brproxy.ledger import Ledger, WorkerLimits
 from brproxy.listening import start_listening
 from brproxy.open_files import raise_open_files_limit, requests_for_open_files
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
-from brproxy.proxy.control import ControlClient
+from brproxy.proxy.asking import Prober, ProbeSettings
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.handlers import Handlers
-from brproxy.proxy.prober import Prober, ProbeSettings
 from brproxy.proxy.service import GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.client import RelayServer
 from brproxy.relay.endpoint import Endpoint, EndpointSettings
@@ -74,9 +73,7 @@ def build_service(config: Config) -> Service:
         load_state(Path(config.prediction.state_file), _predictors(fleet), config.prediction.predictor)
     metrics = Metrics(fleet)
     limits, timeouts = config.limits, config.timeouts
-    endpoint_settings = EndpointSettings(
-        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
-    )
+    settings = endpoint_settings(config)
     services = {
         group.name: GroupService(
             group,
@@ -87,7 +84,7 @@ def build_service(config: Config) -> Service:
                 on_round=metrics.groups[group.name].round,
                 on_end=metrics.groups[group.name].ended,
             ),
-            tuple(Endpoint(w.url, endpoint_settings) for w in config.groups[group.name]),
+            tuple(Endpoint(w.url, settings) for w in config.groups[group.name]),
             make_dialect(config.groups[group.name][0].engine),
         )
         for group in fleet.groups
@@ -95,7 +92,6 @@ def build_service(config: Config) -> Service:
     return Service(
         groups=services,
         fleet=fleet,
-        control=ControlClient(timeouts.connect_s, timeouts.keepalive_s, limits.header_bytes_max),
         watch=Watch(_look_interval_s(config), partial(_look_after, services.values())),
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
         metrics=metrics,
@@ -107,6 +103,8 @@ def build_service(config: Config) -> Service:
             body_bytes_max=limits.body_bytes_max,
             upload_bytes_max=limits.upload_bytes_max,
             control_timeout_s=config.health.timeout_s,
+            control_bytes_max=limits.control_bytes_max,
+            models_kept_s=limits.models_kept_s,
         ),
         relay_limits=RelayLimits(
             first_byte_s=timeouts.first_byte_s,
@@ -117,6 +115,14 @@ def build_service(config: Config) -> Service:
         ask_usage=config.estimate.ask_usage,
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,
+    )
+
+
+def endpoint_settings(config: Config) -> EndpointSettings:
+    """Return how the proxy connects to workers."""
+    timeouts, limits = config.timeouts, config.limits
+    return EndpointSettings(
+        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
     )
 
 
@@ -153,7 +159,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
     service = build_service(config)
     handlers = Handlers(service)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
-    prober = Prober(list(service.groups.values()), service.control, service.clock, settings)
+    prober = Prober(list(service.groups.values()), service.clock, settings)
     server = RelayServer(
         handlers.handle,
         config.limits.body_bytes_max,
@@ -174,6 +180,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         handlers.pages.draining = True
     finally:
         await runner.cleanup()
+        await handlers.pages.close()
         await prober.stop()
         keeping.cancel()
         _save_state(config, service)
@@ -182,7 +189,6 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             for pool in group.pools:
                 pool.close()
         service.watch.close()
-        await service.control.close()
 
 
 async def _keep_state(config: Config, service: Service) -> None:

@@ -197,6 +197,18 @@ class Limits(Section):
     response_parse_bytes_max: int = Field(
         default=8 * MIB, ge=1024, description="JSON reply; a longer one passes without being read (bytes)."
     )
+    control_bytes_max: int = Field(
+        default=4 * MIB,
+        ge=1024,
+        description="A worker's answer to the proxy itself, as its models; beyond: a failure (bytes).",
+    )
+    models_kept_s: float = Field(
+        default=5.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="That an answer to /v1/models is kept for clients with the same credentials (seconds).",
+    )
     models_max: int = Field(
         default=64, ge=1, description="Models whose token ratios are remembered (models)."
     )
@@ -227,7 +239,7 @@ class HealthChecks(Section):
 
     enabled: bool = Field(default=True, description="Check workers; when off, all count as healthy.")
     path: str = Field(
-        default="", pattern=r"^(/.*)?$", description="Path that must answer 2xx; empty: the engine's own."
+        default="", pattern=r"^(/[!-~]*)?$", description="Path that must answer 2xx; empty: the engine's own."
     )
     interval_s: Seconds = Field(default=2.0, description="Between two checks of a worker (seconds).")
     timeout_s: Seconds = Field(default=2.0, description="For one check (seconds).")

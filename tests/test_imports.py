@@ -35,7 +35,7 @@ ALLOWED = {
     "config_reference": {"config", "validation"},
     "origins": {"types"},
     "relay": {"types", "origins"},
-    "proxy": CORE | {"engines", "telemetry", "relay"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "logs"},
     "listening": {"types", "config"},
     "open_files": set(),
     "app": CORE

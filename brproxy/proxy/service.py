@@ -9,7 +9,6 @@ from brproxy.clock import Clock
 from brproxy.engines.dialect import Dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
-from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.watch import Watch
@@ -36,6 +35,8 @@ class ServiceLimits:
     body_bytes_max: int
     upload_bytes_max: int
     control_timeout_s: float
+    control_bytes_max: int
+    models_kept_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,6 @@ class Service:
 
     groups: Mapping[str, GroupService]
     fleet: Fleet
-    control: ControlClient
     watch: Watch
     estimator: TokenEstimator
     metrics: Metrics
