@@ -14,9 +14,11 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, Field, create_model, model_validator
 
 from brproxy.engines.dialect import DIALECTS
+from brproxy.origins import read_origin
 from brproxy.prediction.predictor import PREDICTORS, PredictorParams
 from brproxy.registry import Registry, UnknownNameError
 from brproxy.routing.policy import POLICIES, PolicyParams
+from brproxy.types import InvalidInputError
 from brproxy.validation import Section, load_toml, validate
 
 MIB = 1 << 20
@@ -113,19 +115,11 @@ else:
 
 
 def _origin(url: str) -> str:
-    """Check a worker's URL and return it without a trailing slash."""
-    parts = urlsplit(url)
+    """Check a worker's URL and return it as it goes over the wire, without a trailing slash."""
     try:
-        port_is_valid = parts.port is None or parts.port > 0
-    except ValueError:
-        port_is_valid = False
-    if parts.scheme not in {"http", "https"} or not parts.hostname or not port_is_valid:
-        msg = 'must be like "http://host:port"'
-        raise ValueError(msg)
-    if parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username:
-        msg = 'must be only "http://host:port", without path, query or user'
-        raise ValueError(msg)
-    return f"{parts.scheme}://{parts.netloc}"
+        return read_origin(url).url
+    except InvalidInputError as error:
+        raise ValueError(str(error)) from error
 
 
 class Worker(Section):
@@ -208,6 +202,18 @@ class Limits(Section):
     response_parse_bytes_max: int = Field(
         default=8 * MIB, ge=1024, description="JSON reply; a longer one passes without being read (bytes)."
     )
+    control_bytes_max: int = Field(
+        default=4 * MIB,
+        ge=1024,
+        description="A worker's answer to the proxy itself, as its models; beyond: a failure (bytes).",
+    )
+    models_kept_s: float = Field(
+        default=5.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="That an answer to /v1/models is kept for clients with the same credentials (seconds).",
+    )
     models_max: int = Field(
         default=64, ge=1, description="Models whose token ratios are remembered (models)."
     )
@@ -248,7 +254,7 @@ class HealthChecks(Section):
 
     enabled: bool = Field(default=True, description="Check workers; when off, all count as healthy.")
     path: str = Field(
-        default="", pattern=r"^(/.*)?$", description="Path that must answer 2xx; empty: the engine's own."
+        default="", pattern=r"^(/[!-~]*)?$", description="Path that must answer 2xx; empty: the engine's own."
     )
     interval_s: Seconds = Field(default=2.0, description="Between two checks of a worker (seconds).")
     timeout_s: Seconds = Field(default=2.0, description="For one check (seconds).")

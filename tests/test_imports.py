@@ -44,11 +44,12 @@ ALLOWED = {
     "telemetry": CORE,
     "validation": {"types"},
     "state_file": {"prediction"},
-    "config": {"validation"} | BASE | {"routing", "prediction", "engines"},
+    "config": {"validation", "origins"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
-    "relay": {"types"},
     "journey": {"types"},
-    "proxy": CORE | {"engines", "telemetry", "relay", "journey"},
+    "origins": {"types"},
+    "relay": {"types", "origins"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
     "listening": {"types", "config"},
     "open_files": set(),
     "app": CORE
@@ -71,6 +72,7 @@ PURE = (
     "fleet",
     "estimate",
     "journey",
+    "origins",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 

@@ -15,7 +15,7 @@ from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.connection import WorkerConnection
-from brproxy.relay.errors import ClientGoneError, WorkerFailedError
+from brproxy.relay.errors import ClientGoneError, ShortageError, WorkerFailedError
 from brproxy.relay.request import request_head
 from brproxy.types import WorkerIndex
 
@@ -166,7 +166,7 @@ class Attempts:
         return lines + b"Accept-Encoding: %b\r\n" % incoming.accept_encoding
 
     def _not_connected(self, error: WorkerFailedError) -> Action:
-        if not error.unreachable:
+        if isinstance(error, ShortageError):
             return self._after(Event.SHORTAGE, errors.no_connection_left(str(error)))
         # Without active checks nothing would ever bring the worker back.
         if self._service.health_checks:

@@ -10,9 +10,8 @@ from brproxy.engines.dialect import Dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.proxy.body_room import BodyRoom
-from brproxy.proxy.control import ControlClient
 from brproxy.proxy.driver import GroupDriver
-from brproxy.relay.pool import WorkerPool
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.watch import Watch
 from brproxy.telemetry.metrics import Metrics
 
@@ -23,7 +22,7 @@ class GroupService:
 
     group: Group
     driver: GroupDriver
-    pools: tuple[WorkerPool, ...]
+    pools: tuple[Endpoint, ...]
     dialect: Dialect
 
 
@@ -37,6 +36,8 @@ class ServiceLimits:
     retry_wait_s_max: float
     retry_after_s: int
     control_timeout_s: float
+    control_bytes_max: int
+    models_kept_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,6 @@ class Service:
 
     groups: Mapping[str, GroupService]
     fleet: Fleet
-    control: ControlClient
     watch: Watch
     estimator: TokenEstimator
     metrics: Metrics

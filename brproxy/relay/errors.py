@@ -13,6 +13,10 @@ class WorkerFailedError(BrproxyError):
         self.unreachable = unreachable
 
 
+class ShortageError(WorkerFailedError):
+    """This machine is out of files, memory or ports: the worker could not be asked and is not to blame."""
+
+
 class StaleConnectionError(WorkerFailedError):
     """A kept connection turned out to be closed: engines do that when they like, it says nothing of them."""
 

@@ -99,9 +99,3 @@ def _crossing(fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes]) 
         if len(others) < len(fields):
             return Fields(_crossing(others, dropped).lines, known)
     return Fields(b"".join(parts), known)
-
-
-def crossing_pairs(fields: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Return what a worker gets of a client's header fields as text, for an HTTP client that wants that."""
-    lines = request_fields(fields).lines.decode("utf-8", "surrogateescape").split("\r\n")[:-1]
-    return dict(line.split(": ", 1) for line in lines)
