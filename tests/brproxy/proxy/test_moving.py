@@ -227,11 +227,9 @@ async def test_a_stream_is_not_compressed_where_usage_is_taken_out_again(
     ]
 
 
-@pytest.mark.parametrize(
-    "fields", [("Upgrade: websocket", "Upgrade: h2c"), ("Upgrade: h2c", "Upgrade: websocket")]
-)
+@pytest.mark.parametrize("first", ["websocket", "h2c"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-async def test_two_protocols_are_none(fields, version, raw_worker, answering, start_proxy, raw):
+async def test_two_protocols_are_none(first, version, raw_worker, answering, start_proxy, raw):
     worker = await raw_worker(answering(fixed(b"no")))
     proxy = await start_proxy([worker.url])
     client = await raw(proxy)
