@@ -197,7 +197,8 @@ class Forwarding(Exchange):
             self._connection.abandon()
             self._fail(WorkerFailedError("it changed the protocol, which nobody had asked for"))
             return
-        self.is_committed = self._is_tunnel = True
+        # Progress, or the time-out for a first byte would go on counting.
+        self.is_committed = self._is_tunnel = self.progressed = True
         self.limit_s = self._limits.stall_s
         self._client.begin()
         self._write(upgrade_head(head) + rest)
