@@ -231,7 +231,8 @@ class WorkerAnswer(Exchange):
 
     def begins(self, *, is_long: bool = False) -> None:
         """Note that the client gets some of this answer now; ``is_long``: it may take minutes."""
-        self.has_begun = True
+        # Progress, or the time-out for a first byte would go on counting.
+        self.has_begun = self.progressed = True
         self.limit_s = self.limits.stall_s
         self._attempt.begun(is_long=is_long)
 
