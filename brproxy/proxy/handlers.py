@@ -58,7 +58,7 @@ class Handlers:
             media_type = fields.media_type
             upload = whole_upload(request, limits) or await read_upload(request, media_type, limits)
             facts = self._client_dialect.read_request(
-                path, media_type, upload.beginning or b"", hashes=self._service.hash_prompts
+                path, request.method, media_type, upload.beginning or b"", hashes=self._service.hash_prompts
             )
             group = self._service.choose(facts.model or _model_in_path(path))
             request_id = fields.known.get(REQUEST_ID) or self._ids.next()

@@ -45,7 +45,7 @@ def delta(**fields):
 
 
 def request(path=CHAT, **document):
-    return make_dialect("openai").read_request(path, "application/json", orjson.dumps(document))
+    return make_dialect("openai").read_request(path, "POST", "application/json", orjson.dumps(document))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +54,7 @@ def test_any_json_is_read_without_an_error(name, value):
     dialect = make_dialect(name)
     data = orjson.dumps(value)
     assert isinstance(dialect.read_event(data), EventFacts)
-    assert isinstance(dialect.read_request(CHAT, "application/json", data), RequestFacts)
+    assert isinstance(dialect.read_request(CHAT, "POST", "application/json", data), RequestFacts)
     dialect.read_reply(data)
 
 
@@ -64,8 +64,8 @@ def test_any_bytes_are_read_without_an_error(name, data):
     dialect = make_dialect(name)
     dialect.read_event(data)
     dialect.read_reply(data)
-    dialect.read_request(CHAT, "application/json", data)
-    dialect.read_request("/v1/audio/transcriptions", "multipart/form-data", data)
+    dialect.read_request(CHAT, "POST", "application/json", data)
+    dialect.read_request("/v1/audio/transcriptions", "POST", "multipart/form-data", data)
 
 
 def test_a_chat_request():
@@ -115,7 +115,9 @@ def test_the_model_of_an_upload():
         b"Content-Type: audio/wav\r\n\r\nRIFF....\r\n--b\r\n"
         b'Content-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--b--\r\n'
     )
-    facts = make_dialect("openai").read_request("/v1/audio/transcriptions", "multipart/form-data", form)
+    facts = make_dialect("openai").read_request(
+        "/v1/audio/transcriptions", "POST", "multipart/form-data", form
+    )
     assert facts.model == "whisper-1"
 
 
@@ -136,7 +138,7 @@ def test_the_model_of_an_upload():
         ),
         (
             chunk(choices=[delta(content="x")], usage={"prompt_tokens": 11, "completion_tokens": 3}),
-            EventFacts(has_tokens=True, usage=Usage(11, 3)),
+            EventFacts(has_tokens=True, usage=Usage(11, 3), sequence=0),
         ),
         (chunk(choices=[delta(content='"usage" "error" in text')]), EventFacts(has_tokens=True)),
         (b'{"error":{"message":"boom","code":500}}', EventFacts(error=True)),
@@ -197,7 +199,9 @@ def test_health_paths():
 
 
 def hashes(**document):
-    facts = make_dialect("openai").read_request(CHAT, "application/json", orjson.dumps(document), hashes=True)
+    facts = make_dialect("openai").read_request(
+        CHAT, "POST", "application/json", orjson.dumps(document), hashes=True
+    )
     return facts.prompt_hash, facts.prefix_hash
 
 
@@ -225,7 +229,9 @@ def test_any_prompt_can_be_identified(value):
 
 def test_a_prompt_nested_too_deeply_is_not_identified():
     body = b'{"prompt":' + b"[" * 600 + b"]" * 600 + b"}"
-    facts = make_dialect("openai").read_request("/v1/completions", "application/json", body, hashes=True)
+    facts = make_dialect("openai").read_request(
+        "/v1/completions", "POST", "application/json", body, hashes=True
+    )
     assert facts.prompt_hash is None
 
 
