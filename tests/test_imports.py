@@ -29,7 +29,7 @@ ALLOWED = {
     "clock": {"types"},
     "registry": {"types"},
     "lifecycle": {"types"},
-    "estimate": set(),
+    "estimate": {"types"},
     "health": {"types"},
     "logs": set(),
     "command": {"types"},

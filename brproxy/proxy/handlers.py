@@ -48,7 +48,7 @@ class Handlers:
             failure = error if isinstance(error, ProxyError) else self._failure(error)
             if not client.has_begun and not client.transport.is_closing():
                 return self._rejection(failure, request)
-            sink.end_with(failure.event())
+            sink.end_with(failure.event(request.path))
             self._service.metrics.reject("stream")
         finally:
             upload.give_back()
@@ -109,7 +109,7 @@ class Handlers:
 
     def _rejection(self, error: ProxyError, request: web.BaseRequest) -> web.Response:
         self._service.metrics.reject(error.status)
-        response = error.response()
+        response = error.response(request.path)
         if request.body_exists and not request.content.is_eof():
             # What is left of the body is no request.
             response.force_close()
