@@ -113,6 +113,11 @@ def waited_too_long(message: str, retry_after_s: int) -> ProxyError:
     )
 
 
+def no_worker(message: str, retry_after_s: int) -> ProxyError:
+    """Return 503: no worker was healthy for as long as a request may wait."""
+    return ProxyError(HTTPStatus.SERVICE_UNAVAILABLE, f"{message}.", "service_unavailable", retry_after_s)
+
+
 def undecidable(message: str) -> ProxyError:
     """Return 500: the decision on a request failed, which is the proxy's own fault."""
     return ProxyError(HTTPStatus.INTERNAL_SERVER_ERROR, f"Internal error: {message}.", "internal_error")
