@@ -48,6 +48,13 @@ async def start_listening(runner: web.ServerRunner, listen: Listen) -> int:
     return port
 
 
+def url_of(listen: Listen, port: int) -> str:
+    """Return where clients find the proxy, which listens on ``port``."""
+    scheme = "https" if listen.tls_certificate_file else "http"
+    host = f"[{listen.host}]" if ":" in listen.host else listen.host
+    return f"{scheme}://{host}:{port}"
+
+
 def _tls_context(listen: Listen) -> ssl.SSLContext | None:
     """Return what HTTPS needs, None for plain HTTP; raises ListenError."""
     if not listen.tls_certificate_file:

@@ -34,7 +34,7 @@ ALLOWED = {
     "config": {"validation", "origins"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
     "origins": {"types"},
-    "relay": {"types", "origins"},
+    "relay": {"types", "origins", "logs"},
     "proxy": CORE | {"engines", "telemetry", "relay", "logs"},
     "listening": {"types", "config"},
     "open_files": set(),

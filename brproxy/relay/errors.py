@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brproxy.types import BrproxyError
+from brproxy.types import BrproxyError, InvalidInputError
 
 
 class WorkerFailedError(BrproxyError):
@@ -23,6 +23,10 @@ class StaleConnectionError(WorkerFailedError):
 
 class BrokenResponseError(BrproxyError):
     """A worker's response is no HTTP, or ended before it was complete."""
+
+
+class BrokenRequestError(InvalidInputError):
+    """What a client sends is no HTTP, though its request began as some."""
 
 
 class ClientGoneError(BrproxyError):
