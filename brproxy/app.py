@@ -31,13 +31,14 @@ from brproxy.open_files import (
 )
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.asking import Prober, ProbeSettings
+from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.cors import Cors
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
-from brproxy.proxy.service import GroupService, RelayLimits, Service, ServiceLimits
-from brproxy.relay.client import ClientLimits, RelayServer
+from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.endpoint import Endpoint, EndpointSettings
+from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.relay.watch import Watch
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state, save_state
@@ -59,6 +60,7 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
         PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
+        name,
     )
     checks = config.health
     thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
@@ -106,13 +108,20 @@ def build_service(config: Config) -> Service:
         limits=ServiceLimits(
             requests_max=min(limits.requests_max, requests_for_open_files()),
             retries_max=limits.retries_max,
+            retry_wait_s=timeouts.retry_wait_s,
+            retry_wait_s_max=timeouts.retry_wait_s_max,
             retry_after_s=limits.retry_after_s,
-            body_bytes_max=limits.body_bytes_max,
-            upload_bytes_max=limits.upload_bytes_max,
             control_timeout_s=config.health.timeout_s,
             control_bytes_max=limits.control_bytes_max,
             models_kept_s=limits.models_kept_s,
         ),
+        body_limits=BodyLimits(
+            bytes_max=limits.body_bytes_max,
+            upload_bytes_max=limits.upload_bytes_max,
+            stall_s=timeouts.client_stall_s,
+            whole_s=timeouts.client_body_s,
+        ),
+        body_room=BodyRoom(limits.bodies_bytes_max),
         relay_limits=RelayLimits(
             first_byte_s=timeouts.first_byte_s,
             stall_s=timeouts.stall_s,
@@ -144,7 +153,7 @@ def _look_after(services: Iterable[GroupService], now_s: float) -> None:
         for pool in service.pools:
             pool.expire(now_s)
         # Nobody has to look at the load for what is unbooked to stay little.
-        service.driver.catch_up()
+        service.driver.look_after()
 
 
 class RunningProxy:

@@ -12,7 +12,18 @@ ROOT = Path(__file__).parents[1]
 
 # What each part of brproxy may import of the others; itself is always allowed.
 BASE = {"types", "clock", "registry"}
-CORE = BASE | {"routing", "prediction", "lifecycle", "ledger", "dispatcher", "estimate", "health", "fleet"}
+CORE = BASE | {
+    "routing",
+    "prediction",
+    "lifecycle",
+    "ledger",
+    "dispatcher",
+    "estimate",
+    "health",
+    "fleet",
+    "faults",
+    "rounds",
+}
 ALLOWED = {
     "types": set(),
     "clock": {"types"},
@@ -26,16 +37,19 @@ ALLOWED = {
     "prediction": BASE,
     "engines": BASE,
     "ledger": BASE | {"lifecycle", "routing", "prediction"},
-    "dispatcher": BASE | {"lifecycle", "ledger", "routing", "prediction"},
+    "faults": set(),
+    "rounds": set(),
+    "dispatcher": BASE | {"faults", "lifecycle", "ledger", "routing", "prediction"},
     "fleet": BASE | {"dispatcher", "health"},
     "telemetry": CORE,
     "validation": {"types"},
     "state_file": {"prediction"},
     "config": {"validation", "origins"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
+    "journey": {"types"},
     "origins": {"types"},
     "relay": {"types", "origins", "logs"},
-    "proxy": CORE | {"engines", "telemetry", "relay", "logs"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
     "listening": {"types", "config"},
     "open_files": set(),
     "app": CORE
@@ -51,10 +65,13 @@ PURE = (
     "engines",
     "ledger",
     "lifecycle",
+    "faults",
+    "rounds",
     "dispatcher",
     "health",
     "fleet",
     "estimate",
+    "journey",
     "origins",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}

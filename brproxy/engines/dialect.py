@@ -56,6 +56,7 @@ class EventFacts(NamedTuple):
     error: bool = False
     refused: bool = False
     done: bool = False
+    died: bool = False
 
 
 PLAIN_TOKENS = EventFacts(has_tokens=True)
@@ -89,6 +90,14 @@ class Dialect(ABC):
     @abstractmethod
     def read_reply(self, body: bytes) -> Usage | None:
         """Return the usage in a complete JSON reply, None without one; never raises."""
+
+    def may_tell_death(self, status: int) -> bool:
+        """Tell whether the body of a response with ``status`` may say that the engine is dead."""
+        return False
+
+    def is_death(self, status: int, body: bytes) -> bool:
+        """Tell whether an error's body says that the engine behind the server is dead."""
+        return False
 
     @abstractmethod
     def is_refusal(self, status: int) -> bool:

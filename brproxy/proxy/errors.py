@@ -72,6 +72,39 @@ def body_too_large(limit_bytes: int) -> ProxyError:
     )
 
 
+def body_stalled(seconds: float) -> ProxyError:
+    """Return 408: the client has stopped sending its request."""
+    return ProxyError(
+        HTTPStatus.REQUEST_TIMEOUT,
+        f"Nothing of the request's body came for {seconds:g} s.",
+        "invalid_request_error",
+    )
+
+
+def body_too_slow(seconds: float) -> ProxyError:
+    """Return 408: the client takes too long to send its request."""
+    return ProxyError(
+        HTTPStatus.REQUEST_TIMEOUT,
+        f"The request's body did not come within {seconds:g} s.",
+        "invalid_request_error",
+    )
+
+
+def no_room_for_bodies(limit_bytes: int, retry_after_s: int = 1) -> ProxyError:
+    """Return 429: the bodies of all requests together exceed ``limits.bodies_bytes_max``."""
+    return ProxyError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        f"Overloaded: the requests in the proxy have {limit_bytes} bytes already, the most that it holds.",
+        "rate_limit_error",
+        retry_after_s,
+    )
+
+
+def no_connection_left(reason: str) -> ProxyError:
+    """Return 503: this machine, not a worker, could open no connection."""
+    return ProxyError(HTTPStatus.SERVICE_UNAVAILABLE, f"Overloaded: {reason}.", "overloaded_error", 1)
+
+
 def pool_full(message: str, retry_after_s: int) -> ProxyError:
     """Return 429: too many requests wait already."""
     return ProxyError(
@@ -84,6 +117,11 @@ def waited_too_long(message: str, retry_after_s: int) -> ProxyError:
     return ProxyError(
         HTTPStatus.SERVICE_UNAVAILABLE, f"Overloaded: {message}.", "overloaded_error", retry_after_s
     )
+
+
+def undecidable(message: str) -> ProxyError:
+    """Return 500: the decision on a request failed, which is the proxy's own fault."""
+    return ProxyError(HTTPStatus.INTERNAL_SERVER_ERROR, f"Internal error: {message}.", "internal_error")
 
 
 def workers_failed(message: str) -> ProxyError:
@@ -102,6 +140,15 @@ def stream_broke_off() -> ProxyError:
     """Return 502: the worker's connection ended before its response was complete."""
     return ProxyError(
         HTTPStatus.BAD_GATEWAY, "The worker's response broke off before it was complete.", "upstream_error"
+    )
+
+
+def response_not_handled() -> ProxyError:
+    """Return 500: a bug of the proxy's own met the worker's response."""
+    return ProxyError(
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "The proxy could not handle the worker's response.",
+        "internal_error",
     )
 
 

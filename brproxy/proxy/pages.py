@@ -42,11 +42,14 @@ class Pages:
         return web.Response(text="ok\n")
 
     async def _ready(self, _request: web.BaseRequest) -> web.Response:
-        """200 while at least one worker may be chosen and the proxy is not about to stop."""
+        """200 while a worker may be chosen, decisions are made, and the proxy is not about to stop."""
         if self.draining:
             return web.Response(status=503, text="shutting down\n")
         if not self._service.fleet.ready:
             return web.Response(status=503, text="no worker is healthy\n")
+        stuck = [name for name, group in self._service.groups.items() if group.driver.is_stuck()]
+        if stuck:
+            return web.Response(status=503, text=f"requests wait and no round is due: {', '.join(stuck)}\n")
         return web.Response(text="ready\n")
 
     async def _metrics(self, _request: web.BaseRequest) -> web.Response:

@@ -116,7 +116,7 @@ class Endpoint:
             connection.abandon()
 
     def _protocol(self) -> WorkerConnection:
-        return WorkerConnection(self.origin, self._settings.head_bytes_max, self._keep)
+        return WorkerConnection(self.origin, self._settings.head_bytes_max, self._keep, self._loop)
 
     def _keep(self, connection: WorkerConnection) -> None:
         if len(self._idle) >= self._settings.idle_max:

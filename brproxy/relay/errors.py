@@ -25,8 +25,8 @@ class BrokenResponseError(BrproxyError):
     """A worker's response is no HTTP, or ended before it was complete."""
 
 
-class BrokenRequestError(InvalidInputError):
-    """What a client sends is no HTTP, though its request began as some."""
+class BadBodyError(InvalidInputError):
+    """The body of a client's request is no HTTP."""
 
 
 class ClientGoneError(BrproxyError):

@@ -1,1 +1,1 @@
-"""What becomes of a worker's response: one kind in each module."""
+"""One request on one worker's connection, and what comes of it: each kind of answer in one file."""

@@ -51,7 +51,7 @@ class Collect(Exchange):
 
     def close(self) -> None:
         """Leave; a response that is not complete is abandoned with its connection."""
-        # It refers to this object: see Forwarding.close.
+        # It refers to this object: see WorkerAnswer.close.
         self.receive = _ignore
         if not self.outcome.done() or self.outcome.cancelled():
             self._connection.abandon()
@@ -89,6 +89,10 @@ class Collect(Exchange):
             self._fail(error)
         else:
             self._fail(WorkerFailedError(f"{error} before the end of its response"))
+
+    def crashed(self, error: Exception) -> None:
+        """See Exchange.crashed."""
+        self._fail(WorkerFailedError(f"its response could not be handled: {error!r}"))
 
     def _collect(self, piece: bytes) -> None:
         self._bytes += len(piece)

@@ -7,7 +7,7 @@ import pytest
 
 from brproxy.config import Listen
 from brproxy.listening import ListenError, url_of
-from brproxy.relay.client import ClientProtocol
+from brproxy.relay.server import ClientProtocol
 
 BOTH_LOOPS = True
 CONNECTIONS = 24

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from brproxy.relay.client import RelayServer
+from brproxy.relay.server import RelayServer
 from tests.brproxy.wire import RawClient, WireError
 
 

@@ -6,8 +6,9 @@ import logging
 import pytest
 from aiohttp import web
 
-from brproxy.relay.client import Client, ClientLimits, answered
-from brproxy.relay.errors import BrokenRequestError
+from brproxy.relay.client import Client, answered
+from brproxy.relay.errors import BadBodyError
+from brproxy.relay.server import ClientLimits
 from tests.brproxy.wire import get, post
 
 BOTH_LOOPS = True
@@ -212,7 +213,7 @@ async def test_a_body_that_turns_into_nonsense_is_told_to_who_waits_for_it(pipel
             return web.Response(text="first")
         try:
             await request.read()
-        except BrokenRequestError as error:
+        except BadBodyError as error:
             broken.append(str(error))
             return web.Response(status=400, text="no body")
         raise AssertionError

@@ -41,6 +41,9 @@ class Asking(Exchange):
     def lost(self, error):
         self.outcome.set_exception(error)
 
+    def crashed(self, error):
+        self.outcome.set_exception(error)
+
 
 async def ask(connection):
     """Send a request on ``connection`` and return the body of the response."""
