@@ -22,16 +22,23 @@ from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.health import HealthThresholds
 from brproxy.ledger import Ledger
-from brproxy.listening import start_listening
-from brproxy.open_files import raise_open_files_limit, requests_for_open_files
+from brproxy.listening import start_listening, url_of
+from brproxy.open_files import (
+    clients_for_open_files,
+    file_number_max,
+    raise_open_files_limit,
+    requests_for_open_files,
+)
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.asking import Prober, ProbeSettings
 from brproxy.proxy.body_room import BodyRoom
+from brproxy.proxy.cors import Cors
 from brproxy.proxy.driver import GroupDriver
+from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
-from brproxy.relay.client import RelayServer
 from brproxy.relay.endpoint import Endpoint, EndpointSettings
+from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.relay.watch import Watch
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
@@ -166,8 +173,14 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
     server = RelayServer(
-        handlers.handle,
+        Cors(config.listen.cors_origins).around(handlers.handle),
         config.limits.body_bytes_max,
+        limits=ClientLimits(
+            min(config.limits.client_connections_max, clients_for_open_files()),
+            file_number_max(),
+            config.timeouts.client_head_s,
+        ),
+        error_page=lambda status, message: of_status(status, message).response(""),
         auto_decompress=False,
         access_log=None,
         keepalive_timeout=config.timeouts.client_keepalive_s,
@@ -244,9 +257,8 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
     async with running_proxy(config) as proxy:
         groups = ", ".join(f"{name} ({len(workers)} workers)" for name, workers in config.groups.items())
         log.info(
-            "brproxy listens on http://%s:%d, policy %s, groups: %s",
-            config.listen.host,
-            proxy.port,
+            "brproxy listens on %s, policy %s, groups: %s",
+            url_of(config.listen, proxy.port),
             config.routing.policy,
             groups,
         )

@@ -49,7 +49,7 @@ ALLOWED = {
     "config_reference": {"config", "validation"},
     "journey": {"types", "transitions"},
     "origins": {"types"},
-    "relay": {"types", "transitions", "origins"},
+    "relay": {"types", "transitions", "origins", "logs"},
     "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
     "listening": {"types", "config"},
     "open_files": set(),

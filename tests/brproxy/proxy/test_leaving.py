@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from brproxy.proxy.exchange.client_sink import ClientSink
-from brproxy.relay.client import ClientProtocol
+from brproxy.relay.server import ClientProtocol
 from tests.brproxy.wire import WireError, as_chunk, get, post
 
 BOTH_LOOPS = True
