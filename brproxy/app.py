@@ -22,16 +22,23 @@ from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.health import HealthThresholds
 from brproxy.ledger import Ledger
-from brproxy.listening import start_listening
-from brproxy.open_files import raise_open_files_limit, requests_for_open_files
+from brproxy.listening import start_listening, url_of
+from brproxy.open_files import (
+    clients_for_open_files,
+    file_number_max,
+    raise_open_files_limit,
+    requests_for_open_files,
+)
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
-from brproxy.proxy.control import ControlClient
+from brproxy.proxy.asking import Prober, ProbeSettings
+from brproxy.proxy.body_room import BodyRoom
+from brproxy.proxy.cors import Cors
 from brproxy.proxy.driver import GroupDriver
+from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
-from brproxy.proxy.prober import Prober, ProbeSettings
-from brproxy.proxy.service import GroupService, RelayLimits, Service, ServiceLimits
-from brproxy.relay.client import RelayServer
-from brproxy.relay.pool import PoolSettings, WorkerPool
+from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
+from brproxy.relay.endpoint import Endpoint, EndpointSettings
+from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.relay.watch import Watch
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
@@ -77,22 +84,19 @@ def build_service(config: Config) -> Service:
         load_state(Path(config.prediction.state_file), _predictors(fleet), config.prediction.predictor)
     metrics = Metrics(fleet)
     limits, timeouts = config.limits, config.timeouts
-    pool_settings = PoolSettings(
-        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
-    )
+    settings = endpoint_settings(config)
     services = {
         group.name: GroupService(
             group,
             GroupDriver(group, clock, config.routing.tick_ms / 1000),
             make_dialect(config.groups[group.name][0].engine),
-            lambda member: WorkerPool(member.origin, pool_settings),
+            lambda member: Endpoint(member.origin, settings),
         )
         for group in fleet.groups
     }
     return Service(
         groups=services,
         fleet=fleet,
-        control=ControlClient(timeouts.connect_s, timeouts.keepalive_s, limits.header_bytes_max),
         watch=Watch(_look_interval_s(config), partial(_look_after, services.values())),
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
         metrics=metrics,
@@ -100,11 +104,20 @@ def build_service(config: Config) -> Service:
         limits=ServiceLimits(
             requests_max=min(limits.requests_max, requests_for_open_files()),
             retries_max=limits.retries_max,
+            retry_wait_s=timeouts.retry_wait_s,
+            retry_wait_s_max=timeouts.retry_wait_s_max,
             retry_after_s=limits.retry_after_s,
-            body_bytes_max=limits.body_bytes_max,
-            upload_bytes_max=limits.upload_bytes_max,
             control_timeout_s=config.health.timeout_s,
+            control_bytes_max=limits.control_bytes_max,
+            models_kept_s=limits.models_kept_s,
         ),
+        body_limits=BodyLimits(
+            bytes_max=limits.body_bytes_max,
+            upload_bytes_max=limits.upload_bytes_max,
+            stall_s=timeouts.client_stall_s,
+            whole_s=timeouts.client_body_s,
+        ),
+        body_room=BodyRoom(limits.bodies_bytes_max),
         relay_limits=RelayLimits(
             first_byte_s=timeouts.first_byte_s,
             stall_s=timeouts.stall_s,
@@ -114,6 +127,14 @@ def build_service(config: Config) -> Service:
         ask_usage=config.estimate.ask_usage,
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,
+    )
+
+
+def endpoint_settings(config: Config) -> EndpointSettings:
+    """Return how the proxy connects to workers."""
+    timeouts, limits = config.timeouts, config.limits
+    return EndpointSettings(
+        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
     )
 
 
@@ -150,10 +171,16 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
     service = build_service(config)
     handlers = Handlers(service)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
-    prober = Prober(list(service.groups.values()), service.control, service.clock, settings)
+    prober = Prober(list(service.groups.values()), service.clock, settings)
     server = RelayServer(
-        handlers.handle,
+        Cors(config.listen.cors_origins).around(handlers.handle),
         config.limits.body_bytes_max,
+        limits=ClientLimits(
+            min(config.limits.client_connections_max, clients_for_open_files()),
+            file_number_max(),
+            config.timeouts.client_head_s,
+        ),
+        error_page=lambda status, message: of_status(status, message).response(""),
         auto_decompress=False,
         access_log=None,
         keepalive_timeout=config.timeouts.client_keepalive_s,
@@ -171,6 +198,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         handlers.pages.draining = True
     finally:
         await runner.cleanup()
+        await handlers.pages.close()
         await prober.stop()
         keeping.cancel()
         _save_state(config, service)
@@ -179,7 +207,6 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             for endpoint in group.endpoints:
                 endpoint.close()
         service.watch.close()
-        await service.control.close()
 
 
 async def _keep_state(config: Config, service: Service) -> None:
@@ -230,9 +257,8 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
     async with running_proxy(config) as proxy:
         groups = ", ".join(f"{name} ({len(workers)} workers)" for name, workers in config.groups.items())
         log.info(
-            "brproxy listens on http://%s:%d, policy %s, groups: %s",
-            config.listen.host,
-            proxy.port,
+            "brproxy listens on %s, policy %s, groups: %s",
+            url_of(config.listen, proxy.port),
             config.routing.policy,
             groups,
         )

@@ -20,7 +20,7 @@ SEQUENCES_MAX = 1024
 
 
 class BrproxyError(Exception):
-    """Base of every error that brproxy raises for its users; its text is one line."""
+    """Base of every error that brproxy raises for its users; its text is a line for each mistake."""
 
 
 class InvalidInputError(BrproxyError):

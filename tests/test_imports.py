@@ -27,7 +27,7 @@ ALLOWED = {
     "lifecycle": {"types", "transitions"},
     "roster": {"types", "transitions", "health"},
     "waiting": {"types", "lifecycle"},
-    "estimate": set(),
+    "estimate": {"types"},
     "health": set(),
     "logs": set(),
     "command": {"types"},
@@ -45,10 +45,12 @@ ALLOWED = {
     "telemetry": CORE,
     "validation": {"types"},
     "state_file": {"prediction"},
-    "config": {"validation"} | BASE | {"routing", "prediction", "engines"},
+    "config": {"validation", "origins"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
-    "relay": {"types", "transitions"},
-    "proxy": CORE | {"engines", "telemetry", "relay"},
+    "journey": {"types", "transitions"},
+    "origins": {"types"},
+    "relay": {"types", "transitions", "origins", "logs"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
     "listening": {"types", "config"},
     "open_files": set(),
     "app": CORE
@@ -76,6 +78,8 @@ PURE = (
     "health",
     "fleet",
     "estimate",
+    "journey",
+    "origins",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 

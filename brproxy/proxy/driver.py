@@ -209,6 +209,11 @@ class Lease:
         """Wait for a worker; raises WaitExpiredError or DecisionFailedError."""
         return await self._driver.wait(self.entry)
 
+    def has_others(self) -> bool:
+        """Tell whether a worker may be chosen that has not failed this request; its own has, if it asks."""
+        tried = self.entry.avoid | {self.entry.worker}
+        return any(ok and g not in tried for g, ok in enumerate(self._driver.group.roster.routable()))
+
     @property
     def member(self) -> Member:
         """The worker that has the request; raises RosterError while it waits."""

@@ -24,7 +24,7 @@ from brproxy.app import build_service
 from brproxy.config import parse_config
 from brproxy.engines.dialects.vllm import VllmDialect
 from brproxy.proxy.handlers import Handlers
-from brproxy.relay.client import RelayServer
+from brproxy.relay.server import RelayServer
 
 CASES_A_BATCH = 64
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"stream":true%s}'
@@ -249,7 +249,6 @@ class Bench:
 
     async def close(self):
         self.service.watch.close()
-        await self.service.control.close()
 
     async def run(self, case):
         """Run one case; raises AssertionError with its seed."""

@@ -1,4 +1,4 @@
-"""What relay/client.py leans on in aiohttp, piece by piece: another version that differs fails here first."""
+"""What relay/client.py and server.py lean on in aiohttp: another version that differs fails here first."""
 
 import asyncio
 import inspect
@@ -7,7 +7,8 @@ import pytest
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from brproxy.relay.client import Client, ClientProtocol, answered
+from brproxy.relay.client import Client, answered
+from brproxy.relay.server import ClientProtocol
 from tests.brproxy.wire import get
 
 BOTH_LOOPS = True
@@ -322,6 +323,8 @@ async def test_a_client_that_does_not_read_in_time_is_disconnected(serve, within
         (UPGRADE, True),
         (("Connection: keep-alive, upgrade", "Upgrade: WebSocket"), True),
         (("Connection: Upgrade", "Upgrade: h2c"), False),
+        (("Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"), False),
+        (("Connection: Upgrade", "Upgrade: websocket, h2c"), False),
         (("Connection: Upgrade", "Upgrade: tls/1.0"), False),
     ],
 )
@@ -330,6 +333,7 @@ async def test_an_upgrade_is_told_by_the_message(fields, wanted, serve, within):
 
     async def handler(request):
         client = Client(request)
+        client.names_upgrade(",".join(request.headers.getall("Upgrade", [])).encode())
         seen.append(client.wants_upgrade)
         reply(client)
         return answered(client, 5.0)
