@@ -15,7 +15,6 @@ from brproxy.clock import Clock
 from brproxy.fleet import Group
 from brproxy.lifecycle import TERMINAL, Entry, Event, State
 from brproxy.relay.errors import ClientGoneError
-from brproxy.roster import Member
 from brproxy.rounds import Rounds
 from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
 
@@ -213,11 +212,6 @@ class Lease:
         """Tell whether a worker may be chosen that has not failed this request; its own has, if it asks."""
         tried = self.entry.avoid | {self.entry.worker}
         return any(ok and g not in tried for g, ok in enumerate(self._driver.group.roster.routable()))
-
-    @property
-    def member(self) -> Member:
-        """The worker that has the request; raises RosterError while it waits."""
-        return self._driver.group.roster.member(self.entry.worker)
 
     def retry(self) -> None:
         """Give the worker back: it failed before the client saw anything."""

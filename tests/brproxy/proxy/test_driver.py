@@ -293,8 +293,29 @@ async def test_what_takes_no_slot_waits_for_no_round(driven):
         await asyncio.sleep(0)
         with group.driver.admit(PendingRequest(5, sequences=0)) as free:
             assert free.worker_now() == 0
-            assert free.member.key == "0"
             assert len(group.dispatcher.waiting) == 3
     async with asyncio.timeout(5):
         await asyncio.gather(*others)
     assert group.endings == [State.FINISHED] * 5
+
+
+async def test_over_sockets_what_generates_nothing_goes_before_those_that_wait_for_a_slot(
+    start_proxy, start_worker, client, until, fixed
+):
+    async def script(writer):
+        if worker.requests[-1][0].startswith("GET"):
+            writer.write(fixed(b"{}"))
+            return True
+        await asyncio.Event().wait()
+
+    worker = await start_worker(script)
+    proxy = await start_proxy([worker.url], worker={"slots": 1, "kv_capacity_tokens": 4})
+    tasks = [asyncio.create_task(ask(client, proxy, [1, 2, 3])) for _ in range(2)]
+    await until(lambda: (proxy.ledger.bound, proxy.waiting) == (1, 1))
+    async with asyncio.timeout(5), client.get(proxy.url + "/version") as response:
+        assert (response.status, await response.read()) == (200, b"{}")
+    assert (proxy.ledger.requests, proxy.waiting) == ((1,), 1)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await proxy.idle()
