@@ -109,13 +109,17 @@ class Dialect(ABC):
     def read_reply(self, body: bytes) -> Usage | None:
         """Return the usage in a complete JSON reply, None without one; never raises."""
 
+    def may_tell_death(self, status: int) -> bool:
+        """Tell whether the body of a response with ``status`` may say that the engine is dead."""
+        return False
+
+    def is_death(self, status: int, body: bytes) -> bool:
+        """Tell whether an error's body says that the engine behind the server is dead."""
+        return False
+
     @abstractmethod
     def is_refusal(self, status: int) -> bool:
         """Tell whether a response with ``status`` means that the engine did not take the request."""
-
-    @abstractmethod
-    def is_death(self, status: int, body: bytes) -> bool:
-        """Tell whether an answer says that the engine behind its server is dead."""
 
 
 DIALECTS: Registry[type[Dialect]] = Registry("engine", "brproxy.engines.dialects")
