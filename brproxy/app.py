@@ -25,13 +25,13 @@ from brproxy.ledger import Ledger, WorkerLimits
 from brproxy.listening import start_listening
 from brproxy.open_files import raise_open_files_limit, requests_for_open_files
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
-from brproxy.proxy.control import ControlClient
+from brproxy.proxy.asking import Prober, ProbeSettings
+from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.handlers import Handlers
-from brproxy.proxy.prober import Prober, ProbeSettings
-from brproxy.proxy.service import GroupService, RelayLimits, Service, ServiceLimits
+from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.client import RelayServer
-from brproxy.relay.pool import PoolSettings, WorkerPool
+from brproxy.relay.endpoint import Endpoint, EndpointSettings
 from brproxy.relay.watch import Watch
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state, save_state
@@ -53,6 +53,7 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
         PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
+        name,
     )
     checks = config.health
     thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
@@ -74,9 +75,7 @@ def build_service(config: Config) -> Service:
         load_state(Path(config.prediction.state_file), _predictors(fleet), config.prediction.predictor)
     metrics = Metrics(fleet)
     limits, timeouts = config.limits, config.timeouts
-    pool_settings = PoolSettings(
-        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
-    )
+    settings = endpoint_settings(config)
     services = {
         group.name: GroupService(
             group,
@@ -87,7 +86,7 @@ def build_service(config: Config) -> Service:
                 on_round=metrics.groups[group.name].round,
                 on_end=metrics.groups[group.name].ended,
             ),
-            tuple(WorkerPool(w.url, pool_settings) for w in config.groups[group.name]),
+            tuple(Endpoint(w.url, settings) for w in config.groups[group.name]),
             make_dialect(config.groups[group.name][0].engine),
         )
         for group in fleet.groups
@@ -95,7 +94,6 @@ def build_service(config: Config) -> Service:
     return Service(
         groups=services,
         fleet=fleet,
-        control=ControlClient(timeouts.connect_s, timeouts.keepalive_s, limits.header_bytes_max),
         watch=Watch(_look_interval_s(config), partial(_look_after, services.values())),
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
         metrics=metrics,
@@ -103,11 +101,20 @@ def build_service(config: Config) -> Service:
         limits=ServiceLimits(
             requests_max=min(limits.requests_max, requests_for_open_files()),
             retries_max=limits.retries_max,
+            retry_wait_s=timeouts.retry_wait_s,
+            retry_wait_s_max=timeouts.retry_wait_s_max,
             retry_after_s=limits.retry_after_s,
-            body_bytes_max=limits.body_bytes_max,
-            upload_bytes_max=limits.upload_bytes_max,
             control_timeout_s=config.health.timeout_s,
+            control_bytes_max=limits.control_bytes_max,
+            models_kept_s=limits.models_kept_s,
         ),
+        body_limits=BodyLimits(
+            bytes_max=limits.body_bytes_max,
+            upload_bytes_max=limits.upload_bytes_max,
+            stall_s=timeouts.client_stall_s,
+            whole_s=timeouts.client_body_s,
+        ),
+        body_room=BodyRoom(limits.bodies_bytes_max),
         relay_limits=RelayLimits(
             first_byte_s=timeouts.first_byte_s,
             stall_s=timeouts.stall_s,
@@ -117,6 +124,14 @@ def build_service(config: Config) -> Service:
         ask_usage=config.estimate.ask_usage,
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,
+    )
+
+
+def endpoint_settings(config: Config) -> EndpointSettings:
+    """Return how the proxy connects to workers."""
+    timeouts, limits = config.timeouts, config.limits
+    return EndpointSettings(
+        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
     )
 
 
@@ -131,7 +146,7 @@ def _look_after(services: Iterable[GroupService], now_s: float) -> None:
         for pool in service.pools:
             pool.expire(now_s)
         # Nobody has to look at the load for what is unbooked to stay little.
-        service.driver.catch_up()
+        service.driver.look_after()
 
 
 class RunningProxy:
@@ -153,7 +168,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
     service = build_service(config)
     handlers = Handlers(service)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
-    prober = Prober(list(service.groups.values()), service.control, service.clock, settings)
+    prober = Prober(list(service.groups.values()), service.clock, settings)
     server = RelayServer(
         handlers.handle,
         config.limits.body_bytes_max,
@@ -174,6 +189,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         handlers.pages.draining = True
     finally:
         await runner.cleanup()
+        await handlers.pages.close()
         await prober.stop()
         keeping.cancel()
         _save_state(config, service)
@@ -182,7 +198,6 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             for pool in group.pools:
                 pool.close()
         service.watch.close()
-        await service.control.close()
 
 
 async def _keep_state(config: Config, service: Service) -> None:

@@ -2,7 +2,9 @@
 
 The ledger is the only writer of load. Every booking is an integer that stays on the request until the
 request ends, and ending returns exactly what is booked, on every path: the sum over a worker's requests is
-its load at all times, and an idle group's load is exactly zero.
+its load at all times, and an idle group's load is exactly zero. Whatever number comes in is brought within
+its bounds first (``bounded``), so that no sum can leave 64 bits, and a booking that is refused has changed
+nothing.
 
 Bound requests live in parallel arrays without holes (ending one moves the last into its row), so that
 forecasting over thousands of them is array arithmetic, while booking a token stays a few integer additions.
@@ -14,22 +16,29 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from operator import sub
+from operator import index, sub
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brproxy.lifecycle import TERMINAL, Event, LifecycleError, State, after
-from brproxy.prediction.predictor import ActiveRequests, Prospect
+from brproxy.prediction.predictor import LENGTH_UNLIMITED, ActiveRequests, Prospect
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
-from brproxy.types import InvalidInputError, PendingRequest, RequestId, WorkerIndex
+from brproxy.types import TOKENS_MAX, InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 BoolArray = NDArray[np.bool_]
 
 NO_WORKER = WorkerIndex(-1)
 NO_ROW = -1
 _NO_PROSPECT = Prospect()
+_CURVE_MAX = (1 << 63) - 1
+"""Predictors pack what they like into the number of a curve; a column has 64 bits."""
+
+
+def bounded(value: int, highest: int) -> int:
+    """Return ``value`` brought within ``0 <= n <= highest``; raises TypeError for what is no integer."""
+    return min(max(index(value), 0), highest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,14 @@ class Ledger:
     def pending(self) -> int:
         """Requests waiting for a worker, retries included."""
         return len(self._pending) + len(self._retrying)
+
+    @property
+    def waiting_since_s(self) -> float | None:
+        """When the request that has waited longest entered the pool (seconds); None while none waits."""
+        oldest = [
+            next(iter(pool.values())).waiting_since_s for pool in (self._pending, self._retrying) if pool
+        ]
+        return min(oldest, default=None)
 
     @property
     def bound(self) -> int:
@@ -223,12 +240,19 @@ class Ledger:
     # What happens.
 
     def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
-        """Enter a request into the pool; raises InvalidInputError for one that would corrupt the books."""
-        if request.prompt_tokens < 0:
-            msg = f"prompt_tokens must be at least 0, got {request.prompt_tokens}"
+        """Enter a request into the pool; raises InvalidInputError for one that would corrupt the books.
+
+        A prompt of more than TOKENS_MAX tokens counts as that many, one that was guessed as at most the KV
+        capacity of the largest worker, so that it can be placed at all.
+        """
+        prompt_tokens = request.prompt_tokens
+        if prompt_tokens < 0:
+            msg = f"prompt_tokens must be at least 0, got {prompt_tokens}"
             raise InvalidInputError(msg)
+        if prompt_tokens > self._kv_capacity_max and not request.prompt_is_exact:
+            prompt_tokens = self._kv_capacity_max
         request_id = next(self._ids)
-        entry = Entry(request_id, request, now_s, now_s, prompt_tokens=request.prompt_tokens)
+        entry = Entry(request_id, request, now_s, now_s, prompt_tokens=bounded(prompt_tokens, TOKENS_MAX))
         self._entries[request_id] = entry
         self._pending[request_id] = entry
         return request_id
@@ -236,23 +260,33 @@ class Ledger:
     def bind(
         self, request_id: RequestId, worker: WorkerIndex, now_s: float, prospect: Prospect | None = None
     ) -> None:
-        """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it."""
+        """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it.
+
+        Raises LifecycleError, and TypeError for a prospect that is made of no integers; nothing is booked
+        then.
+        """
         entry = self.entry(request_id)
         if not 0 <= worker < self.workers:
             msg = f"there is no worker {worker} among {self.workers}"
             raise LifecycleError(msg)
-        entry.state = after(entry.state, Event.BIND)
+        curve, length_max, certain = prospect or _NO_PROSPECT
+        row = (
+            request_id,
+            index(worker),
+            entry.prompt_tokens,
+            0,
+            bounded(curve, _CURVE_MAX),
+            bounded(length_max, LENGTH_UNLIMITED),
+            bool(certain),
+        )
+        state = after(entry.state, Event.BIND)
+        # From here on nothing can fail: each value fits its column.
+        entry.state = state
         self._leave_pool(request_id)
         entry.worker, entry.bound_s, entry.row = worker, now_s, len(self._rows)
         self._rows.append(entry)
-        curve, length_max, certain = prospect or _NO_PROSPECT
-        self._row_id.append(request_id)
-        self._row_worker.append(worker)
-        self._row_kv_tokens.append(entry.prompt_tokens)
-        self._row_output_tokens.append(0)
-        self._row_curve.append(curve)
-        self._row_length_max.append(length_max)
-        self._row_certain.append(certain)
+        for column, value in zip(self._columns, row, strict=True):
+            column.append(value)
         self._kv_tokens[worker] += entry.prompt_tokens
         self._requests[worker] += 1
 
@@ -263,14 +297,17 @@ class Ledger:
         entry.first_token_s = now_s
 
     def grow(self, request_id: RequestId, tokens: int) -> None:
-        """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output."""
+        """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output.
+
+        The output is never more than TOKENS_MAX.
+        """
         entry = self.entry(request_id)
-        if entry.row == NO_ROW:
+        row = entry.row
+        if row == NO_ROW:
             msg = f"request {request_id} is not bound and cannot grow"
             raise LifecycleError(msg)
-        row, change = entry.row, tokens
-        if change < 0:
-            change = max(change, -self._row_output_tokens[row])
+        before = self._row_output_tokens[row]
+        change = bounded(before + tokens, TOKENS_MAX) - before
         self._row_output_tokens[row] += change
         self._row_kv_tokens[row] += change
         self._kv_tokens[entry.worker] += change
@@ -286,12 +323,12 @@ class Ledger:
         self._kv_tokens = [kv + more for kv, more in zip(self._kv_tokens, grown.tolist(), strict=True)]
 
     def correct_prompt(self, request_id: RequestId, prompt_tokens: int) -> None:
-        """Replace the prompt estimate by what the worker reports (>= 0)."""
+        """Replace the prompt estimate by what the worker reports, at least 0 and at most TOKENS_MAX."""
         entry = self.entry(request_id)
         if entry.row == NO_ROW:
             msg = f"request {request_id} is not bound: nothing can have reported its prompt"
             raise LifecycleError(msg)
-        change = max(prompt_tokens, 0) - entry.prompt_tokens
+        change = bounded(prompt_tokens, TOKENS_MAX) - entry.prompt_tokens
         entry.prompt_tokens += change
         self._row_kv_tokens[entry.row] += change
         self._kv_tokens[entry.worker] += change

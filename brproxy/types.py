@@ -20,7 +20,7 @@ SEQUENCES_MAX = 1024
 
 
 class BrproxyError(Exception):
-    """Base of every error that brproxy raises for its users; its text is one line."""
+    """Base of every error that brproxy raises for its users; its text is a line for each mistake."""
 
 
 class InvalidInputError(BrproxyError):
@@ -37,6 +37,7 @@ class PendingRequest:
     to ignore the end of the text, so that the output is exactly that long. ``prompt_hash`` and
     ``prefix_hash`` identify the whole prompt and its beginning, ``user`` who asks; None and "" where unknown.
     ``output_tokens_true`` is how long the output turns out to be: only a simulator knows.
+    ``prompt_is_exact``: ``prompt_tokens`` was counted, not guessed; only a count may be refused as too long.
     """
 
     prompt_tokens: int
@@ -47,6 +48,7 @@ class PendingRequest:
     prefix_hash: int | None = None
     user: str = ""
     output_tokens_true: int | None = None
+    prompt_is_exact: bool = False
 
 
 class Assignment(NamedTuple):

@@ -190,4 +190,5 @@ def pending_request(request: TraceRequest) -> PendingRequest:
         prompt_hash=request.prompt_key,
         prefix_hash=request.prefix_key,
         output_tokens_true=request.output_tokens,
+        prompt_is_exact=True,
     )

@@ -12,7 +12,18 @@ ROOT = Path(__file__).parents[1]
 
 # What each part of brproxy may import of the others; itself is always allowed.
 BASE = {"types", "clock", "registry"}
-CORE = BASE | {"routing", "prediction", "lifecycle", "ledger", "dispatcher", "estimate", "health", "fleet"}
+CORE = BASE | {
+    "routing",
+    "prediction",
+    "lifecycle",
+    "ledger",
+    "dispatcher",
+    "estimate",
+    "health",
+    "fleet",
+    "faults",
+    "rounds",
+}
 ALLOWED = {
     "types": set(),
     "clock": {"types"},
@@ -26,15 +37,19 @@ ALLOWED = {
     "prediction": BASE,
     "engines": BASE,
     "ledger": BASE | {"lifecycle", "routing", "prediction"},
-    "dispatcher": BASE | {"lifecycle", "ledger", "routing", "prediction"},
+    "faults": set(),
+    "rounds": set(),
+    "dispatcher": BASE | {"faults", "lifecycle", "ledger", "routing", "prediction"},
     "fleet": BASE | {"dispatcher", "health"},
     "telemetry": CORE,
     "validation": {"types"},
     "state_file": {"prediction"},
-    "config": {"validation"} | BASE | {"routing", "prediction", "engines"},
+    "config": {"validation", "origins"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
-    "relay": {"types"},
-    "proxy": CORE | {"engines", "telemetry", "relay"},
+    "journey": {"types"},
+    "origins": {"types"},
+    "relay": {"types", "origins"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
     "listening": {"types", "config"},
     "open_files": set(),
     "app": CORE
@@ -50,10 +65,14 @@ PURE = (
     "engines",
     "ledger",
     "lifecycle",
+    "faults",
+    "rounds",
     "dispatcher",
     "health",
     "fleet",
     "estimate",
+    "journey",
+    "origins",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 

@@ -107,6 +107,10 @@ class Account:
         if usage is not None and usage.completion_tokens is not None:
             self._lease.tokens(usage.completion_tokens)
 
+    def refused(self) -> None:
+        """Note that the worker turned the request down, and that this is what the client gets."""
+        self._lease.fail()
+
     def learn(self) -> None:
         """Learn both ratios from what the complete response reported."""
         if self._usage is None:

@@ -6,6 +6,7 @@ that; an event goes out when it is whole; and a usage report that only the proxy
 
 from __future__ import annotations
 
+from brproxy.engines.dialect import EventFacts
 from brproxy.proxy.accounting import NO_DATA, Account
 from brproxy.proxy.sse import SseSplitter, event_data
 
@@ -17,28 +18,39 @@ class EventReader:
     """Reads a stream for ``account``; ``take`` hands out what the client gets of it.
 
     ``is_taken``: the worker has taken the request, or more has come than is held to see whether it has.
-    ``is_refused``: it has not, and what came so far is held.
     """
 
-    __slots__ = ("_account", "_held", "_splitter", "is_refused", "is_taken")
+    __slots__ = ("_account", "_held", "_rest", "_splitter", "is_taken")
 
     def __init__(self, account: Account, event_bytes_max: int) -> None:
         account.expect_stream()
         self._account = account
         self._splitter = SseSplitter(event_bytes_max)
         self._held = b""
+        self._rest: list[bytes] = []
         self.is_taken = False
-        self.is_refused = False
 
     @property
     def is_between(self) -> bool:
         """Whether the last event that has come is whole, and known to be worth passing on."""
         return self.is_taken and not self._splitter.tail
 
-    def read(self, payload: bytes) -> None:
-        """Take in bytes of the stream."""
+    def read(self, payload: bytes) -> EventFacts | None:
+        """Take in bytes of the stream.
+
+        Returns what the first event says if that turns the request down, and then waits: ``go_on`` has it and
+        all that follows pass after all.
+        """
+        return self._read(self._splitter.feed(payload))
+
+    def go_on(self) -> None:
+        """Take the event that turned the request down for the answer."""
+        self.is_taken = True
+        events, self._rest = self._rest, []
+        self._read(events)
+
+    def _read(self, events: list[bytes]) -> EventFacts | None:
         account = self._account
-        events = self._splitter.feed(payload)
         plain_events = 0
         for position, event in enumerate(events):
             if account.plain is not None and account.plain.matches(event):
@@ -50,10 +62,9 @@ class EventReader:
                 account.count(plain_events)
                 plain_events = 0
             facts = account.look(event)
-            if facts.refused and not self.is_taken:
-                self._held += b"".join(events[position:]) + self._splitter.tail
-                self.is_refused = True
-                return
+            if (facts.refused or facts.died) and not self.is_taken:
+                self._rest = events[position:]
+                return facts
             if account.hides(facts):
                 # Only the event: blank lines before it are the worker's own.
                 self._held += event[: -len(event.lstrip(b"\r\n"))]
@@ -64,6 +75,7 @@ class EventReader:
                 self.is_taken = True
         if plain_events:
             account.count(plain_events)
+        return None
 
     def take(self) -> bytes:
         """Return what goes on to the client, b"" for nothing yet."""
@@ -80,8 +92,7 @@ class EventReader:
         last = event_data(self._splitter.tail) or b""
         return not dialect.ends_with_done(path) or dialect.read_event(last).done
 
-    def end(self) -> None:
-        """Take what is left for an event: there is no more."""
-        tail = self._splitter.tail
-        if tail and not self._account.hides(self._account.look(tail)):
-            self._held += tail
+    def end(self) -> EventFacts | None:
+        """Take what is left for an event, for there is no more; returns what ``read`` does."""
+        tail, self._splitter.tail = self._splitter.tail, b""
+        return self._read([tail]) if tail else None

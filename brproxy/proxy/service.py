@@ -9,9 +9,9 @@ from brproxy.clock import Clock
 from brproxy.engines.dialect import Dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
-from brproxy.proxy.control import ControlClient
+from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.driver import GroupDriver
-from brproxy.relay.pool import WorkerPool
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.watch import Watch
 from brproxy.telemetry.metrics import Metrics
 
@@ -22,7 +22,7 @@ class GroupService:
 
     group: Group
     driver: GroupDriver
-    pools: tuple[WorkerPool, ...]
+    pools: tuple[Endpoint, ...]
     dialect: Dialect
 
 
@@ -32,10 +32,26 @@ class ServiceLimits:
 
     requests_max: int
     retries_max: int
+    retry_wait_s: float
+    retry_wait_s_max: float
     retry_after_s: int
-    body_bytes_max: int
-    upload_bytes_max: int
     control_timeout_s: float
+    control_bytes_max: int
+    models_kept_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Limits of one request's body.
+
+    Bytes of one that is read whole and of one that is passed on as it comes; seconds between two pieces of
+    it, and for the whole.
+    """
+
+    bytes_max: int
+    upload_bytes_max: int
+    stall_s: float
+    whole_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +70,13 @@ class Service:
 
     groups: Mapping[str, GroupService]
     fleet: Fleet
-    control: ControlClient
     watch: Watch
     estimator: TokenEstimator
     metrics: Metrics
     clock: Clock
     limits: ServiceLimits
+    body_limits: BodyLimits
+    body_room: BodyRoom
     relay_limits: RelayLimits
     ask_usage: bool
     hash_prompts: bool

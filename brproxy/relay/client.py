@@ -17,6 +17,8 @@ past its writer. That leans on:
 * ``StreamReader.is_eof``, ``total_bytes`` and ``_buffer`` of a body that has come, as one up to
   ``_LOOKED_AT_BYTES_MAX`` does though nobody reads it, and which need not be read for the next request to be
   parsed; only what ``body_exists`` is true of has a buffer.
+* ``_messages`` being what was parsed and is not being handled yet, with what is no request where a body or
+  another request is damaged, and ``_current_request`` the request that is being handled.
 * ``Expect`` being left to the handler, and HTTPExpectationFailed being an answer.
 
 tests/brproxy/relay/test_client.py and test_client_bodies.py pin each of these.
@@ -25,6 +27,7 @@ tests/brproxy/relay/test_client.py and test_client_bodies.py pin each of these.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, cast
 
@@ -33,6 +36,10 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpVersion11, RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
+
+from brproxy.relay.errors import BadBodyError
+
+log = logging.getLogger(__name__)
 
 _LOOKED_AT_BYTES_MAX = 1 << 16
 """Far below what makes aiohttp stop reading: larger bodies are read the usual way."""
@@ -50,6 +57,9 @@ class Paced(Protocol):
     def client_gone(self) -> None:
         """Send nothing from now on: there is no connection to the client any more."""
 
+    def crashed(self, error: Exception) -> None:
+        """End, wherever this is: ``error`` was raised by one of the methods above. Must not raise."""
+
 
 class ClientProtocol(RequestHandler):
     """aiohttp's server protocol, which also tells whoever writes to the client how fast it reads."""
@@ -60,24 +70,47 @@ class ClientProtocol(RequestHandler):
         super().__init__(manager, **settings)
         self.paced: Paced | None = None
 
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        super().data_received(data)
+        if self._messages:
+            self._note_damage()
+
+    def _note_damage(self) -> None:
+        """Tell whoever reads a body that it is damaged: aiohttp would have it wait for ever."""
+        # What could not be parsed is queued like a request, behind the one that it was found in.
+        if isinstance(self._messages[-1][0], RawRequestMessage) or self._current_request is None:
+            return
+        body = self._current_request.content
+        if not body.is_eof() and body.exception() is None:
+            body.set_exception(BadBodyError("the request's body is no valid HTTP"))
+
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
         super().pause_writing()
         if self.paced is not None:
-            self.paced.client_paused()
+            self._tell(self.paced, self.paced.client_paused)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         super().resume_writing()
         if self.paced is not None:
-            self.paced.client_resumed()
+            self._tell(self.paced, self.paced.client_resumed)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """See asyncio.Protocol."""
         # The handler is cancelled, but until it runs a worker's bytes would go to a closed transport.
         if self.paced is not None:
-            self.paced.client_gone()
+            self._tell(self.paced, self.paced.client_gone)
         super().connection_lost(exc)
+
+    def _tell(self, paced: Paced, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except Exception as error:
+            # Whatever it is, it concerns one request.
+            log.exception("a client's response could not be continued")
+            paced.crashed(error)
 
 
 class RelayServer(web.Server):
@@ -149,6 +182,7 @@ class Client:
         "method",
         "target",
         "transport",
+        "wants_upgrade",
         "write",
     )
 
@@ -162,20 +196,22 @@ class Client:
         self.transport: asyncio.Transport = transport
         self.write = transport.write
         self.has_begun = False
+        self.wants_upgrade = False
         message = request._message  # noqa: SLF001 - the request tells these too, by a property call for each
         self.method: str = message.method
         self.target: str = message.path
         self.is_http10 = message.version < HttpVersion11
         self.keep_alive = not message.should_close
 
-    @property
-    def wants_upgrade(self) -> bool:
-        """Whether the client asks to go on as a WebSocket.
+    def names_upgrade(self, protocol: bytes) -> None:
+        """Take what all Upgrade fields together name as the protocol to go on in: it may be WebSocket.
 
-        Of other protocols aiohttp parses on; and HTTP/2 past this proxy (h2c) is not for clients to have.
+        Of other protocols aiohttp parses on; HTTP/2 past this proxy (h2c) is not for clients to have; and
+        HTTP/1.0 knows no upgrades (RFC 9110, section 7.8).
         """
         asked = self._request._message.upgrade  # noqa: SLF001 - there is no public way to ask
-        return bool(asked) and self._request.headers.get("Upgrade", "").lower() == "websocket"
+        named = protocol.strip().lower() == b"websocket"
+        self.wants_upgrade = named and bool(asked) and not self.is_http10
 
     @property
     def is_paused(self) -> bool:

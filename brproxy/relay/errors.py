@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brproxy.types import BrproxyError
+from brproxy.types import BrproxyError, InvalidInputError
 
 
 class WorkerFailedError(BrproxyError):
@@ -13,12 +13,20 @@ class WorkerFailedError(BrproxyError):
         self.unreachable = unreachable
 
 
+class ShortageError(WorkerFailedError):
+    """This machine is out of files, memory or ports: the worker could not be asked and is not to blame."""
+
+
 class StaleConnectionError(WorkerFailedError):
     """A kept connection turned out to be closed: engines do that when they like, it says nothing of them."""
 
 
 class BrokenResponseError(BrproxyError):
     """A worker's response is no HTTP, or ended before it was complete."""
+
+
+class BadBodyError(InvalidInputError):
+    """The body of a client's request is no HTTP."""
 
 
 class ClientGoneError(BrproxyError):

@@ -8,8 +8,11 @@ late by up to that, and a read costs one assignment.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 
 class Watched(Protocol):
@@ -21,6 +24,9 @@ class Watched(Protocol):
 
     def timed_out(self) -> None:
         """Nothing has happened for ``limit_s``."""
+
+    def crashed(self, error: Exception) -> None:
+        """End, wherever this is: ``timed_out`` has raised ``error``. Must not raise."""
 
 
 class Watch:
@@ -57,5 +63,10 @@ class Watch:
             elif now_s >= watched.deadline_s:
                 late.append(watched)
         for watched in late:
-            watched.timed_out()
+            try:
+                watched.timed_out()
+            except Exception as error:
+                # It must not keep the others from being looked at.
+                log.exception("a request that timed out could not be ended")
+                watched.crashed(error)
         self._also(now_s)

@@ -130,7 +130,13 @@ class Metrics(Collector):
         )
         for status, count in self._rejected.items():
             rejected.add_metric([status], count)
-        yield from (requests, retries, tokens, admitted, rejected)
+        errors = CounterMetricFamily(
+            "brproxy_decision_errors", "Errors in decisions, by what failed", labels=["group", "part"]
+        )
+        for group in self._fleet.groups:
+            for part, count in group.dispatcher.faults.counts.items():
+                errors.add_metric([group.name, part], count)
+        yield from (requests, retries, tokens, admitted, rejected, errors)
 
     def _histograms(self) -> Iterator[Metric]:
         wait = HistogramMetricFamily("brproxy_wait_seconds", "Time in the pool", labels=["group"])

@@ -63,6 +63,14 @@ async def test_a_bad_file_is_one_line_and_exit_code_2(command, config):
     assert err.count("\n") == 1
 
 
+async def test_every_mistake_of_a_file_is_a_line(config):
+    path = config("http://127.0.0.1:1", text='[routing]\npolicy = "br0"\ntick = 1\n[log]\nlevel = 3\n')
+    code, out, err = await run("check", "--config", path)
+    assert (code, out) == (2, "")
+    keys = [line.removeprefix(f"brproxy: {path}: ").partition(": ")[0] for line in err.splitlines()]
+    assert keys == ["routing.policy", "routing.tick", "log.level"]
+
+
 async def test_a_missing_file():
     code, _, err = await run("serve", "--config", "/nowhere/x.toml")
     assert (code, err) == (2, "brproxy: /nowhere/x.toml: cannot be read: No such file or directory\n")

@@ -118,8 +118,15 @@ def test_the_pool_is_bounded():
 
 def test_a_prompt_that_never_fits_is_refused_at_once():
     dispatcher = dispatcher_of(capacity=100)
-    with pytest.raises(PromptTooLongError, match=r"about 101 tokens.*\(100 tokens\)"):
-        dispatcher.arrive(PendingRequest(101), 0.0)
+    with pytest.raises(PromptTooLongError, match=r"has 101 tokens.*\(100 tokens\)"):
+        dispatcher.arrive(PendingRequest(101, prompt_is_exact=True), 0.0)
+
+
+def test_a_guess_that_never_fits_is_placed_all_the_same():
+    dispatcher = dispatcher_of(capacity=100)
+    dispatcher.arrive(PendingRequest(10**6), 0.0)
+    assert len(dispatcher.decide(0.0, routable(dispatcher))) == 1
+    assert sum(dispatcher.ledger.kv_tokens) == 100
 
 
 def test_only_natural_ends_teach_the_predictor():

@@ -3,14 +3,32 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from brproxy.ledger import Ledger, WorkerLimits
 from brproxy.lifecycle import Event, LifecycleError, State
+from brproxy.prediction.predictor import LENGTH_UNLIMITED
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED
-from brproxy.types import InvalidInputError, PendingRequest, RequestId, WorkerIndex
+from brproxy.types import TOKENS_MAX, InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 WORKERS = 3
+HUGE = 1 << 70
+
+numbers = st.one_of(st.integers(-50, 6000), st.integers(-HUGE, HUGE))
+"""What may come in wherever a number does."""
+
+prospects = st.one_of(
+    st.none(),
+    st.tuples(numbers, numbers, st.booleans()),
+    st.tuples(st.sampled_from([1.5, float("nan"), None, "7"]), numbers, st.booleans()),
+    st.tuples(numbers, st.sampled_from([float("inf"), None, ""]), st.booleans()),
+    st.just((1, 2)),
+)
+"""What a predictor may say of a request, absurd or not."""
+
+
+def within(value, highest=TOKENS_MAX):
+    return min(max(value, 0), highest)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -25,30 +43,46 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model = {}
         self.now_s = 0.0
 
-    @rule(target=waiting, prompt=st.integers(0, 5000))
-    def arrive(self, prompt):
+    @rule(target=waiting, prompt=numbers, output_tokens_max=numbers)
+    def arrive(self, prompt, output_tokens_max):
         self.now_s += 1
-        request_id = self.ledger.arrive(PendingRequest(prompt), self.now_s)
+        request = PendingRequest(prompt, output_tokens_max=output_tokens_max)
+        if prompt < 0:
+            with pytest.raises(InvalidInputError):
+                self.ledger.arrive(request, self.now_s)
+            return multiple()
+        request_id = self.ledger.arrive(request, self.now_s)
         assert request_id not in self.model, "ids are never reused"
-        self.model[request_id] = {"worker": None, "prompt": prompt, "output": 0}
+        self.model[request_id] = {"worker": None, "prompt": within(prompt), "output": 0}
         return request_id
 
-    @rule(target=running, request_id=consumes(waiting), worker=st.integers(0, WORKERS - 1))
-    def bind(self, request_id, worker):
-        self.ledger.bind(request_id, WorkerIndex(worker), self.now_s)
+    @rule(
+        target=running,
+        request_id=consumes(waiting),
+        worker=st.integers(0, WORKERS - 1),
+        prospect=prospects,
+    )
+    def bind(self, request_id, worker, prospect):
+        try:
+            self.ledger.bind(request_id, WorkerIndex(worker), self.now_s, prospect)
+        except (TypeError, ValueError):
+            assert self.ledger.entry(request_id).state is State.PENDING
+            self.books_balance()
+            self.rows_are_the_entries()
+            self.ledger.bind(request_id, WorkerIndex(worker), self.now_s)
         self.model[request_id]["worker"] = worker
         return request_id
 
-    @rule(request_id=running, tokens=st.integers(-20, 50))
+    @rule(request_id=running, tokens=numbers)
     def grow(self, request_id, tokens):
         self.ledger.grow(request_id, tokens)
         entry = self.model[request_id]
-        entry["output"] = max(0, entry["output"] + tokens)
+        entry["output"] = within(entry["output"] + tokens)
 
-    @rule(request_id=running, prompt=st.integers(-5, 9000))
+    @rule(request_id=running, prompt=numbers)
     def correct(self, request_id, prompt):
         self.ledger.correct_prompt(request_id, prompt)
-        self.model[request_id]["prompt"] = max(0, prompt)
+        self.model[request_id]["prompt"] = within(prompt)
 
     @rule(request_id=running)
     def first_token(self, request_id):
@@ -63,7 +97,7 @@ class LedgerMachine(RuleBasedStateMachine):
             # Once a token was seen there is no way back: the request ends, and another takes its place here.
             self.ledger.end(request_id, Event.FAIL)
             del self.model[request_id]
-            return self.arrive(1)
+            return self.arrive(1, 1)
         self.ledger.retry(request_id, self.now_s)
         self.model[request_id] |= {"worker": None, "output": 0}
         return request_id
@@ -98,6 +132,9 @@ class LedgerMachine(RuleBasedStateMachine):
         rows = sorted(zip(active.worker, active.kv_tokens, active.output_tokens, strict=True))
         bound = [e for e in self.model.values() if e["worker"] is not None]
         assert rows == sorted((e["worker"], e["prompt"] + e["output"], e["output"]) for e in bound)
+        for column in (active.curve, active.length_max, active.certain, self.ledger.row_ids()):
+            assert len(column) == len(bound)
+        assert all(0 <= length <= LENGTH_UNLIMITED for length in active.length_max.tolist())
 
     def teardown(self):
         for request_id in list(self.model):
@@ -165,6 +202,26 @@ def test_impossible_calls_are_refused():
         Ledger([])
     with pytest.raises(InvalidInputError, match="at least 0, got -1"):
         ledger.arrive(PendingRequest(-1), 0.0)
+
+
+def test_a_guess_is_capped_at_the_largest_worker_and_a_count_is_not():
+    ledger = Ledger([WorkerLimits(1, 100), WorkerLimits(1, 300)])
+    guessed = ledger.arrive(PendingRequest(400), 0.0)
+    counted = ledger.arrive(PendingRequest(400, prompt_is_exact=True), 0.0)
+    assert ledger.entry(guessed).prompt_tokens == 300
+    assert ledger.entry(counted).prompt_tokens == 400
+
+
+def test_it_tells_since_when_the_first_has_waited():
+    ledger = Ledger([WorkerLimits(1)])
+    assert ledger.waiting_since_s is None
+    first = ledger.arrive(PendingRequest(1), 3.0)
+    ledger.arrive(PendingRequest(1), 4.0)
+    assert ledger.waiting_since_s == 3.0
+    ledger.bind(first, WorkerIndex(0), 5.0)
+    assert ledger.waiting_since_s == 4.0
+    ledger.retry(first, 6.0)
+    assert ledger.waiting_since_s == 4.0
 
 
 def test_repr_is_the_state_in_a_line():

@@ -74,13 +74,25 @@ async def test_a_kept_connection_that_the_worker_has_closed_is_no_failure(
     await proxy.idle()
 
 
-async def test_when_all_workers_fail_it_is_a_502(start_worker, start_proxy, client, reset):
+@pytest.mark.parametrize(("path", "tried"), [(CHAT, [0, 0, 1, 1]), ("/v1/load_lora_adapter", [0, 0, 0, 1])])
+async def test_what_workers_may_have_worked_on_runs_twice_at_most_and_only_if_it_generates(
+    path, tried, start_worker, start_proxy, client, reset
+):
     workers = [await start_worker(reset()) for _ in range(4)]
-    proxy = await start_proxy([worker.url for worker in workers], limits={"retries_max": 2})
+    proxy = await start_proxy([worker.url for worker in workers], limits={"retries_max": 9})
+    async with client.post(proxy.url + path, json=ASK) as response:
+        assert response.status == 502
+        message = (await response.json())["error"]["message"]
+    assert message.startswith("No worker took the request: http://127.0.0.1:")
+    assert sorted(len(worker.requests) for worker in workers) == tried
+    await proxy.idle()
+
+
+async def test_what_reaches_no_worker_tries_as_many_as_it_may(start_proxy, client, unused_tcp_port_factory):
+    proxy = await start_proxy([f"http://127.0.0.1:{unused_tcp_port_factory()}" for _ in range(4)])
     status, _, body = await ask(client, proxy)
-    assert status == 502
-    assert orjson.loads(body)["error"]["message"].startswith("No worker took the request: http://127.0.0.1:")
-    assert sorted(worker.connections for worker in workers) == [0, 1, 1, 1], "three different ones were tried"
+    assert (status, b"No worker took the request: cannot connect to" in body) == (502, True)
+    assert sum(proxy.running.service.metrics.groups["default"].retries.values()) == 2
     await proxy.idle()
 
 
@@ -326,8 +338,18 @@ async def test_waiting_too_long_is_a_503(start_worker, start_proxy, client, sile
 
 async def test_a_prompt_that_never_fits_is_a_400(start_emulator, start_proxy, client):
     proxy = await start_proxy((await start_emulator(1)).urls, worker={"kv_capacity_tokens": 50})
-    status, _, body = await ask(client, proxy, messages=[{"role": "user", "content": "word " * 100}])
-    assert (status, orjson.loads(body)["error"]["type"]) == (400, "invalid_request_error")
+    counted = {"model": "emulated", "prompt": [1] * 51, "max_tokens": 2}
+    async with client.post(proxy.url + "/v1/completions", json=counted) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_guess_refuses_nothing(start_emulator, start_proxy, client):
+    proxy = await start_proxy((await start_emulator(1)).urls, worker={"kv_capacity_tokens": 50})
+    guessed = [{"role": "user", "content": "word " * 100}]
+    status, _, body = await ask(client, proxy, messages=guessed, max_tokens=2)
+    assert (status, body.endswith(DONE)) == (200, True)
+    await proxy.idle()
 
 
 async def test_a_client_that_stops_reading_does_not_hold_its_slot_for_ever(

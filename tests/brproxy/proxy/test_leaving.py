@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from brproxy.proxy.forwarding import Forwarding
+from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.relay.client import ClientProtocol
 from tests.brproxy.wire import WireError, as_chunk, get, post
 
@@ -179,14 +179,14 @@ async def test_a_client_that_pauses_at_the_last_write_of_all_keeps_no_worker(
 ):
     piece = bytes(1 << 15)
     sent, passed = 0, 0
-    pass_on = Forwarding._pass
+    pass_on = ClientSink.pass_on
 
     def counting(self, payload):
         nonlocal passed
         passed += len(payload)
         pass_on(self, payload)
 
-    monkeypatch.setattr(Forwarding, "_pass", counting)
+    monkeypatch.setattr(ClientSink, "pass_on", counting)
 
     async def script(worker, reader, writer):
         nonlocal sent

@@ -248,7 +248,6 @@ class Bench:
 
     async def close(self):
         self.service.watch.close()
-        await self.service.control.close()
 
     async def run(self, case):
         """Run one case; raises AssertionError with its seed."""

@@ -322,6 +322,8 @@ async def test_a_client_that_does_not_read_in_time_is_disconnected(serve, within
         (UPGRADE, True),
         (("Connection: keep-alive, upgrade", "Upgrade: WebSocket"), True),
         (("Connection: Upgrade", "Upgrade: h2c"), False),
+        (("Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"), False),
+        (("Connection: Upgrade", "Upgrade: websocket, h2c"), False),
         (("Connection: Upgrade", "Upgrade: tls/1.0"), False),
     ],
 )
@@ -330,6 +332,7 @@ async def test_an_upgrade_is_told_by_the_message(fields, wanted, serve, within):
 
     async def handler(request):
         client = Client(request)
+        client.names_upgrade(",".join(request.headers.getall("Upgrade", [])).encode())
         seen.append(client.wants_upgrade)
         reply(client)
         return answered(client, 5.0)
