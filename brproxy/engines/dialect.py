@@ -22,10 +22,10 @@ class RequestFacts(NamedTuple):
     ``prefix_hash`` are there when they were asked for. ``usage_can_be_asked`` tells that a stream could
     report usage if the proxy asked, and that the client has not said anything about it.
 
-    ``longest_prompt_tokens`` is what the longest of its prompts needs for certain, None if that is a guess:
-    alone this may refuse a request. ``teaches``: the text is all that the engine counts, so that its report
-    says how many bytes a token has. ``malformed`` says in one line what is wrong with a body that the path's
-    API cannot read, "" if nothing is.
+    ``prompt_is_exact``: ``prompt_tokens`` were counted, and are of one prompt, which a worker must hold at
+    once; nothing else may refuse a request as too long. ``teaches``: the text is all that the engine counts,
+    so that its report says how many bytes a token has. ``malformed`` says in one line what is wrong with a
+    body that the path's API cannot read, "" if nothing is.
     """
 
     model: str = ""
@@ -39,7 +39,7 @@ class RequestFacts(NamedTuple):
     prefix_hash: int | None = None
     user: str = ""
     usage_can_be_asked: bool = False
-    longest_prompt_tokens: int | None = None
+    prompt_is_exact: bool = False
     teaches: bool = True
     malformed: str = ""
 

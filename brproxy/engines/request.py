@@ -75,7 +75,7 @@ def read_request(
         prefix_hash,
         _text(document.get("user"), USER_CHARS_MAX),
         stream and kind.has_stream_options and "stream_options" not in document and _can_be_asked(read),
-        (size.tokens_longest or None) if is_exact else None,
+        is_exact and size.prompts == 1,
         size.is_all and not size.tokens and document.get("truncation") in _UNCUT,
     )
 

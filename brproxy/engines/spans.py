@@ -55,7 +55,6 @@ def _token_lists(body: bytes, member: Member) -> PromptSize:
     return PromptSize(
         tokens=tokens,
         prompts=max(1, min(lists - 1, SEQUENCES_MAX)),
-        tokens_longest=tokens if lists == 1 else 0,
         is_all=lists >= 1,
     )
 

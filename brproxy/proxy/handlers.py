@@ -89,7 +89,7 @@ class Handlers:
             facts.prompt_hash,
             facts.prefix_hash,
             facts.user,
-            prompt_is_exact=facts.prompt_tokens is not None,
+            prompt_is_exact=facts.prompt_is_exact,
         )
 
     def _failure(self, error: BrproxyError) -> ProxyError:
