@@ -20,8 +20,8 @@ from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
-from brproxy.health import GroupHealth, HealthThresholds
-from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.health import HealthThresholds
+from brproxy.ledger import Ledger
 from brproxy.listening import start_listening, url_of
 from brproxy.open_files import (
     clients_for_open_files,
@@ -40,6 +40,7 @@ from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service
 from brproxy.relay.endpoint import Endpoint, EndpointSettings
 from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.relay.watch import Watch
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state, save_state
 from brproxy.telemetry.metrics import Metrics
@@ -53,19 +54,20 @@ _GC_THRESHOLD = 20_000
 
 def build_group(config: Config, name: str, workers: list[Worker], seed: np.random.SeedSequence) -> Group:
     """Build the decision core of one barrier group."""
-    ledger = Ledger([WorkerLimits(w.slots, w.kv_capacity_tokens) for w in workers])
+    checks = config.health
+    thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
+    roster = Roster(thresholds, checked=checks.enabled)
+    for worker in workers:
+        roster.add(worker.label, WorkerLimits(worker.slots, worker.kv_capacity_tokens), worker.url)
     dispatcher = Dispatcher(
-        ledger,
+        Ledger(roster),
         make_policy(config.routing.policy, config.policy_params()),
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
         PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
         name,
     )
-    checks = config.health
-    thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
-    health = GroupHealth(len(workers), thresholds, checked=checks.enabled)
-    return Group(name, tuple(w.label for w in workers), workers[0].models, dispatcher, health)
+    return Group(name, workers[0].models, dispatcher)
 
 
 def build_service(config: Config) -> Service:
@@ -86,15 +88,9 @@ def build_service(config: Config) -> Service:
     services = {
         group.name: GroupService(
             group,
-            GroupDriver(
-                group,
-                clock,
-                config.routing.tick_ms / 1000,
-                on_round=metrics.groups[group.name].round,
-                on_end=metrics.groups[group.name].ended,
-            ),
-            tuple(Endpoint(w.url, settings) for w in config.groups[group.name]),
+            GroupDriver(group, clock, config.routing.tick_ms / 1000),
             make_dialect(config.groups[group.name][0].engine),
+            lambda member: Endpoint(member.origin, settings),
         )
         for group in fleet.groups
     }
@@ -150,8 +146,8 @@ def _look_interval_s(config: Config) -> float:
 
 def _look_after(services: Iterable[GroupService], now_s: float) -> None:
     for service in services:
-        for pool in service.pools:
-            pool.expire(now_s)
+        for endpoint in service.endpoints:
+            endpoint.expire(now_s)
         # Nobody has to look at the load for what is unbooked to stay little.
         service.driver.look_after()
 
@@ -185,7 +181,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             config.timeouts.client_head_s,
             config.timeouts.stall_s,
         ),
-        error_page=lambda status, message: of_status(status, message).response(),
+        error_page=lambda status, message: of_status(status, message).response(""),
         auto_decompress=False,
         access_log=None,
         keepalive_timeout=config.timeouts.client_keepalive_s,
@@ -209,8 +205,8 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         _save_state(config, service)
         for group in service.groups.values():
             group.driver.close()
-            for pool in group.pools:
-                pool.close()
+            for endpoint in group.endpoints:
+                endpoint.close()
         service.watch.close()
 
 

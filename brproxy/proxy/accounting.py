@@ -27,6 +27,8 @@ class Account:
         "_facts",
         "_has_begun",
         "_lease",
+        "_output_tokens",
+        "_outputs",
         "_plain_differs",
         "_unbooked_events",
         "_usage",
@@ -52,6 +54,8 @@ class Account:
         self.usage_was_added = usage_was_added
         self._counter: StreamCounter
         self._usage: Usage | None = None
+        self._outputs: dict[int, int] = {}
+        self._output_tokens = 0
         self._chunks_reported = 0
         self._unbooked_events = 0
         self._has_begun = False
@@ -82,7 +86,7 @@ class Account:
             else:
                 self._plain_differs = True
         elif facts.usage is not None:
-            self._settle(facts.usage)
+            self._settle(self._of_all(facts.usage, facts.sequence))
         elif facts.done:
             self.done = True
         return facts
@@ -112,7 +116,7 @@ class Account:
         if self._usage is None:
             return
         model, usage = self._facts.model, self._usage
-        if usage.prompt_tokens is not None and self._facts.prompt_tokens is None:
+        if usage.prompt_tokens is not None and self._facts.teaches:
             self._estimator.learn_prompt(model, self._facts.prompt_bytes, usage.prompt_tokens)
         if usage.completion_tokens is not None and self._chunks_reported:
             self._estimator.learn_chunks(model, self._chunks_reported, usage.completion_tokens)
@@ -121,6 +125,16 @@ class Account:
         events, self._unbooked_events = self._unbooked_events, 0
         if events:
             self._lease.tokens(self._counter.count(events))
+
+    def _of_all(self, usage: Usage, sequence: int | None) -> Usage:
+        """Return what a report says of the whole response, where it is of one sequence of several."""
+        if sequence is None or self._facts.sequences == 1 or usage.completion_tokens is None:
+            return usage
+        before = self._outputs.get(sequence, 0)
+        self._outputs[sequence] = usage.completion_tokens
+        self._output_tokens += usage.completion_tokens - before
+        # Whether the others have the same prompt is not said.
+        return Usage(None, self._output_tokens)
 
     def _settle(self, usage: Usage) -> None:
         before, self._usage = self._usage, usage

@@ -1,4 +1,4 @@
-"""Errors that the proxy itself answers, in the format of the OpenAI API.
+"""Errors that the proxy itself answers, in the format of the API that the client speaks.
 
 A worker's own errors never come through here: they reach the client as they are.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from http import HTTPStatus
 
-import orjson
 from aiohttp import web
+
+from brproxy.engines.api_errors import api_of, error_body, error_event
 
 
 @dataclass
@@ -21,20 +22,19 @@ class ProxyError(Exception):
     type: str
     retry_after_s: int | None = None
 
-    def body(self) -> bytes:
-        """Return the JSON body ``{"error": {...}}``."""
-        error = {"message": self.message, "type": self.type, "param": None, "code": self.status}
-        return orjson.dumps({"error": error})
+    def body(self, path: str) -> bytes:
+        """Return the JSON body of an answer to a request for ``path``."""
+        return error_body(api_of(path), self.status, self.message, self.type)
 
-    def event(self) -> bytes:
-        """Return the same as a server-sent event, for a stream that has begun."""
-        return b"data: " + self.body() + b"\n\n"
+    def event(self, path: str) -> bytes:
+        """Return the same as a server-sent event, for a stream of ``path`` that has begun."""
+        return error_event(api_of(path), self.status, self.message, self.type)
 
-    def response(self) -> web.Response:
-        """Return the error as a response."""
+    def response(self, path: str) -> web.Response:
+        """Return the error as the answer to a request for ``path``."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         return web.Response(
-            status=self.status, body=self.body(), content_type="application/json", headers=headers
+            status=self.status, body=self.body(path), content_type="application/json", headers=headers
         )
 
 
@@ -117,6 +117,11 @@ def waited_too_long(message: str, retry_after_s: int) -> ProxyError:
     return ProxyError(
         HTTPStatus.SERVICE_UNAVAILABLE, f"Overloaded: {message}.", "overloaded_error", retry_after_s
     )
+
+
+def no_worker(message: str, retry_after_s: int) -> ProxyError:
+    """Return 503: no worker was healthy for as long as a request may wait."""
+    return ProxyError(HTTPStatus.SERVICE_UNAVAILABLE, f"{message}.", "service_unavailable", retry_after_s)
 
 
 def undecidable(message: str) -> ProxyError:

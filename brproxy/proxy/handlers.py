@@ -9,7 +9,7 @@ from brproxy.engines.dialect import Dialect, RequestFacts, make_dialect
 from brproxy.fleet import UnknownModelError
 from brproxy.proxy import errors
 from brproxy.proxy.attempts import Attempts
-from brproxy.proxy.driver import DecisionFailedError, WaitExpiredError
+from brproxy.proxy.driver import DecisionFailedError, NoWorkerError, WaitExpiredError
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.incoming import Reader
@@ -48,7 +48,7 @@ class Handlers:
             failure = error if isinstance(error, ProxyError) else self._failure(error)
             if not client.has_begun and not client.transport.is_closing():
                 return self._rejection(failure, request)
-            sink.end_with(failure.event())
+            sink.end_with(failure.event(request.path))
             self._service.metrics.reject("stream")
         finally:
             upload.give_back()
@@ -89,7 +89,10 @@ class Handlers:
             facts.prompt_hash,
             facts.prefix_hash,
             facts.user,
-            prompt_is_exact=facts.prompt_tokens is not None,
+            # Of several prompts each has room of its own: their sum says nothing about one worker's.
+            prompt_is_exact=facts.longest_prompt_tokens is not None
+            and facts.longest_prompt_tokens == facts.prompt_tokens,
+            sequences=facts.sequences,
         )
 
     def _failure(self, error: BrproxyError) -> ProxyError:
@@ -101,6 +104,8 @@ class Handlers:
             return errors.bad_request(str(error))
         if isinstance(error, PoolFullError):
             return errors.pool_full(str(error), retry_after_s)
+        if isinstance(error, NoWorkerError):
+            return errors.no_worker(str(error).capitalize(), retry_after_s)
         if isinstance(error, WaitExpiredError):
             return errors.waited_too_long(str(error), retry_after_s)
         if isinstance(error, DecisionFailedError):
@@ -109,7 +114,7 @@ class Handlers:
 
     def _rejection(self, error: ProxyError, request: web.BaseRequest) -> web.Response:
         self._service.metrics.reject(error.status)
-        response = error.response()
+        response = error.response(request.path)
         if request.body_exists and not request.content.is_eof():
             # What is left of the body is no request.
             response.force_close()

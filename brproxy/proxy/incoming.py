@@ -49,7 +49,11 @@ class Reader:
         if not upload.take_whole():
             await upload.read(fields.media_type)
         facts = self._dialect.read_request(
-            path, fields.media_type, upload.beginning or b"", hashes=self._service.hash_prompts
+            path,
+            client.method,
+            fields.media_type,
+            upload.beginning or b"",
+            hashes=self._service.hash_prompts,
         )
         request_id = fields.known.get(REQUEST_ID) or self._ids.next()
         return Incoming(

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolFullError, PoolLimits, PromptTooLongError
-from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.ledger import Ledger
 from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import make_predictor
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED, ClusterView
 from brproxy.types import PendingRequest, WorkerIndex
@@ -17,12 +18,12 @@ POOL = PoolLimits(100, 10.0)
 
 
 def dispatcher_of(policy="br-0", slots=(2, 2), capacity=None, pool=POOL):
-    ledger = Ledger([WorkerLimits(n, capacity) for n in slots])
+    ledger = Ledger(Roster.of([WorkerLimits(n, capacity) for n in slots]))
     return Dispatcher(ledger, make_policy(policy), make_predictor("survival"), np.random.default_rng(0), pool)
 
 
 def routable(dispatcher, *down):
-    return [worker not in down for worker in range(dispatcher.ledger.workers)]
+    return [worker not in down for worker in range(len(dispatcher.roster))]
 
 
 @pytest.mark.parametrize("policy", POLICIES.names())
@@ -82,7 +83,7 @@ def test_a_retry_goes_elsewhere_and_first():
     dispatcher = dispatcher_of(slots=(1, 1))
     failed = dispatcher.arrive(PendingRequest(10), 0.0)
     (bound,) = dispatcher.decide(0.0, routable(dispatcher))
-    dispatcher.ledger.retry(failed, 1.0)
+    dispatcher.retry(failed, 1.0)
     dispatcher.arrive(PendingRequest(10), 1.0)
     again = dispatcher.decide(1.0, routable(dispatcher))
     assert again[0].request_id == failed
@@ -93,7 +94,7 @@ def test_a_retry_returns_to_the_same_worker_when_there_is_no_other():
     dispatcher = dispatcher_of(slots=(1,))
     failed = dispatcher.arrive(PendingRequest(10), 0.0)
     dispatcher.decide(0.0, routable(dispatcher))
-    dispatcher.ledger.retry(failed, 1.0)
+    dispatcher.retry(failed, 1.0)
     assert [a.worker for a in dispatcher.decide(1.0, routable(dispatcher))] == [0]
 
 
@@ -102,7 +103,7 @@ def test_expiry_counts_from_when_the_request_entered_the_pool():
     failed = dispatcher.arrive(PendingRequest(10), 0.0)
     dispatcher.decide(0.0, routable(dispatcher))
     waiting = dispatcher.arrive(PendingRequest(10), 5.0)
-    dispatcher.ledger.retry(failed, 100.0)
+    dispatcher.retry(failed, 100.0)
     assert dispatcher.expired(15.0) == []
     assert dispatcher.expired(100.0) == [waiting]
     assert sorted(dispatcher.expired(111.0)) == [failed, waiting]
@@ -142,11 +143,11 @@ def test_only_natural_ends_teach_the_predictor():
 def test_every_request_that_overtakes_is_counted():
     dispatcher = dispatcher_of(slots=(1, 3))
     heavy = dispatcher.arrive(PendingRequest(1000), 0.0)
-    dispatcher.ledger.bind(heavy, WorkerIndex(0), 0.0)
+    dispatcher.bind(heavy, WorkerIndex(0), 0.0)
     waiting = [dispatcher.arrive(PendingRequest(prompt), 0.0) for prompt in (3000, 500, 2000, 300, 200, 4000)]
     admitted = {assignment.request_id for assignment in dispatcher.decide(0.0, routable(dispatcher))}
     assert admitted == {waiting[1], waiting[3], waiting[4]}, "together they fill the margin"
-    counts = [dispatcher.ledger.entry(request).passed_over for request in waiting]
+    counts = [dispatcher.entry(request).passed_over for request in waiting]
     assert counts == [3, 0, 2, 0, 0, 0]
 
 
@@ -168,7 +169,7 @@ def decided_by_a_round(dispatcher, entry, mask, seed):
     ledger, policy, predictor = dispatcher.ledger, dispatcher.policy, dispatcher.predictor
     turnover = ledger.turnover_steps(predictor.mean_output_tokens)
     discounts = policy.discounts(turnover, predictor.LOOKAHEAD_TURNOVERS)
-    forecast = predictor.forecast(ledger.active(), ledger.workers, len(discounts) - 1)
+    forecast = predictor.forecast(ledger.active(), len(ledger.roster), len(discounts) - 1)
     view = ClusterView.of(
         ledger.state(mask, late_binding=policy.params.late_binding),
         [entry.prompt_tokens],
@@ -198,7 +199,7 @@ def decided_by_a_round(dispatcher, entry, mask, seed):
 def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
     policy, predictor, bound, limits, mask, prompt, passed_over, seed
 ):
-    ledger = Ledger(limits)
+    ledger = Ledger(Roster.of(limits))
     rng = np.random.default_rng(seed)
     dispatcher = Dispatcher(ledger, make_policy(policy), make_predictor(predictor), rng, POOL)
     for i in range(40):
@@ -208,9 +209,9 @@ def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
             prompt_tokens, output_tokens_max=limit, runs_to_max=certain, prompt_hash=i % 5
         )
         request_id = dispatcher.arrive(request, 0.0)
-        ledger.bind(request_id, WorkerIndex(worker), 0.0, dispatcher.predictor.prospect(request))
+        dispatcher.bind(request_id, WorkerIndex(worker), 0.0, dispatcher.predictor.prospect(request))
         ledger.grow(request_id, output)
-    entry = ledger.entry(dispatcher.arrive(PendingRequest(prompt), 0.0))
+    entry = dispatcher.entry(dispatcher.arrive(PendingRequest(prompt), 0.0))
     entry.passed_over = passed_over
     expected, load = decided_by_a_round(dispatcher, entry, mask, seed)
     assignments = dispatcher.decide(0.0, mask)

@@ -250,7 +250,7 @@ class WorkerAnswer(Exchange):
 
     def break_off(self, error: ProxyError, event: bytes | None = None) -> None:
         """End an answer of which the client has had a part; ``event`` says why, else ``error`` does."""
-        self.sink.say(error.event() if event is None else event)
+        self.sink.say(error.event(self.path) if event is None else event)
         self._attempt.settle(Event.BROKE_OFF, error)
         # Without the framing's end: a client that ignores the event still sees a broken response.
         self.sink.client.close()
@@ -271,7 +271,7 @@ class WorkerAnswer(Exchange):
             return Stream(self, head)
         if self.sink.has_head:
             return LateReply(self)
-        if self.account.dialect.may_tell_death(head.status) and self.may_move(Event.DIED):
+        if head.status >= 500 and not head.is_encoded and self.may_move(Event.DIED):
             return ErrorBody(self, head)
         return Reply(self, head)
 
