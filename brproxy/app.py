@@ -179,6 +179,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             min(config.limits.client_connections_max, clients_for_open_files()),
             file_number_max(),
             config.timeouts.client_head_s,
+            config.timeouts.stall_s,
         ),
         error_page=lambda status, message: of_status(status, message).response(""),
         auto_decompress=False,
