@@ -1,7 +1,7 @@
 """An event loop whose time is virtual: when nothing is ready, the clock jumps to the next timer.
 
-No selector, no threads, no sockets: whoever connects or listens gets a connection in memory (``network``). All
-that asyncio builds on top (tasks, futures, timers, time-outs) is asyncio's own.
+No selector, no threads, no sockets: whoever connects or listens gets a connection in memory (``network``).
+All that asyncio builds on top (tasks, futures, timers, time-outs) is asyncio's own.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _ACCEPT_AGAIN_S = 0.1
 
 
 class Door:
-    """A listening address. ``mode``: "open", "refuse", "silent" (no answer to a connect), "reset" (at once)."""
+    """A listening address. ``mode``: "open", "refuse", "silent" (no answer) or "reset" (at once)."""
 
     def __init__(self, factory: Factory) -> None:
         self.factory = factory
@@ -26,7 +26,7 @@ class Door:
 
 
 class Network:
-    """All connections of one simulation; what happens on them is drawn from ``seed`` and goes into ``digest``.
+    """All connections of one simulation: drawn from ``seed``, and told to ``digest``.
 
     ``out_of_files``: the proxy has no descriptor left, neither to connect nor to accept.
     """

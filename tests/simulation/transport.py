@@ -71,7 +71,8 @@ class MemoryTransport(asyncio.Transport):
         self._pump: asyncio.Handle | None = None
         host, _, rest = name.partition(":")
         # Of a connection to the proxy the far end is the proxy's, of one to a worker the near end.
-        self.is_proxys = (host == PROXY[0]) == name.endswith("<")
+        self.is_clients = host == PROXY[0]
+        self.is_proxys = self.is_clients == name.endswith("<")
         self._names = {"peername": (host, 0), "sockname": (host, int(rest.partition("#")[0]))}
 
     def __repr__(self) -> str:
@@ -255,6 +256,11 @@ class MemoryTransport(asyncio.Transport):
             peer._reset_comes = True
         peer._eof_comes = True
         self._incoming.clear()
+        if peer._protocol_paused or (peer._closing and not peer._closed):
+            # It has more to write, and is told that nobody is there.
+            self._loop.call_soon(
+                peer._lose, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            )
         peer._read_soon()
         if protocol is not None:
             self._protocol = None

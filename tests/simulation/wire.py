@@ -18,7 +18,7 @@ class Wire(asyncio.Protocol):
         self.transport: MemoryTransport
         self.received = bytearray()
         self.ended = self.lost = False
-        self.was_reset = False
+        self.was_reset = self.is_killed = False
         self._news: asyncio.Future[None] | None = None
         self._may_write: asyncio.Future[None] | None = None
 
@@ -61,6 +61,22 @@ class Wire(asyncio.Protocol):
             self._news = self.loop.create_future()
             await self._news
         return len(self.received) > known
+
+    async def line(self) -> bytes:
+        """Return the next line without its end, b"" when nothing more comes."""
+        while b"\r\n" not in self.received and await self.more():
+            pass
+        line, end, rest = bytes(self.received).partition(b"\r\n")
+        self.received[:] = rest
+        return line if end else b""
+
+    async def exactly(self, size: int) -> bytes:
+        """Return the next ``size`` bytes; fewer when nothing more comes."""
+        while len(self.received) < size and await self.more():
+            pass
+        data = bytes(self.received[:size])
+        del self.received[:size]
+        return data
 
     async def gone(self) -> None:
         """Wait until the peer has closed or half-closed, whatever comes until then."""
