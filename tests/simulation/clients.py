@@ -52,6 +52,7 @@ class Client:
         self._excused = (
             visit.sends_max is not None or visit.stall_s > _STALL_IS_NOTICED_S or visit.half_closes
         )
+        self._jumps_before = loop.jumps
         self.answered = 0
 
     async def run(self) -> None:
@@ -151,6 +152,11 @@ class Client:
 
     # What it thinks of it.
 
+    @property
+    def _is_excused(self) -> bool:
+        """Whether it need not be answered: it did something itself, or all that waited was late at once."""
+        return self._excused or self._loop.jumps > self._jumps_before
+
     def _judge(self, ask: Ask, outcome: Outcome) -> None:
         if outcome.answer is None:
             self._judge_partial(ask, outcome.partial)
@@ -215,7 +221,7 @@ class Client:
         """Judge an answer that breaks off, or none at all."""
         _, found, _ = raw.partition(b"\r\n\r\n")
         if not found:
-            if not self._excused and not self._may_be_silent(ask):
+            if not self._is_excused and not self._may_be_silent(ask):
                 self._wrong("answered", f"request {ask.id} is not answered: {raw[:80]!r}")
             return
         try:
@@ -228,12 +234,12 @@ class Client:
             return
         attempt = self._attempt(ask, answer)
         if attempt is None:
-            if not self._excused and not self._wire.was_reset:
+            if not self._is_excused and not self._wire.was_reset:
                 self._wrong("answered", f"request {ask.id}: the proxy's own {answer.status} breaks off")
             return
         self._judge_prefix(ask, answer.body, attempt.response.bodies)
         broke = attempt.may_be_lost or not attempt.sent_all or not attempt.response.is_whole
-        if not broke and not self._excused and not self._wire.was_reset:
+        if not broke and not self._is_excused and not self._wire.was_reset:
             self._wrong(
                 "answered", f"request {ask.id}: a whole answer breaks off at {len(answer.body)} bytes"
             )

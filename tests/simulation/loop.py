@@ -38,7 +38,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.set_debug(enabled=False)
         self._now_s = START_S
         self._time_since_events = 0
-        self.events = 0
+        self.events = self.jumps = 0
         self.after_event: Callable[[], None] = _nothing
         self.network = Network(self)
         self.complaints: list[dict] = []
@@ -50,6 +50,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def jump(self, seconds: float) -> None:
         """Step forward in time, as a machine does that was suspended or a loop that was held up."""
         self._now_s += seconds
+        self.jumps += 1
         self._time_since_events = self.events
 
     def timers(self) -> list[asyncio.TimerHandle]:
