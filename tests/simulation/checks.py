@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp.client_proto import ResponseHandler
@@ -16,6 +17,10 @@ from tests.simulation.workers import SCRIPT
 
 PERIODIC_MAX = 8
 """Timers that a proxy without requests may have, for each worker and altogether."""
+
+
+_CHANGES = ("arrive", "bind", "first_token", "grow", "correct_prompt", "pass_over", "retry", "end")
+"""The methods of the ledger that change it."""
 
 
 class Violation(Exception):  # noqa: N818 - a promise that is broken, of the proxy and not of this code
@@ -38,14 +43,12 @@ class GroupChecks:
         self._arrived = self._waited_most = 0
         self._ended: set[int] = set()
         self._twice: int | None = None
-        arrive, on_end = self._ledger.arrive, self._driver._on_end
+        self._changed = True
+        self._watch()
 
-        def counted(*arguments):
-            request_id = arrive(*arguments)
-            self._arrived += 1
-            # Those that a worker failed come back, whoever waits.
-            self._waited_most = max(self._waited_most, len(self._ledger._pending))
-            return request_id
+    def _watch(self) -> None:
+        """Note what arrives and ends, and when the books have to be looked at again."""
+        ledger, on_end = self._ledger, self._driver._on_end
 
         def noted(entry):
             if entry.id in self._ended:
@@ -53,25 +56,48 @@ class GroupChecks:
             self._ended.add(entry.id)
             on_end(entry)
 
-        self._ledger.arrive = counted
         self._driver._on_end = noted
+        for name in _CHANGES:
+            setattr(ledger, name, self._noting(getattr(ledger, name)))
+
+    def _noting(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        arrives = change.__name__ == "arrive"
+
+        def noted(*arguments):
+            self._changed = True
+            result = change(*arguments)
+            if arrives:
+                self._arrived += 1
+                # Those that a worker failed come back, whoever waits.
+                self._waited_most = max(self._waited_most, len(self._ledger._pending))
+            return result
+
+        return noted
 
     def check(self, loop: VirtualLoop) -> None:
         """Raise Violation if the books are wrong, or somebody waits for nothing."""
-        self._check_books()
         ledger, driver = self._ledger, self._driver
+        if self._changed:
+            self._changed = False
+            self._check_books()
+            self._check_ends()
+        if ledger._pending or ledger._retrying:
+            due = _due(loop, driver)
+            if not any(getattr(timer._callback, "__self__", None) is driver for timer in due):
+                raise Violation("round-due", f"{ledger.pending} wait, and no decision round is due")
+        for pool in self._service.pools:
+            idle = pool._idle
+            if idle:
+                self._check_pool(pool, idle)
+
+    def _check_ends(self) -> None:
+        ledger = self._ledger
         if self._twice is not None:
             raise Violation("ends-once", f"request {self._twice} ended twice")
         if self._arrived != len(self._ended) + len(ledger._entries):
             raise Violation("ends-once", f"{self._arrived} came, {len(self._ended)} ended, {ledger!r}")
-        if ledger.pending and not any(
-            getattr(timer._callback, "__self__", None) is driver for timer in _due(loop, driver)
-        ):
-            raise Violation("round-due", f"{ledger.pending} wait, and no decision round is due")
         if self._waited_most > self._dispatcher.limits.requests_max:
             raise Violation("limits", f"{self._waited_most} wait")
-        for pool in self._service.pools:
-            self._check_pool(pool)
 
     def _check_books(self) -> None:
         ledger = self._ledger
@@ -98,8 +124,8 @@ class GroupChecks:
         if self._late_binding and any(n > slots for n, slots in zip(requests, ledger._slots, strict=True)):
             raise Violation("limits", f"{requests} requests in {ledger._slots} slots")
 
-    def _check_pool(self, pool: Any) -> None:
-        idle = pool._idle
+    @staticmethod
+    def _check_pool(pool: Any, idle: Any) -> None:
         if len(idle) > pool._settings.idle_max:
             raise Violation("limits", f"{len(idle)} idle connections to {pool.origin}")
         if len(set(map(id, idle))) < len(idle):

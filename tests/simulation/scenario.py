@@ -33,6 +33,7 @@ WORLD_FAULTS = frozenset(
 )
 FAULTS = WORKER_FAULTS | CLIENT_FAULTS | WORLD_FAULTS
 
+PREDICTORS = ("oracle", "oracle", "oracle", "survival", "hierarchical", "exact-match")
 POLICIES = ("br-0", "br-0", "br-h", "join-shortest-queue", "round-robin", "least-kv", "vllm-queue")
 NUMBERS = (0, 1, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, -1)
 
@@ -80,7 +81,7 @@ class Draw:
                 "tick_ms": rng.choice((20, 100)),
                 "seed": rng.randint(0, 99),
             },
-            "prediction": {"predictor": rng.choice(("survival", "survival", "hierarchical", "exact-match"))},
+            "prediction": {"predictor": rng.choice(PREDICTORS)},
             "limits": {
                 "requests_max": rng.choice((6, 64)),
                 "pool_requests_max": rng.choice((3, 64)),
