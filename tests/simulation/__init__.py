@@ -36,6 +36,8 @@ By clients and workers, whenever something has come:
 * ``deliveries``: a request comes to workers once, once more for each retry, and once more for a kept
   connection that was closed (World._count_deliveries).
 
+* ``retries``: whoever is refused is tried elsewhere, and nobody is tried for ever (World._count_deliveries).
+
 Once all trouble is over:
 
 * ``ends``: every visit ends within bounded time, and time passes (World._all_end, VirtualLoop).

@@ -203,6 +203,10 @@ class Client:
             self._wrong("own-answer", f"request {ask.id}: {response.status} arrives as {answer.status}")
         elif answer.status == 101 or ask.method == "HEAD":
             return
+        elif response.is_refusal:
+            self._records[ask.id].was_refused = True
+        elif _lacks_its_end(answer, attempt):
+            self._wrong("no-whole-cut", f"request {ask.id}: a stream without its end arrives as a whole one")
         elif answer.body in response.bodies:
             shows_end = "close" not in {answer.framing, attempt.answer.framing}
             if shows_end and not attempt.sent_all:
@@ -267,6 +271,12 @@ class _Told(Wire):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._came(len(data))
+
+
+def _lacks_its_end(answer: Received, attempt: Attempt) -> bool:
+    """Tell whether a stream that was to say where it ends does not, in an answer that looks whole."""
+    shows_nothing = attempt.answer.framing == "close" and answer.framing != "close"
+    return shows_nothing and attempt.response.is_stream and not answer.body.endswith(b"[DONE]\n\n")
 
 
 def _keeps(ask: Ask, answer: Received) -> bool:

@@ -2,9 +2,10 @@
 
 What a transport has been given and its peer has not taken yet lies with the peer (``_incoming``). The first
 ``window_bytes`` of it are what a kernel would hold for both; what is beyond counts as the sender's write
-buffer, with asyncio's water marks. As asyncio's own transports do, ``abort`` throws that buffer away and
-closes: the peer sees what the kernel had, and an end. ``reset`` is what no asyncio transport does, and others
-do: bytes on the way are lost and the peer gets ECONNRESET.
+buffer, with water marks as asyncio's, some of them far lower so that little is much. As asyncio's own
+transports do, ``abort`` throws that buffer away and closes: the peer sees what the kernel had, and an end.
+``reset`` is what no asyncio transport does, and others do: bytes on the way are lost and the peer gets
+ECONNRESET.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Link:
         self.cut = rng.choice(("whole", "whole", "halves", "crumbs"))
         self.latency_s_max = network.latency_s_max
         self.window_bytes = rng.choice((512, 4096, 65_536, 262_144))
+        self.high_bytes = rng.choice((256, 2048, _HIGH_BYTES))
         near, far = MemoryTransport(self, name + ">"), MemoryTransport(self, name + "<")
         near.peer, far.peer = far, near
         self.ends = near, far
@@ -67,7 +69,7 @@ class MemoryTransport(asyncio.Transport):
         self._eof_comes = self._reset_comes = self._eof_told = False
         self._paused = self._closing = self._closed = self._eof_written = False
         self._protocol_paused = False
-        self._high, self._low = _HIGH_BYTES, _HIGH_BYTES // 4
+        self._high, self._low = link.high_bytes, link.high_bytes // 4
         self._pump: asyncio.Handle | None = None
         host, _, rest = name.partition(":")
         # Of a connection to the proxy the far end is the proxy's, of one to a worker the near end.
@@ -115,7 +117,7 @@ class MemoryTransport(asyncio.Transport):
             self._read_soon()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._high = _HIGH_BYTES if high is None else high
+        self._high = self._link.high_bytes if high is None else high
         self._low = self._high // 4 if low is None else low
         self._maybe_pause()
 

@@ -49,10 +49,11 @@ class Attempt:
 
 @dataclass
 class Record:
-    """What workers have seen of one request of a client."""
+    """What workers have seen of one request; ``was_refused``: and its client got a refusal of theirs."""
 
     ask: Ask
     attempts: list[Attempt] = field(default_factory=list)
+    was_refused: bool = False
 
 
 class Worker:

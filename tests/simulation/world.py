@@ -186,12 +186,26 @@ class World:
             task.result()
 
     def _count_deliveries(self, proxy: RunningProxy) -> None:
-        """See that no request came to workers more often than it may."""
-        most = proxy.service.limits.retries_max + 2
+        """See that no request came to workers more often than it may, nor a refused one too rarely."""
+        retries = proxy.service.limits.retries_max
+        most = retries + 2
+        is_calm = not any(isinstance(action, Trouble) for action in self._scenario.actions)
         for record in self._records.values():
+            if record.ask.kind == "page":
+                # The proxy's own: of their models it asks all.
+                continue
             if len(record.attempts) > most:
                 where = [attempt.worker for attempt in record.attempts]
                 self._checks.wrong("deliveries", f"request {record.ask.id} went to workers {where}")
+                if len(where) > 2 * (retries + 1):
+                    self._checks.wrong("retries", f"request {record.ask.id} went to workers {where}")
+            if (
+                record.was_refused
+                and is_calm
+                and len(record.attempts) <= retries
+                and record.ask.kind != "upload"
+            ):
+                self._checks.wrong("retries", f"request {record.ask.id} is refused by {record.attempts[-1]}")
 
     async def _probe(self) -> None:
         """See that each group serves a request as if nothing had been."""
