@@ -81,7 +81,7 @@ async def test_a_burst_is_decided_in_rounds(start_worker, start_proxy, client, f
             return response.status
 
     asked = asyncio.gather(*(ask() for _ in range(20)))
-    await until(lambda: (proxy.ledger.bound, proxy.ledger.pending) == (4, 16))
+    await until(lambda: (proxy.ledger.bound, proxy.waiting) == (4, 16))
     # Four end within a turn of the loop or two, and their slots go to others at the next tick.
     go_on.set()
     assert set(await asked) == {200}
