@@ -22,15 +22,13 @@ from brproxy.faults import Faults
 from brproxy.foresight import Foresight, RoutingError
 from brproxy.happenings import Happenings
 from brproxy.learning import Learner
-from brproxy.ledger import Ledger, bounded
+from brproxy.ledger import Ledger, entry_of
 from brproxy.lifecycle import Entry, Event, LifecycleError, after
 from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.routing.policy import AnyPolicy, least
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, RoundState
 from brproxy.types import (
-    SEQUENCES_MAX,
-    TOKENS_MAX,
     Assignment,
     BrproxyError,
     InvalidInputError,
@@ -110,28 +108,18 @@ class Dispatcher:
         A guess that is too long for every worker may be wrong, and only the engine can tell: it counts as
         what the largest worker holds, so that it can be placed.
         """
-        prompt_tokens, longest = request.prompt_tokens, self.ledger.kv_capacity_tokens_max
-        if prompt_tokens < 0:
-            msg = f"prompt_tokens must be at least 0, got {prompt_tokens}"
-            raise InvalidInputError(msg)
+        longest = self.ledger.kv_capacity_tokens_max
         if request.sequences:
-            if prompt_tokens > longest and request.prompt_is_exact:
+            if request.prompt_tokens > longest and request.prompt_is_exact:
                 msg = (
-                    f"the prompt has {prompt_tokens} tokens, "
+                    f"the prompt has {request.prompt_tokens} tokens, "
                     f"more than the KV capacity of any worker ({longest} tokens)"
                 )
                 raise PromptTooLongError(msg)
             if len(self.waiting) >= self.limits.requests_max:
                 msg = f"{len(self.waiting)} requests are waiting already, the most that the pool holds"
                 raise PoolFullError(msg)
-        entry = Entry(
-            next(self._ids),
-            request,
-            now_s,
-            now_s,
-            prompt_tokens=bounded(min(prompt_tokens, longest), TOKENS_MAX),
-            sequences=bounded(request.sequences, SEQUENCES_MAX),
-        )
+        entry = entry_of(next(self._ids), request, now_s, longest)
         self.waiting.enter(entry)
         self.happenings.arrived(entry)
         return entry.id

@@ -6,7 +6,6 @@ A predictor that raises or answers nonsense costs the forecast and nothing else:
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import numpy as np
 
@@ -52,7 +51,8 @@ class Foresight:
         self._faults = faults
         self._rng = rng
         self._rounds = 0
-        self._discounts_for: tuple[float, int] | None = None
+        self._discounts_for: float | None = None
+        self._version = -1
         self._discounts_now = _NO_LOOKAHEAD
         self._turnover_steps = 1.0
 
@@ -62,7 +62,7 @@ class Foresight:
         try:
             mean_output_tokens = self._predictor.mean_output_tokens
             # Also when a member comes or goes: slots and G decide how fast slots turn over.
-            if (mean_output_tokens, self._roster.version) != self._discounts_for:
+            if mean_output_tokens != self._discounts_for or self._roster.version != self._version:
                 turnover_steps = self._ledger.turnover_steps(mean_output_tokens)
                 part = "policy"
                 discounts = self._policy.discounts(turnover_steps, self._predictor.LOOKAHEAD_TURNOVERS)
@@ -70,15 +70,15 @@ class Foresight:
                     msg = f"discounts are no finite vector: {discounts}"
                     raise RoutingError(msg)  # noqa: TRY301 - as if the policy had raised it
                 self._discounts_now, self._turnover_steps = discounts, turnover_steps
-                self._discounts_for = mean_output_tokens, self._roster.version
+                self._discounts_for, self._version = mean_output_tokens, self._roster.version
         except Exception as error:  # noqa: BLE001 - the last ones will do
             self._faults.note(part, error)
         return self._discounts_now, self._turnover_steps
 
     def discounted_load(self, state: RoundState, discounts: FloatArray) -> list[float]:
         """Return each worker's discounted load; the load as it is where there is no forecast."""
-        # A list of integers holds what policies take for numbers, and is not copied.
-        now = cast("list[float]", state.kv_tokens)
+        # Not copied: policies take integers for numbers.
+        now: list[float] = state.kv_tokens  # type: ignore[assignment]
         if len(discounts) == 1:
             return now
         workers = len(now)

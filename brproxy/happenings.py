@@ -68,8 +68,11 @@ class Happenings:
 
     def bound(self, entry: Entry, waited_s: float) -> None:
         """See Observer.bound."""
-        if self._bound:
-            self._tell(self._bound, entry, waited_s)
+        for observer in self._bound:
+            try:
+                observer(entry, waited_s)
+            except Exception as error:  # noqa: BLE001 - who looks on takes nothing with it
+                self._faults.note("observer", error)
 
     def retried(self, entry: Entry, member: Member) -> None:
         """See Observer.retried."""
@@ -77,12 +80,17 @@ class Happenings:
 
     def ended(self, entry: Entry, event: Event, waited_s: float | None) -> None:
         """See Observer.ended."""
-        self._tell(self._ended, entry, event, waited_s)
+        for observer in self._ended:
+            try:
+                observer(entry, event, waited_s)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._faults.note("observer", error)
 
     def decided(self, duration_s: float, admitted: int) -> None:
         """See Observer.decided."""
         self._tell(self._decided, duration_s, admitted)
 
+    # Not for what is told of each request: passing arguments through costs as much as the call.
     def _tell(self, observers: list[Callable[P, None]], *what: P.args, **named: P.kwargs) -> None:
         for observer in observers:
             try:

@@ -24,7 +24,7 @@ from brproxy.lifecycle import NO_ROW, NO_WORKER, TERMINAL, Entry, Event, Lifecyc
 from brproxy.prediction.predictor import LENGTH_UNLIMITED, ActiveRequests, Prospect
 from brproxy.roster import Change, Member, MemberState, Roster, WorkerLimits
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
-from brproxy.types import SEQUENCES_MAX, TOKENS_MAX, RequestId, WorkerIndex
+from brproxy.types import SEQUENCES_MAX, TOKENS_MAX, InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 BoolArray = NDArray[np.bool_]
 
@@ -38,7 +38,26 @@ _CURVE_MAX = (1 << 63) - 1
 
 def bounded(value: int, highest: int) -> int:
     """Return ``value`` brought within ``0 <= n <= highest``; raises TypeError for what is no integer."""
-    return min(max(index(value), 0), highest)
+    number = index(value)
+    if 0 <= number <= highest:
+        return number
+    return 0 if number < 0 else highest
+
+
+def entry_of(request_id: RequestId, request: PendingRequest, now_s: float, prompt_tokens_max: int) -> Entry:
+    """Return the entry of a request that arrives, with every number that it states within its bounds.
+
+    Its prompt counts as ``prompt_tokens_max`` at most; raises InvalidInputError for less than no prompt.
+    """
+    prompt_tokens = index(request.prompt_tokens)
+    if prompt_tokens < 0:
+        msg = f"prompt_tokens must be at least 0, got {prompt_tokens}"
+        raise InvalidInputError(msg)
+    prompt_tokens = min(prompt_tokens, prompt_tokens_max)
+    entry = Entry(request_id, request, now_s, now_s, prompt_tokens=min(prompt_tokens, TOKENS_MAX))
+    if request.sequences != 1:
+        entry.sequences = bounded(request.sequences, SEQUENCES_MAX)
+    return entry
 
 
 class Ledger:
@@ -53,6 +72,7 @@ class Ledger:
         self._kv_capacity: list[int] = []
         self._slots_total = 0
         self._kv_capacity_max = KV_UNLIMITED_TOKENS
+        self._is_here: list[bool] = []
         self._kv_tokens: list[int] = []
         self._requests: list[int] = []
         # Sequences of each worker: they take its slots, and each is a request in the engine.
@@ -201,32 +221,30 @@ class Ledger:
         Raises LifecycleError, RosterError, and TypeError or ValueError for a prospect that is made of no
         integers; nothing is booked then.
         """
-        self.roster.member(worker)
+        if not 0 <= worker < len(self._is_here) or not self._is_here[worker]:
+            self.roster.member(worker)
         curve, length_max, certain = prospect or _NO_PROSPECT
-        prompt_tokens = bounded(entry.prompt_tokens, TOKENS_MAX)
-        sequences = bounded(entry.sequences, SEQUENCES_MAX)
-        row = (
-            entry.id,
-            index(worker),
-            prompt_tokens,
-            0,
-            sequences,
-            bounded(curve, _CURVE_MAX),
-            bounded(length_max, LENGTH_UNLIMITED),
-            bool(certain),
-        )
+        curve, length_max = bounded(curve, _CURVE_MAX), bounded(length_max, LENGTH_UNLIMITED)
+        certain = bool(certain)
         state = after(entry.state, Event.BIND)
-        # From here on nothing can fail: each value fits its column.
-        entry.state, entry.prompt_tokens, entry.sequences = state, prompt_tokens, sequences
-        entry.worker, entry.bound_s, entry.row = worker, now_s, len(self._rows)
+        # From here on nothing can fail: each value fits its column, those of the entry since it arrived.
+        prompt_tokens, sequences = entry.prompt_tokens, entry.sequences
+        entry.state, entry.worker, entry.bound_s, entry.row = state, worker, now_s, len(self._rows)
         self._entries[entry.id] = entry
         self._rows.append(entry)
-        for column, value in zip(self._columns, row, strict=True):
-            column.append(value)
+        self._row_id.append(entry.id)
+        self._row_worker.append(worker)
+        self._row_kv_tokens.append(prompt_tokens)
+        self._row_output_tokens.append(0)
+        self._row_sequences.append(sequences)
+        self._row_curve.append(curve)
+        self._row_length_max.append(length_max)
+        self._row_certain.append(certain)
         self._kv_tokens[worker] += prompt_tokens
         self._requests[worker] += 1
         self._sequences[worker] += sequences
-        self._unusual_rows += sequences != 1
+        if sequences != 1:
+            self._unusual_rows += 1
 
     def first_token(self, request_id: RequestId, now_s: float) -> None:
         """Note that prefill is over."""
@@ -242,7 +260,10 @@ class Ledger:
         entry = self.entry(request_id)
         row = entry.row
         before = self._row_output_tokens[row]
-        change = bounded(before + tokens, TOKENS_MAX) - before
+        after_it = before + tokens
+        if not 0 <= after_it <= TOKENS_MAX:
+            after_it = bounded(after_it, TOKENS_MAX)
+        change = after_it - before
         self._row_output_tokens[row] += change
         self._row_kv_tokens[row] += change
         self._kv_tokens[entry.worker] += change
@@ -293,7 +314,8 @@ class Ledger:
         self._kv_tokens[worker] -= self._row_kv_tokens[row]
         self._requests[worker] -= 1
         self._sequences[worker] -= entry.sequences
-        self._unusual_rows -= entry.sequences != 1
+        if entry.sequences != 1:
+            self._unusual_rows -= 1
         del self._entries[entry.id]
         last = self._rows.pop()
         moved = [column.pop() for column in self._columns]
@@ -313,8 +335,10 @@ class Ledger:
         if change is Change.ADDED and member.index == len(self._slots):
             for column in (self._slots, self._kv_capacity, self._kv_tokens, self._requests, self._sequences):
                 column.append(0)
+            self._is_here.append(True)
         if change in {Change.ADDED, Change.GONE}:
             limits = member.limits if change is Change.ADDED else _NOTHING
+            self._is_here[member.index] = change is Change.ADDED
             self._slots[member.index] = limits.slots
             self._kv_capacity[member.index] = _kv_capacity(limits)
         members = self.roster.members

@@ -6,7 +6,7 @@ another. The table is the whole rule, and whatever it does not list is a bug in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Generic, TypeVar
 
@@ -17,17 +17,18 @@ E = TypeVar("E", bound=Enum)
 
 
 class TransitionTable(Generic[S, E]):
-    """Where each event leads from each state of ``what`` ("a request"); else ``error`` is raised."""
+    """Where each event leads from each state of ``what`` ("a request"): ``after(state, event)``.
+
+    It raises ``error`` where ``rows`` do not list the event.
+    """
 
     def __init__(self, what: str, rows: Mapping[S, Mapping[E, S]], error: type[BrproxyError]) -> None:
-        self.rows = rows
-        self._what = what
-        self._error = error
+        def after(state: S, event: E) -> S:
+            try:
+                return rows[state][event]
+            except KeyError:
+                msg = f"{what} in state {state.name} cannot {event.name}"
+                raise error(msg) from None
 
-    def after(self, state: S, event: E) -> S:
-        """Return the state that ``event`` leads to; raises the table's error where ``state`` forbids it."""
-        try:
-            return self.rows[state][event]
-        except KeyError:
-            msg = f"{self._what} in state {state.name} cannot {event.name}"
-            raise self._error(msg) from None
+        # No method: this is called some times for each request, and needs nothing of the table but the rows.
+        self.after: Callable[[S, E], S] = after

@@ -1,67 +1,30 @@
 """Who waits for a worker, in which order, and who has waited too long. Pure.
 
-The order is a *discipline*'s; here it is first come, first served. Two kinds of requests are outside of it
-and go first, in the order in which they came: those that a worker failed, and those that take no slot. How
-long each has waited has nothing to do with the order: expiry goes by age alone.
+The order is a *discipline*'s; without one it is first come, first served. Two kinds of requests are outside
+of it and go first, in the order in which they came: those that a worker failed, and those that take no slot.
+How long each has waited has nothing to do with the order: expiry goes by age alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
-from typing import Protocol
 
 from brproxy.lifecycle import Entry
 from brproxy.types import RequestId
 
-
-class Discipline(Protocol):
-    """The order in which requests are looked at; a round may still admit a younger one before an older."""
-
-    def add(self, entry: Entry) -> None:
-        """Take in a request that begins to wait."""
-
-    def discard(self, entry: Entry) -> None:
-        """Forget a request, whether or not it is there."""
-
-    def __len__(self) -> int:
-        """Return how many wait."""
-
-    def __iter__(self) -> Iterator[Entry]:
-        """Iterate in the order of their turn."""
-
-
-class FirstCome:
-    """First come, first served."""
-
-    def __init__(self) -> None:
-        self._entries: dict[RequestId, Entry] = {}
-
-    def add(self, entry: Entry) -> None:
-        """See Discipline.add."""
-        self._entries[entry.id] = entry
-
-    def discard(self, entry: Entry) -> None:
-        """See Discipline.discard."""
-        self._entries.pop(entry.id, None)
-
-    def __len__(self) -> int:
-        """Return how many wait."""
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[Entry]:
-        """Iterate, the oldest first."""
-        return iter(self._entries.values())
+Discipline = Callable[[Iterable[Entry]], Iterable[Entry]]
+"""Puts requests, the oldest first, into the order of their turn; a round may still let one overtake."""
 
 
 class WaitingRoom:
-    """The requests of one group that wait for a worker.
+    """The requests of one group that wait for a worker; ``discipline`` None: first come, first served.
 
     ``plural`` of them (requests) have several sequences.
     """
 
     def __init__(self, discipline: Discipline | None = None) -> None:
-        self._in_turn: Discipline = FirstCome() if discipline is None else discipline
+        self._discipline = discipline
         self._first: dict[RequestId, Entry] = {}
         # In the order in which they began to wait: new ones come last, whoever they are.
         self._by_age: dict[RequestId, Entry] = {}
@@ -73,7 +36,7 @@ class WaitingRoom:
 
     def __repr__(self) -> str:
         """Show the state in one line, for tests and logs."""
-        return f"<WaitingRoom first={list(self._first)} in_turn={[e.id for e in self._in_turn]}>"
+        return f"<WaitingRoom first={list(self._first)} in_turn={[entry.id for entry in self.in_turn()]}>"
 
     @property
     def since_s(self) -> float | None:
@@ -91,22 +54,22 @@ class WaitingRoom:
         self._by_age[entry.id] = entry
         if entry.avoid or not entry.sequences:
             self._first[entry.id] = entry
-        else:
-            self._in_turn.add(entry)
-        self.plural += entry.sequences > 1
+        if entry.sequences > 1:
+            self.plural += 1
 
     def leave(self, entry: Entry) -> None:
         """Let a request go; raises KeyError for one that does not wait."""
         del self._by_age[entry.id]
-        if self._first.pop(entry.id, None) is None:
-            self._in_turn.discard(entry)
-        self.plural -= entry.sequences > 1
+        if self._first:
+            self._first.pop(entry.id, None)
+        if entry.sequences > 1:
+            self.plural -= 1
 
     def alone(self) -> Entry | None:
         """Return the one request that waits, None if none or several do, or it is one that goes first."""
         if len(self._by_age) != 1 or self._first:
             return None
-        return next(iter(self._in_turn))
+        return next(iter(self._by_age.values()))
 
     def first(self) -> Sequence[Entry]:
         """Return those that go first, in the order in which they came."""
@@ -114,7 +77,10 @@ class WaitingRoom:
 
     def in_turn(self) -> Iterator[Entry]:
         """Iterate over the others in the order of their turn."""
-        return iter(self._in_turn)
+        others: Iterable[Entry] = self._by_age.values()
+        if self._first:
+            others = (entry for entry in others if entry.id not in self._first)
+        return iter(others if self._discipline is None else self._discipline(others))
 
     def late(self, now_s: float, wait_s_max: float) -> list[Entry]:
         """Return those that have waited longer than ``wait_s_max`` seconds, the oldest first."""

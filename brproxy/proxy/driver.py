@@ -7,7 +7,6 @@ once. While anybody does, a round every ``tick_s`` decides over all of them, so 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -16,7 +15,6 @@ from brproxy.clock import Clock
 from brproxy.fleet import Group
 from brproxy.lifecycle import TERMINAL, Entry, Event, State
 from brproxy.relay.errors import ClientGoneError
-from brproxy.roster import Member
 from brproxy.rounds import Rounds
 from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
 
@@ -48,7 +46,7 @@ class GroupDriver:
         self.clock = clock
         self._dispatcher = group.dispatcher
         self._faults = group.dispatcher.faults
-        self._rounds = Rounds(group.dispatcher, tick_s, time.perf_counter)
+        self._rounds = Rounds(group.dispatcher, tick_s, clock.now_s)
         self._waiters: dict[RequestId, asyncio.Future[WorkerIndex]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._growth: list[Callable[[], None]] = []
@@ -214,11 +212,6 @@ class Lease:
         """Tell whether a worker may be chosen that has not failed this request; its own has, if it asks."""
         tried = self.entry.avoid | {self.entry.worker}
         return any(ok and g not in tried for g, ok in enumerate(self._driver.group.roster.routable()))
-
-    @property
-    def member(self) -> Member:
-        """The worker that has the request; raises RosterError while it waits."""
-        return self._driver.group.roster.member(self.entry.worker)
 
     def retry(self) -> None:
         """Give the worker back: it failed before the client saw anything."""

@@ -129,7 +129,9 @@ class BalanceRound:
             if not chosen:
                 self._open[worker] = False
             for request in chosen:
-                self._admit(worker, request)
+                # Several sequences take several slots: the rest of a subset may find none.
+                if self._open[worker]:
+                    self._admit(worker, request)
         return self._decision
 
     def _most_headroom(self, workers: IntArray) -> int | None:

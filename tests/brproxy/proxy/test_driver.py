@@ -12,7 +12,7 @@ from brproxy.happenings import Observer
 from brproxy.ledger import Ledger
 from brproxy.lifecycle import State
 from brproxy.prediction.predictor import make_predictor
-from brproxy.proxy.driver import DecisionFailedError, GroupDriver, WaitExpiredError
+from brproxy.proxy.driver import DecisionFailedError, GroupDriver, NoWorkerError, WaitExpiredError
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.types import PendingRequest
@@ -274,3 +274,48 @@ async def test_readiness_tells_of_a_group_that_waits_for_no_round(
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_without_a_healthy_worker_the_wait_ends_with_that_reason(driven):
+    group = driven(wait_s_max=0.02)
+    group.driver.group.roster.drain("0")
+    with pytest.raises(NoWorkerError, match=r"^no worker was healthy within 0.02 s$") as caught:
+        async with asyncio.timeout(5):
+            await group.serve()
+    assert caught.value.reason == "no worker was healthy"
+
+
+async def test_what_takes_no_slot_waits_for_no_round(driven):
+    group = driven()
+    with group.driver.admit(PendingRequest(5)) as lease:
+        lease.worker_now()
+        others = [asyncio.create_task(group.serve()) for _ in range(3)]
+        await asyncio.sleep(0)
+        with group.driver.admit(PendingRequest(5, sequences=0)) as free:
+            assert free.worker_now() == 0
+            assert len(group.dispatcher.waiting) == 3
+    async with asyncio.timeout(5):
+        await asyncio.gather(*others)
+    assert group.endings == [State.FINISHED] * 5
+
+
+async def test_over_sockets_what_generates_nothing_goes_before_those_that_wait_for_a_slot(
+    start_proxy, start_worker, client, until, fixed
+):
+    async def script(writer):
+        if worker.requests[-1][0].startswith("GET"):
+            writer.write(fixed(b"{}"))
+            return True
+        await asyncio.Event().wait()
+
+    worker = await start_worker(script)
+    proxy = await start_proxy([worker.url], worker={"slots": 1, "kv_capacity_tokens": 4})
+    tasks = [asyncio.create_task(ask(client, proxy, [1, 2, 3])) for _ in range(2)]
+    await until(lambda: (proxy.ledger.bound, proxy.waiting) == (1, 1))
+    async with asyncio.timeout(5), client.get(proxy.url + "/version") as response:
+        assert (response.status, await response.read()) == (200, b"{}")
+    assert (proxy.ledger.requests, proxy.waiting) == ((1,), 1)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await proxy.idle()
