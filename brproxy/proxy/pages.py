@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
-from multidict import CIMultiDict
 
 from brproxy.health import Health
 from brproxy.proxy.errors import ProxyError
@@ -81,7 +80,7 @@ class Pages:
         except ProxyError as error:
             self._service.metrics.reject(error.status)
             return error.response(request.path)
-        return web.Response(status=answer.status, body=answer.body, headers=CIMultiDict(answer.fields))
+        return web.Response(status=answer.status, body=answer.body, headers=answer.fields)
 
     def _routable(self) -> list[tuple[Endpoint, str]]:
         """Return the endpoint of every worker that may be chosen, and where it lists its models."""

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from brproxy.proxy.forwarding import Forwarding
+
 from tests.simulation.actions import Answer, Ask, Scenario, Trouble, Visit
 from tests.simulation.runs import HELD, explain, reports, run
 from tests.simulation.scenario import FAULTS, draw
