@@ -20,19 +20,27 @@ from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
-from brproxy.health import GroupHealth, HealthThresholds
-from brproxy.ledger import Ledger, WorkerLimits
-from brproxy.listening import start_listening
-from brproxy.open_files import raise_open_files_limit, requests_for_open_files
+from brproxy.health import HealthThresholds
+from brproxy.ledger import Ledger
+from brproxy.listening import start_listening, url_of
+from brproxy.open_files import (
+    clients_for_open_files,
+    file_number_max,
+    raise_open_files_limit,
+    requests_for_open_files,
+)
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.asking import Prober, ProbeSettings
 from brproxy.proxy.body_room import BodyRoom
+from brproxy.proxy.cors import Cors
 from brproxy.proxy.driver import GroupDriver
+from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
-from brproxy.relay.client import RelayServer
 from brproxy.relay.endpoint import Endpoint, EndpointSettings
+from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.relay.watch import Watch
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state, save_state
 from brproxy.telemetry.metrics import Metrics
@@ -46,19 +54,20 @@ _GC_THRESHOLD = 20_000
 
 def build_group(config: Config, name: str, workers: list[Worker], seed: np.random.SeedSequence) -> Group:
     """Build the decision core of one barrier group."""
-    ledger = Ledger([WorkerLimits(w.slots, w.kv_capacity_tokens) for w in workers])
+    checks = config.health
+    thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
+    roster = Roster(thresholds, checked=checks.enabled)
+    for worker in workers:
+        roster.add(worker.label, WorkerLimits(worker.slots, worker.kv_capacity_tokens), worker.url)
     dispatcher = Dispatcher(
-        ledger,
+        Ledger(roster),
         make_policy(config.routing.policy, config.policy_params()),
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
         PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
         name,
     )
-    checks = config.health
-    thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
-    health = GroupHealth(len(workers), thresholds, checked=checks.enabled)
-    return Group(name, tuple(w.label for w in workers), workers[0].models, dispatcher, health)
+    return Group(name, workers[0].models, dispatcher)
 
 
 def build_service(config: Config) -> Service:
@@ -79,15 +88,9 @@ def build_service(config: Config) -> Service:
     services = {
         group.name: GroupService(
             group,
-            GroupDriver(
-                group,
-                clock,
-                config.routing.tick_ms / 1000,
-                on_round=metrics.groups[group.name].round,
-                on_end=metrics.groups[group.name].ended,
-            ),
-            tuple(Endpoint(w.url, settings) for w in config.groups[group.name]),
+            GroupDriver(group, clock, config.routing.tick_ms / 1000),
             make_dialect(config.groups[group.name][0].engine),
+            lambda member: Endpoint(member.origin, settings),
         )
         for group in fleet.groups
     }
@@ -143,8 +146,8 @@ def _look_interval_s(config: Config) -> float:
 
 def _look_after(services: Iterable[GroupService], now_s: float) -> None:
     for service in services:
-        for pool in service.pools:
-            pool.expire(now_s)
+        for endpoint in service.endpoints:
+            endpoint.expire(now_s)
         # Nobody has to look at the load for what is unbooked to stay little.
         service.driver.look_after()
 
@@ -170,8 +173,15 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
     server = RelayServer(
-        handlers.handle,
+        Cors(config.listen.cors_origins).around(handlers.handle),
         config.limits.body_bytes_max,
+        limits=ClientLimits(
+            min(config.limits.client_connections_max, clients_for_open_files()),
+            file_number_max(),
+            config.timeouts.client_head_s,
+            config.timeouts.stall_s,
+        ),
+        error_page=lambda status, message: of_status(status, message).response(""),
         auto_decompress=False,
         access_log=None,
         keepalive_timeout=config.timeouts.client_keepalive_s,
@@ -195,8 +205,8 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         _save_state(config, service)
         for group in service.groups.values():
             group.driver.close()
-            for pool in group.pools:
-                pool.close()
+            for endpoint in group.endpoints:
+                endpoint.close()
         service.watch.close()
 
 
@@ -248,9 +258,8 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
     async with running_proxy(config) as proxy:
         groups = ", ".join(f"{name} ({len(workers)} workers)" for name, workers in config.groups.items())
         log.info(
-            "brproxy listens on http://%s:%d, policy %s, groups: %s",
-            config.listen.host,
-            proxy.port,
+            "brproxy listens on %s, policy %s, groups: %s",
+            url_of(config.listen, proxy.port),
             config.routing.policy,
             groups,
         )

@@ -6,6 +6,7 @@ all checked against or made from them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +26,18 @@ MIB = 1 << 20
 
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, strict=False)]
+
+
+_WEB_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
+
+
+def _web_origins(origins: list[str]) -> list[str]:
+    """Check origins of web pages (RFC 6454), and return them as browsers write them."""
+    for origin in origins:
+        if not _WEB_ORIGIN.fullmatch(origin.lower()):
+            msg = f'must be like "https://host:port", without a path, or "*": {origin!r} is not'
+            raise ValueError(msg)
+    return [origin.lower() for origin in origins]
 
 
 class Listen(Section):
@@ -47,6 +60,11 @@ class Listen(Section):
     )
     tls_key_file: str = Field(
         default="", description="Its private key (PEM); empty: the certificate's file has it too."
+    )
+    cors_origins: Annotated[list[str], AfterValidator(_web_origins)] = Field(
+        default_factory=list,
+        max_length=1024,
+        description='Web origins whose pages may read what the proxy itself answers; ["*"]: all.',
     )
 
 
@@ -166,6 +184,11 @@ class Limits(Section):
     """What bounds memory and work."""
 
     requests_max: int = Field(default=65_536, ge=1, description="Requests in the proxy at once (requests).")
+    client_connections_max: int = Field(
+        default=65_536,
+        ge=1,
+        description="Clients connected at once, idle ones too; fewer where files are short (connections).",
+    )
     pool_requests_max: int = Field(
         default=4096, ge=1, description="Requests that wait in a group's pool; beyond: 429 (requests)."
     )
@@ -233,6 +256,9 @@ class Timeouts(Section):
     )
     client_keepalive_s: Seconds = Field(
         default=75.0, description="That an idle client connection is kept (seconds)."
+    )
+    client_head_s: Seconds = Field(
+        default=60.0, description="For a client to send the head of a request (seconds)."
     )
     client_stall_s: Seconds = Field(
         default=30.0, description="Between two pieces of a request's body (seconds)."

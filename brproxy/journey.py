@@ -20,6 +20,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Final, NamedTuple
 
+from brproxy.transitions import TransitionTable
 from brproxy.types import BrproxyError
 
 
@@ -122,6 +123,9 @@ class JourneyError(BrproxyError):
     """An event that the request's state does not allow: a bug in the caller, never in the input."""
 
 
+_after = TransitionTable("a request", TRANSITIONS, JourneyError).after
+
+
 class Journey:
     """One request's way to its answer; ``generates``: it does nothing but generate."""
 
@@ -137,13 +141,13 @@ class Journey:
 
     def bound(self) -> Action:
         """Note that the request has a worker; return how to send it there."""
-        self.state = self._after(Event.BOUND)
+        self.state = _after(self.state, Event.BOUND)
         # After a failure kept connections are not to be trusted: what closed one may have closed all.
         return Action.SEND_AFRESH if self._moves or self._is_stale else Action.SEND
 
     def happened(self, event: Event) -> None:
         """Note what needs no decision: BEGUN, BROKE_OFF, FINISHED, LEFT; raises JourneyError."""
-        self.state = self._after(event)
+        self.state = _after(self.state, event)
 
     def failed(self, event: Event, *, repeatable: bool, others: bool) -> Action:
         """Decide what follows a failed attempt; raises JourneyError.
@@ -151,7 +155,7 @@ class Journey:
         ``repeatable``: the whole request can be sent once more. ``others``: a worker may be chosen that has
         not failed it.
         """
-        state = self._after(event)
+        state = _after(self.state, event)
         if event is Event.STALE:
             if repeatable and not self._is_stale:
                 self._is_stale = True
@@ -188,10 +192,3 @@ class Journey:
             # A moment ago it had a connection, and the request on it.
             return RULES[Event.CUT]
         return RULES[event]
-
-    def _after(self, event: Event) -> State:
-        try:
-            return TRANSITIONS[self.state][event]
-        except KeyError:
-            msg = f"a request that is {self.state.name} cannot be {event.name}"
-            raise JourneyError(msg) from None

@@ -37,7 +37,7 @@ def configure_logging(level: str, style: str) -> None:
 
 
 class SparingLog:
-    """Warnings of one kind that may come by the thousand: a line every ``interval_s`` (seconds)."""
+    """Messages of one kind that may come by the thousand: a line every ``interval_s`` (seconds)."""
 
     def __init__(self, log: logging.Logger, interval_s: float = 10.0) -> None:
         self._log = log
@@ -47,10 +47,16 @@ class SparingLog:
 
     def warning(self, message: str, *arguments: object) -> None:
         """Log ``message`` as logging.Logger.warning does, or count it."""
+        self.log(logging.WARNING, message, *arguments)
+
+    def log(
+        self, level: int, message: str, *arguments: object, exc_info: BaseException | None = None
+    ) -> None:
+        """Log ``message`` as logging.Logger.log does, or count it."""
         now_s = time.monotonic()
         if now_s < self._next_s:
             self._left_out += 1
             return
         more = f" (and {self._left_out} more like this)" if self._left_out else ""
         self._next_s, self._left_out = now_s + self._interval_s, 0
-        self._log.warning(message + more, *arguments)
+        self._log.log(level, message + more, *arguments, exc_info=exc_info)

@@ -37,6 +37,8 @@ class PendingRequest:
     to ignore the end of the text, so that the output is exactly that long. ``prompt_hash`` and
     ``prefix_hash`` identify the whole prompt and its beginning, ``user`` who asks; None and "" where unknown.
     ``output_tokens_true`` is how long the output turns out to be: only a simulator knows.
+    ``sequences`` are decoded side by side and take a slot each; 0 generates nothing, takes no slot and is not
+    kept waiting for one.
     ``prompt_is_exact``: ``prompt_tokens`` was counted, not guessed; only a count may be refused as too long.
     """
 
@@ -49,6 +51,7 @@ class PendingRequest:
     user: str = ""
     output_tokens_true: int | None = None
     prompt_is_exact: bool = False
+    sequences: int = 1
 
 
 class Assignment(NamedTuple):

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from http import HTTPStatus
 
 from brproxy.clock import Clock
@@ -20,7 +21,7 @@ from brproxy.proxy.service import GroupService
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ShortageError, StaleConnectionError, WorkerFailedError
 from brproxy.relay.request import request_head
-from brproxy.types import WorkerIndex
+from brproxy.roster import Change, Member
 
 log = logging.getLogger(__name__)
 
@@ -119,40 +120,51 @@ class Prober:
         self._services = services
         self._clock = clock
         self._settings = settings
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[Member, asyncio.Task[None]] = {}
         self._not_asked = SparingLog(log)
+        self._is_running = False
 
     async def start(self) -> None:
-        """Check every worker once, so that traffic need not wait for the first interval; then go on."""
-        workers = [(s, WorkerIndex(i)) for s in self._services for i in range(len(s.pools))]
-        await asyncio.gather(*(self._check(service, worker) for service, worker in workers))
-        for position, (service, worker) in enumerate(workers):
+        """Check every member once, so that traffic need not wait for the first interval; then go on."""
+        members = [(s, member) for s in self._services for member in s.group.roster.members]
+        await asyncio.gather(*(self._check(service, member) for service, member in members))
+        for position, (service, member) in enumerate(members):
             # Spread over the interval, so that a large group is not asked all at one instant.
-            delay_s = self._settings.interval_s * (1 + position / len(workers))
-            self._tasks.append(asyncio.create_task(self._run(service, worker, delay_s)))
+            self._begin(service, member, self._settings.interval_s * (1 + position / len(members)))
+        for service in self._services:
+            service.group.roster.observe(partial(self._member_changed, service))
+        self._is_running = True
 
     async def stop(self) -> None:
         """End all checks."""
-        for task in self._tasks:
+        self._is_running = False
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, service: GroupService, worker: WorkerIndex, delay_s: float) -> None:
+    def _begin(self, service: GroupService, member: Member, delay_s: float) -> None:
+        self._tasks[member] = asyncio.create_task(self._run(service, member, delay_s))
+
+    def _member_changed(self, service: GroupService, member: Member, change: Change) -> None:
+        if change is Change.ADDED and self._is_running:
+            self._begin(service, member, 0.0)
+        elif change is Change.GONE and member in self._tasks:
+            self._tasks.pop(member).cancel()
+
+    async def _run(self, service: GroupService, member: Member, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         while True:
-            await self._check(service, worker)
+            await self._check(service, member)
             await asyncio.sleep(self._settings.interval_s)
 
-    async def _check(self, service: GroupService, worker: WorkerIndex) -> None:
+    async def _check(self, service: GroupService, member: Member) -> None:
         path = self._settings.path or service.dialect.HEALTH_PATH
-        result = await probe(service.pools[worker], path, self._settings.timeout_s)
-        name = service.group.worker_names[worker]
+        result = await probe(service.endpoint(member.index), path, self._settings.timeout_s)
         if result.verdict is Verdict.NOT_ASKED:
-            self._not_asked.warning("worker %s could not be checked: %s", name, result.reason)
+            self._not_asked.warning("worker %s could not be checked: %s", member.key, result.reason)
             return
-        health = service.group.health
-        ok = result.verdict is Verdict.OK
-        if health.record(worker, ok=ok, reason=result.reason, now_s=self._clock.now_s()):
-            state = health.trackers[worker].state
-            level = logging.INFO if state is Health.HEALTHY else logging.WARNING
-            log.log(level, "worker %s is %s: %s", name, state.value, result.reason)
+        ok, now_s = result.verdict is Verdict.OK, self._clock.now_s()
+        if service.group.roster.record_of(member, ok=ok, reason=result.reason, now_s=now_s):
+            level = logging.INFO if member.health.state is Health.HEALTHY else logging.WARNING
+            log.log(level, "worker %s is %s: %s", member.key, member.health.state.value, result.reason)

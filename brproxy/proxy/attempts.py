@@ -110,7 +110,7 @@ class Attempts:
     async def _send(self, *, afresh: bool) -> Action:
         """Send the request to its worker and return what is to be done when that has come to an end."""
         service, incoming, upload = self._service, self._incoming, self._incoming.upload
-        endpoint = self._group.pools[self._worker]
+        endpoint = self._group.endpoint(self._worker)
         # What cannot be sent twice does not go where it may find a closed door.
         connection = endpoint.take_idle() if upload.is_whole and not afresh else None
         if connection is None:
@@ -131,7 +131,7 @@ class Attempts:
             ),
             service.relay_limits,
             path=incoming.path,
-            worker=self._group.group.worker_names[self._worker],
+            worker=self._group.member(self._worker).key,
             bodiless=self._sink.client.method == "HEAD",
         )
         # Put together here and not kept: the frame stays as long as the stream.
@@ -171,15 +171,13 @@ class Attempts:
         # Without active checks nothing would ever bring the worker back.
         if self._service.health_checks:
             now_s = self._service.clock.now_s()
-            self._group.group.health.record(self._worker, ok=False, reason=str(error), now_s=now_s)
+            self._group.group.roster.record(self._worker, ok=False, reason=str(error), now_s=now_s)
         return self._after(Event.UNREACHABLE, error)
 
     async def _move(self, worker: WorkerIndex) -> None:
         """Take the request back from ``worker``, so that another gets it."""
-        group, limits = self._group.group, self._service.limits
-        name = group.worker_names[worker]
+        name, limits = self._group.member(worker).key, self._service.limits
         log.warning("worker %s failed before its first byte: %s", name, self._error)
-        self._service.metrics.groups[group.name].retries[name] += 1
         # Whoever has just failed need not be the only one: all at once would be a storm.
         await asyncio.sleep(self._journey.wait_s(limits.retry_wait_s, limits.retry_wait_s_max))
         self._lease.retry()

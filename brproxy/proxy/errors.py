@@ -43,6 +43,12 @@ def bad_request(message: str) -> ProxyError:
     return ProxyError(HTTPStatus.BAD_REQUEST, message, "invalid_request_error")
 
 
+def of_status(status: int, message: str) -> ProxyError:
+    """Return an error for what the server below the handlers answers: no request at all, or a bug."""
+    is_ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+    return ProxyError(status, message, "internal_error" if is_ours else "invalid_request_error")
+
+
 def upload_too_large(limit_bytes: int) -> ProxyError:
     """Return 413: an upload that is passed on as it comes exceeds ``limits.upload_bytes_max``."""
     return ProxyError(
@@ -111,6 +117,11 @@ def waited_too_long(message: str, retry_after_s: int) -> ProxyError:
     return ProxyError(
         HTTPStatus.SERVICE_UNAVAILABLE, f"Overloaded: {message}.", "overloaded_error", retry_after_s
     )
+
+
+def no_worker(message: str, retry_after_s: int) -> ProxyError:
+    """Return 503: no worker was healthy for as long as a request may wait."""
+    return ProxyError(HTTPStatus.SERVICE_UNAVAILABLE, f"{message}.", "service_unavailable", retry_after_s)
 
 
 def undecidable(message: str) -> ProxyError:

@@ -9,7 +9,7 @@ from brproxy.engines.dialect import Dialect, RequestFacts, make_dialect
 from brproxy.fleet import UnknownModelError
 from brproxy.proxy import errors
 from brproxy.proxy.attempts import Attempts
-from brproxy.proxy.driver import DecisionFailedError, WaitExpiredError
+from brproxy.proxy.driver import DecisionFailedError, NoWorkerError, WaitExpiredError
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.incoming import Reader
@@ -90,6 +90,7 @@ class Handlers:
             facts.prefix_hash,
             facts.user,
             prompt_is_exact=facts.prompt_is_exact,
+            sequences=facts.sequences,
         )
 
     def _failure(self, error: BrproxyError) -> ProxyError:
@@ -101,6 +102,8 @@ class Handlers:
             return errors.bad_request(str(error))
         if isinstance(error, PoolFullError):
             return errors.pool_full(str(error), retry_after_s)
+        if isinstance(error, NoWorkerError):
+            return errors.no_worker(str(error).capitalize(), retry_after_s)
         if isinstance(error, WaitExpiredError):
             return errors.waited_too_long(str(error), retry_after_s)
         if isinstance(error, DecisionFailedError):

@@ -66,16 +66,16 @@ class Pages:
             answer = await self._model_list.answer(request.raw_headers)
         except ProxyError as error:
             self._service.metrics.reject(error.status)
-            return error.response()
+            return error.response(request.path)
         return web.Response(status=answer.status, body=answer.body, headers=CIMultiDict(answer.fields))
 
     def _routable(self) -> list[tuple[Endpoint, str]]:
         """Return the endpoint of every worker that may be chosen, and where it lists its models."""
         return [
-            (endpoint, service.dialect.MODELS_PATH)
+            (service.endpoint(member.index), service.dialect.MODELS_PATH)
             for service in self._service.groups.values()
-            for endpoint, routable in zip(service.pools, service.group.health.routable(), strict=True)
-            if routable
+            for member in service.group.roster.members
+            if member.is_routable
         ]
 
     async def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from brproxy.clock import Clock
@@ -13,17 +13,45 @@ from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.driver import GroupDriver
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.watch import Watch
+from brproxy.roster import Change, Member
 from brproxy.telemetry.metrics import Metrics
+from brproxy.types import WorkerIndex
 
 
-@dataclass(frozen=True, slots=True)
 class GroupService:
-    """One barrier group at work; ``pools[G]`` are the connections to its workers."""
+    """One barrier group at work, with the connections to each of its members, as they come and go.
 
-    group: Group
-    driver: GroupDriver
-    pools: tuple[Endpoint, ...]
-    dialect: Dialect
+    ``connect`` makes what connects to a member.
+    """
+
+    def __init__(
+        self, group: Group, driver: GroupDriver, dialect: Dialect, connect: Callable[[Member], Endpoint]
+    ) -> None:
+        self.group = group
+        self.driver = driver
+        self.dialect = dialect
+        self._connect = connect
+        self._endpoints = {member: connect(member) for member in group.roster.members}
+        group.roster.observe(self._member_changed)
+
+    @property
+    def endpoints(self) -> Collection[Endpoint]:
+        """What connects to the members that are there."""
+        return self._endpoints.values()
+
+    def member(self, worker: WorkerIndex) -> Member:
+        """Return the member with that index; raises RosterError."""
+        return self.group.roster.member(worker)
+
+    def endpoint(self, worker: WorkerIndex) -> Endpoint:
+        """Return what connects to the member with that index; raises RosterError."""
+        return self._endpoints[self.group.roster.member(worker)]
+
+    def _member_changed(self, member: Member, change: Change) -> None:
+        if change is Change.ADDED:
+            self._endpoints[member] = self._connect(member)
+        elif change is Change.GONE:
+            self._endpoints.pop(member).close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,10 +60,14 @@ class Proxy:
     def ledger(self):
         return self.groups[0].dispatcher.ledger
 
+    @property
+    def waiting(self):
+        return len(self.groups[0].dispatcher.waiting)
+
     async def idle(self):
         """Wait until nothing is booked anywhere; fails by timeout if that never comes."""
         await until(
-            lambda: not any(g.dispatcher.ledger.bound + g.dispatcher.ledger.pending for g in self.groups)
+            lambda: not any(g.dispatcher.ledger.bound + len(g.dispatcher.waiting) for g in self.groups)
         )
         for group in self.groups:
             assert not any(group.dispatcher.ledger.kv_tokens)

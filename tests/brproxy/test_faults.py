@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.faults import Faults
-from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.ledger import Ledger
 from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import make_predictor
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.types import PendingRequest, RequestId, WorkerIndex
 
@@ -61,7 +62,7 @@ class Flaky:
 
 def dispatcher_of(policy="br-h", predictor="survival", slots=2):
     return Dispatcher(
-        Ledger([WorkerLimits(slots)] * WORKERS),
+        Ledger(Roster.of([WorkerLimits(slots)] * WORKERS)),
         make_policy(policy),
         make_predictor(predictor),
         np.random.default_rng(0),
@@ -86,15 +87,19 @@ def dispatcher_of(policy="br-h", predictor="survival", slots=2):
 def test_whatever_the_parts_do_each_request_ends_once_and_the_books_balance(
     policy, predictor, requests, seed
 ):
-    dispatcher = dispatcher_of(policy, predictor)
     draws = np.random.default_rng(seed)
     sane = False
 
     def draw(outcomes):
         return 0 if sane else int(draws.integers(outcomes))
 
-    dispatcher.policy = Flaky(dispatcher.policy, draw, policy_answers)
-    dispatcher.predictor = Flaky(dispatcher.predictor, draw, predictor_answers)
+    dispatcher = Dispatcher(
+        Ledger(Roster.of([WorkerLimits(2)] * WORKERS)),
+        Flaky(make_policy(policy), draw, policy_answers),
+        Flaky(make_predictor(predictor), draw, predictor_answers),
+        np.random.default_rng(0),
+        PoolLimits(1000, 10.0),
+    )
     ledger = dispatcher.ledger
     living, running, ended = set(), [], []
     for number, (prompt, limit, certain) in enumerate(requests):
@@ -128,7 +133,12 @@ def test_whatever_the_parts_do_each_request_ends_once_and_the_books_balance(
             dispatcher.end(request_id, Event.FINISH)
             ended.append(request_id)
     assert sorted(ended) == sorted(living), "each once"
-    assert (ledger.pending, ledger.bound, set(ledger.kv_tokens), set(ledger.requests)) == (0, 0, {0}, {0})
+    assert (len(dispatcher.waiting), ledger.bound, set(ledger.kv_tokens), set(ledger.requests)) == (
+        0,
+        0,
+        {0},
+        {0},
+    )
 
 
 def poisoned(policy):
@@ -164,9 +174,9 @@ def test_a_poisonous_request_fails_alone(policy, others):
 def test_a_poisonous_retry_fails_alone():
     dispatcher = dispatcher_of()
     poison = dispatcher.arrive(PendingRequest(POISON), 0.0)
-    dispatcher.ledger.bind(poison, WorkerIndex(0), 0.0)
+    dispatcher.bind(poison, WorkerIndex(0), 0.0)
     poisoned(dispatcher.policy)
-    dispatcher.ledger.retry(poison, 0.0)
+    dispatcher.retry(poison, 0.0)
     innocent = dispatcher.arrive(PendingRequest(10), 0.0)
     assert [a.request_id for a in dispatcher.decide(0.0, ALL)] == [innocent]
     assert dispatcher.undecidable == [poison]
@@ -179,7 +189,7 @@ def test_a_broken_policy_is_stood_in_for_by_the_least_load(waiting, caplog):
 
     dispatcher = dispatcher_of()
     heavy = dispatcher.arrive(PendingRequest(1000), 0.0)
-    dispatcher.ledger.bind(heavy, WorkerIndex(1), 0.0)
+    dispatcher.bind(heavy, WorkerIndex(1), 0.0)
     dispatcher.policy.route = dispatcher.policy.place = broken
     for _ in range(waiting):
         dispatcher.arrive(PendingRequest(100), 0.0)
@@ -198,7 +208,7 @@ def test_without_a_forecast_the_load_as_it_is_is_balanced():
     dispatcher.predictor.forecast = dispatcher.predictor.discounted_load = broken
     for worker in (0, 2):
         heavy = dispatcher.arrive(PendingRequest(1000), 0.0)
-        dispatcher.ledger.bind(heavy, WorkerIndex(worker), 0.0)
+        dispatcher.bind(heavy, WorkerIndex(worker), 0.0)
     dispatcher.arrive(PendingRequest(10), 0.0)
     assert [a.worker for a in dispatcher.decide(0.0, ALL)] == [1]
     for _ in range(2):
@@ -218,7 +228,7 @@ def test_what_is_learnt_takes_no_end_with_it():
     dispatcher.ledger.grow(request_id, 5)
     assert dispatcher.end(request_id, Event.FINISH).output_tokens == 5
     assert dispatcher.ledger.kv_tokens == (0, 0, 0)
-    assert dispatcher.faults.counts == {"predictor": 1}
+    assert dispatcher.faults.counts == {"observer": 1}
 
 
 def test_the_log_of_a_broken_part_grows_slowly(caplog):
@@ -232,5 +242,5 @@ def test_the_log_of_a_broken_part_grows_slowly(caplog):
 
 def test_unknown_ids_stay_unknown():
     dispatcher = dispatcher_of()
-    with pytest.raises(Exception, match="not in the ledger"):
+    with pytest.raises(Exception, match="is not here"):
         dispatcher.end(RequestId(5), Event.FAIL)

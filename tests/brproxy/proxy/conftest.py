@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from brproxy.relay.client import ClientProtocol
 from brproxy.relay.connection import WorkerConnection
+from brproxy.relay.server import ClientProtocol
 from tests.brproxy.wire import RawClient
 
 

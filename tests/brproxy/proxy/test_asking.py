@@ -132,7 +132,7 @@ async def test_workers_that_could_not_be_asked_stay_what_they_were(stack, caplog
     stack.callback(service.watch.close)
     clock = VirtualClock()
     prober = Prober(list(service.groups.values()), clock, ProbeSettings("", 0.001, LIMIT_S))
-    health = service.fleet.groups[0].health
+    roster = service.fleet.groups[0].roster
     asked = 0
 
     async def fail(*_, **__):
@@ -140,17 +140,17 @@ async def test_workers_that_could_not_be_asked_stay_what_they_were(stack, caplog
         asked += 1
         raise ShortageError("cannot connect to w: Too many open files")
 
-    monkeypatch.setattr(service.groups["default"].pools[0], "connect", fail)
+    monkeypatch.setattr(service.groups["default"].endpoint(0), "connect", fail)
     for state in (Health.UNKNOWN, Health.HEALTHY):
         if state is Health.HEALTHY:
-            health.record(0, ok=True, reason="", now_s=0.0)
+            roster.record(0, ok=True, reason="", now_s=0.0)
         asked = 0
         await prober.start()
         async with asyncio.timeout(LIMIT_S):
             while asked < 20:
                 await asyncio.sleep(0.001)
         await prober.stop()
-        assert health.trackers[0].state is state
+        assert roster.member(0).health.state is state
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(told) == 1, "a line every ten seconds"
 

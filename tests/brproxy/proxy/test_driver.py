@@ -8,15 +8,20 @@ import pytest
 from brproxy.clock import MonotonicClock
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.fleet import Group
-from brproxy.health import GroupHealth, HealthThresholds
-from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.happenings import Observer
+from brproxy.ledger import Ledger
 from brproxy.lifecycle import State
 from brproxy.prediction.predictor import make_predictor
-from brproxy.proxy.driver import DecisionFailedError, GroupDriver, WaitExpiredError
+from brproxy.proxy.driver import DecisionFailedError, GroupDriver, NoWorkerError, WaitExpiredError
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.types import PendingRequest
 
 TICK_S = 0.005
+
+
+def broken(*args):
+    raise NotImplementedError
 
 
 class Clock(MonotonicClock):
@@ -28,41 +33,35 @@ class Clock(MonotonicClock):
         return super().now_s() + self.ahead_s
 
 
-class Driven:
+class Driven(Observer):
     """A driver whose group has ``slots`` slots, and what it reported."""
 
     def __init__(self, slots=1, wait_s_max=30.0):
         self.dispatcher = Dispatcher(
-            Ledger([WorkerLimits(slots)]),
+            Ledger(Roster.of([WorkerLimits(slots)])),
             make_policy("br-h"),
             make_predictor("survival"),
             np.random.default_rng(0),
             PoolLimits(100, wait_s_max),
         )
-        health = GroupHealth(1, HealthThresholds(), checked=False)
-        group = Group("a", ("a-0",), frozenset(), self.dispatcher, health)
-        self.rounds, self.ended = [], []
+        group = Group("a", frozenset(), self.dispatcher)
+        self.endings = []
         self.clock = Clock()
-        # Not the bound methods: tests put others in their place.
-        self.driver = GroupDriver(
-            group,
-            self.clock,
-            TICK_S,
-            lambda *what: self.on_round(*what),  # noqa: PLW0108
-            lambda entry: self.on_end(entry),  # noqa: PLW0108
-        )
+        self.driver = GroupDriver(group, self.clock, TICK_S)
+        self.dispatcher.happenings.tell(self)
 
-    def on_round(self, duration_s, admitted):
-        self.rounds.append(admitted)
-
-    def on_end(self, entry):
-        self.ended.append(entry.state)
+    def ended(self, entry, event, waited_s):
+        self.endings.append(entry.state)
 
     async def serve(self, prompt_tokens=10, hold_s=0.01):
         with self.driver.admit(PendingRequest(prompt_tokens)) as lease:
             if lease.worker_now() is None:
                 await lease.worker()
             await asyncio.sleep(hold_s)
+
+
+class Raising(Observer):
+    arrived = bound = retried = ended = decided = broken
 
 
 @pytest.fixture
@@ -77,17 +76,14 @@ def driven():
     for each in made:
         each.driver.close()
         ledger = each.dispatcher.ledger
-        assert (ledger.bound, ledger.pending, set(ledger.kv_tokens)) == (0, 0, {0})
+        assert (ledger.bound, len(each.dispatcher.waiting), set(ledger.kv_tokens)) == (0, 0, {0})
 
 
-def broken(*args):
-    raise NotImplementedError
-
-
-@pytest.mark.parametrize("where", ["state", "expired", "decide", "catch_up"])
+@pytest.mark.parametrize("where", ["state", "late", "decide", "alone"])
 async def test_a_round_that_raises_is_not_the_last(driven, where):
     group = driven()
-    owner = {"state": group.dispatcher.ledger, "catch_up": group.driver}.get(where, group.dispatcher)
+    dispatcher = group.dispatcher
+    owner = {"state": dispatcher.ledger, "decide": dispatcher}.get(where, dispatcher.waiting)
     first = asyncio.create_task(group.serve(hold_s=0.05))
     await asyncio.sleep(0)
     second = asyncio.create_task(group.serve())
@@ -95,19 +91,20 @@ async def test_a_round_that_raises_is_not_the_last(driven, where):
     setattr(owner, where, broken)
     await asyncio.sleep(5 * TICK_S)
     assert group.dispatcher.faults.counts["round"] > 1
-    assert group.dispatcher.ledger.pending == 1
+    assert len(group.dispatcher.waiting) == 1
     delattr(owner, where)
     async with asyncio.timeout(5):
         await asyncio.gather(first, second)
-    assert group.ended == [State.FINISHED] * 2
+    assert group.endings == [State.FINISHED] * 2
 
 
 async def test_a_request_is_served_though_every_observer_raises(driven):
     group = driven()
-    group.on_round = group.on_end = broken
+    group.dispatcher.happenings.tell(Raising())
     async with asyncio.timeout(5):
         await asyncio.gather(group.serve(), group.serve(), group.serve())
-    assert group.dispatcher.faults.counts == {"observer": 6}
+    assert group.endings == [State.FINISHED] * 3
+    assert group.dispatcher.faults.counts == {"observer": 4 * 3}
 
 
 async def test_a_round_that_fails_half_way_tells_those_that_it_has_bound(driven):
@@ -146,7 +143,7 @@ async def test_a_poisonous_request_is_told_and_the_others_are_served(driven):
     assert [type(result) for result in results] == [
         *(type(None), DecisionFailedError, type(None), DecisionFailedError, type(None))
     ]
-    assert sorted(state.name for state in group.ended) == ["FAILED"] * 3 + ["FINISHED"] * 3
+    assert sorted(state.name for state in group.endings) == ["FAILED"] * 3 + ["FINISHED"] * 3
 
 
 async def test_who_waits_too_long_is_told(driven):
@@ -157,7 +154,7 @@ async def test_who_waits_too_long_is_told(driven):
         with pytest.raises(WaitExpiredError, match=r"within 0.02 s"):
             await group.serve()
         await first
-    assert group.ended == [State.EXPIRED, State.FINISHED]
+    assert group.endings == [State.EXPIRED, State.FINISHED]
 
 
 async def test_a_wait_of_no_time_ends_all_the_same(driven):
@@ -221,10 +218,10 @@ async def test_a_client_that_leaves_while_it_waits_is_no_waiter(driven):
         await asyncio.sleep(2 * TICK_S)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        assert group.ended == [State.CANCELLED]
+        assert group.endings == [State.CANCELLED]
         assert not group.driver._waiters
         lease.fail()
-    assert group.ended == [State.CANCELLED, State.FAILED]
+    assert group.endings == [State.CANCELLED, State.FAILED]
 
 
 async def ask(client, proxy, prompt):
@@ -260,7 +257,7 @@ async def test_readiness_tells_of_a_group_that_waits_for_no_round(
     worker = await start_worker(silence())
     proxy = await start_proxy([worker.url], worker={"slots": 1})
     tasks = [asyncio.create_task(ask(client, proxy, [1])) for _ in range(2)]
-    await until(lambda: proxy.ledger.pending == 1)
+    await until(lambda: proxy.waiting == 1)
     driver = next(iter(proxy.running.service.groups.values())).driver
     driver._timer.cancel()
     driver.clock = Clock()
@@ -277,3 +274,48 @@ async def test_readiness_tells_of_a_group_that_waits_for_no_round(
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_without_a_healthy_worker_the_wait_ends_with_that_reason(driven):
+    group = driven(wait_s_max=0.02)
+    group.driver.group.roster.drain("0")
+    with pytest.raises(NoWorkerError, match=r"^no worker was healthy within 0.02 s$") as caught:
+        async with asyncio.timeout(5):
+            await group.serve()
+    assert caught.value.reason == "no worker was healthy"
+
+
+async def test_what_takes_no_slot_waits_for_no_round(driven):
+    group = driven()
+    with group.driver.admit(PendingRequest(5)) as lease:
+        lease.worker_now()
+        others = [asyncio.create_task(group.serve()) for _ in range(3)]
+        await asyncio.sleep(0)
+        with group.driver.admit(PendingRequest(5, sequences=0)) as free:
+            assert free.worker_now() == 0
+            assert len(group.dispatcher.waiting) == 3
+    async with asyncio.timeout(5):
+        await asyncio.gather(*others)
+    assert group.endings == [State.FINISHED] * 5
+
+
+async def test_over_sockets_what_generates_nothing_goes_before_those_that_wait_for_a_slot(
+    start_proxy, start_worker, client, until, fixed
+):
+    async def script(writer):
+        if worker.requests[-1][0].startswith("GET"):
+            writer.write(fixed(b"{}"))
+            return True
+        await asyncio.Event().wait()
+
+    worker = await start_worker(script)
+    proxy = await start_proxy([worker.url], worker={"slots": 1, "kv_capacity_tokens": 4})
+    tasks = [asyncio.create_task(ask(client, proxy, [1, 2, 3])) for _ in range(2)]
+    await until(lambda: (proxy.ledger.bound, proxy.waiting) == (1, 1))
+    async with asyncio.timeout(5), client.get(proxy.url + "/version") as response:
+        assert (response.status, await response.read()) == (200, b"{}")
+    assert (proxy.ledger.requests, proxy.waiting) == ((1,), 1)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await proxy.idle()

@@ -270,8 +270,8 @@ async def test_leaving_while_waiting_in_the_pool(start_worker, start_proxy, clie
     await until(lambda: proxy.ledger.bound == 1)
 
     async def attempt():
-        left_s = await leave_after(client, proxy, lambda: until(lambda: proxy.ledger.pending == 1))
-        await until(lambda: proxy.ledger.pending == 0)
+        left_s = await leave_after(client, proxy, lambda: until(lambda: proxy.waiting == 1))
+        await until(lambda: proxy.waiting == 0)
         return time.perf_counter() - left_s
 
     assert await quickest(attempt) < CANCEL_S_MAX
@@ -300,7 +300,7 @@ async def test_a_full_pool_is_a_429(start_worker, start_proxy, client, silence, 
     limits = {"pool_requests_max": 1, "retry_after_s": 7}
     proxy = await start_proxy([worker.url], worker={"slots": 1}, limits=limits)
     others = [asyncio.create_task(ask(client, proxy)) for _ in range(2)]
-    await until(lambda: (proxy.ledger.bound, proxy.ledger.pending) == (1, 1))
+    await until(lambda: (proxy.ledger.bound, proxy.waiting) == (1, 1))
     status, headers, body = await ask(client, proxy)
     assert (status, headers["Retry-After"]) == (429, "7")
     assert orjson.loads(body)["error"] == {

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from brproxy.proxy.exchange.client_sink import ClientSink
-from brproxy.relay.client import ClientProtocol
+from brproxy.relay.server import ClientProtocol
 from tests.brproxy.wire import WireError, as_chunk, get, post
 
 BOTH_LOOPS = True
@@ -66,9 +66,9 @@ async def test_leaving_while_another_request_runs(raw_worker, start_proxy, raw, 
     first.send(post(CHAT, ASK))
     await until(lambda: worker.requests)
     second.send(post(CHAT, ASK))
-    await until(lambda: proxy.ledger.pending == 1)
+    await until(lambda: proxy.waiting == 1)
     second.writer.close()
-    await until(lambda: proxy.ledger.pending == 0)
+    await until(lambda: proxy.waiting == 0)
     assert (len(worker.requests), worker.ended) == (1, 0)
     first.writer.close()
     await proxy.idle()

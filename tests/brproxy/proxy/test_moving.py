@@ -161,7 +161,7 @@ async def test_a_kept_connection_that_closes_later_may_have_worked(path, runs, s
     proxy, workers = await start_pair(script, script, script)
     client = await raw(proxy)
     for _ in workers:
-        client.send(post(path, ASK))
+        client.send(post(CHAT, ASK))
         assert (await client.answer()).status == 200
     client.send(post(path, ASK))
     status = (await client.answer()).status
@@ -202,8 +202,8 @@ async def test_a_place_at_the_worker_is_here_for_clients(field, place, seen, raw
     ("options", "told"),
     [
         (b"", b"identity"),
-        (b',"stream_options":{"include_usage":true}', b"gzip, br"),
-        (b',"stream":false', b"gzip, br"),
+        (b',"stream_options":{"include_usage":true}', b"gzip,br"),
+        (b',"stream":false', b"gzip,br"),
     ],
 )
 async def test_a_stream_is_not_compressed_where_usage_is_taken_out_again(

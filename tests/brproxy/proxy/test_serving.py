@@ -97,7 +97,7 @@ async def test_a_worker_goes_out_and_comes_back(start_emulator, start_proxy, cli
     port = int(running.urls[0].rsplit(":", 1)[1])
     other = await start_emulator(1)
     proxy = await start_proxy([*running.urls, *other.urls], health=True, health_table={"unhealthy_after": 2})
-    health = proxy.groups[0].health
+    health = proxy.groups[0].roster
     assert health.routable() == (True, True)
     await first.__aexit__(None, None, None)
     await until(lambda: health.routable() == (False, True))
@@ -118,7 +118,7 @@ async def test_a_request_waits_for_the_first_worker_to_come_up(
     proxy = await start_proxy([url], health=True)
     document = {"model": "emulated", "prompt": "x", "max_tokens": 1}
     asked = asyncio.create_task(client.post(proxy.url + "/v1/completions", json=document))
-    await until(lambda: proxy.ledger.pending == 1)
+    await until(lambda: proxy.waiting == 1)
     settings = EmulatorSettings(ClusterSettings(workers=1, step_base_s=0.01), base_port=unused_tcp_port)
     await stack.enter_async_context(running_emulator(settings))
     response = await asked

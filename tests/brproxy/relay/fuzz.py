@@ -24,7 +24,7 @@ from brproxy.app import build_service
 from brproxy.config import parse_config
 from brproxy.engines.dialects.vllm import VllmDialect
 from brproxy.proxy.handlers import Handlers
-from brproxy.relay.client import RelayServer
+from brproxy.relay.server import RelayServer
 
 CASES_A_BATCH = 64
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"stream":true%s}'
@@ -232,13 +232,14 @@ class Bench:
             {"worker": workers, "health": {"enabled": False}, "routing": {"policy": "br-h"}}, "fuzz"
         )
         self.service = build_service(config)
-        self.ledger = self.service.fleet.groups[0].dispatcher.ledger
+        self.dispatcher = self.service.fleet.groups[0].dispatcher
+        self.ledger = self.dispatcher.ledger
         self.server = RelayServer(
             Handlers(self.service).handle, 1 << 20, auto_decompress=False, access_log=None
         )
         self.connections = {}
         for group in self.service.groups.values():
-            for pool in group.pools:
+            for pool in group.endpoints:
                 pool.connect = partial(self._connect, pool)
 
     async def _connect(self, pool):
@@ -298,7 +299,9 @@ class Bench:
         assert tokens == case.tokens or not case.tokens_are_clear, (
             f"{said}: {tokens} for {case.tokens} tokens"
         )
-        assert (self.ledger.bound, self.ledger.pending, sum(self.ledger.kv_tokens)) == (0, 0, 0), said
+        assert (self.ledger.bound, len(self.dispatcher.waiting), sum(self.ledger.kv_tokens)) == (0, 0, 0), (
+            said
+        )
 
 
 async def fuzz(cases, seed, report=lambda _done: None):

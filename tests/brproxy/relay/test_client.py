@@ -1,4 +1,4 @@
-"""What relay/client.py leans on in aiohttp, piece by piece: another version that differs fails here first."""
+"""What relay/client.py and server.py lean on in aiohttp: another version that differs fails here first."""
 
 import asyncio
 import inspect
@@ -7,7 +7,8 @@ import pytest
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from brproxy.relay.client import Client, ClientProtocol, answered
+from brproxy.relay.client import Client, answered
+from brproxy.relay.server import ClientProtocol
 from tests.brproxy.wire import get
 
 BOTH_LOOPS = True

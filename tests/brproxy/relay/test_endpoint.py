@@ -280,6 +280,30 @@ async def test_a_name_that_cannot_be_looked_up_without_files_says_nothing_about_
     assert isinstance(connect_failure("http://w:1", error), ShortageError)
 
 
+async def test_idle_connections_give_way_when_files_run_out(start, stack):
+    workers = [await start() for _ in range(2)]
+    settings = EndpointSettings(**SETTINGS)
+    first, second = (Endpoint(f"http://127.0.0.1:{worker.port}", settings) for worker in workers)
+    alone = Endpoint(f"http://127.0.0.1:{workers[0].port}", EndpointSettings(**SETTINGS))
+    for endpoint in (first, second, alone):
+        stack.callback(endpoint.close)
+    kept = [await first.connect() for _ in range(3)]
+    for connection in kept:
+        await ask(connection)
+    busy = first.take_idle()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as sock:
+        next_file = sock.fileno()
+    stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, hard))
+    with pytest.raises(ShortageError):
+        await alone.connect()
+    connection = await second.connect()
+    stack.callback(connection.abandon)
+    assert first.take_idle() is None
+    assert busy.is_idle, "what has been taken is not idle"
+
+
 async def test_a_worker_that_does_not_listen_refuses(pool_of):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
