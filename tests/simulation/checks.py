@@ -15,6 +15,9 @@ from tests.simulation.loop import VirtualLoop
 from tests.simulation.outside import ErrorLog
 from tests.simulation.workers import SCRIPT
 
+BUFFERED_BYTES_MAX = 400_000
+"""What may wait for a client that does not read: a buffer that is full, and a read of a worker's bytes."""
+
 PERIODIC_MAX = 8
 """Timers that a proxy without requests may have, for each worker and altogether."""
 
@@ -186,6 +189,10 @@ class Checks:
     def _check_proxy(self, proxy: RunningProxy) -> None:
         for group in self._groups:
             group.check(self._loop)
+        if self._loop.network.buffered_bytes_most > BUFFERED_BYTES_MAX:
+            raise Violation(
+                "bounded-buffers", f"{self._loop.network.buffered_bytes_most} bytes wait for a client"
+            )
         handlers: Any = proxy.handlers
         limit = proxy.service.limits.requests_max
         if not 0 <= handlers._requests <= limit:
@@ -223,6 +230,8 @@ class Checks:
     def closed(self) -> None:
         """Raise Violation if anything is left of a proxy that was closed."""
         self._proxy = None
+        for group in self._groups:
+            group.check_idle()
         open_ = [transport for transport in self._loop.network.open if transport.is_proxys]
         self._tasks.clear()
         tasks = self._tasks_since_start()

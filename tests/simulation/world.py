@@ -61,6 +61,7 @@ class World:
         self._checks: Checks
         self._workers: list[Worker]
         self._requests = 0
+        self._is_stopped = False
 
     def run(self) -> Report:
         """Run it to its end, or to the first promise that is broken."""
@@ -95,13 +96,11 @@ class World:
         async with running_proxy(self._config(), clock=clock, listening=_listen) as proxy:
             self._follow(proxy)
             visits = await self._play()
-            await self._all_end(visits)
-            self._count_deliveries(proxy)
-            await asyncio.sleep(SETTLE_S)
-            self._checks.idle()
-            await self._probe()
-            await asyncio.sleep(SETTLE_S / 2)
-            self._checks.idle()
+            if self._is_stopped:
+                loop.upheavals += 1
+            else:
+                await self._recover(proxy, visits)
+        await self._all_end(visits)
         await asyncio.sleep(1)
         self._checks.closed()
 
@@ -130,12 +129,15 @@ class World:
     # What happens.
 
     async def _play(self) -> list[tuple[Visit, asyncio.Task[None]]]:
-        """Have all actions happen at their times; return the visits."""
+        """Have all actions happen at their times, up to a shutdown; return the visits."""
         loop = self._loop
         visits = []
         for action in self._scenario.actions:
             await asyncio.sleep(START_S + action.at_s - loop.time())
             if isinstance(action, Trouble):
+                if action.kind == "shutdown":
+                    self._is_stopped = True
+                    break
                 self._make_trouble(action)
             else:
                 visits.append((action, self._visit(action)))
@@ -190,6 +192,16 @@ class World:
                 ids = [ask.id for ask in visit.asks]
                 raise Violation("ends", f"one of the requests {ids} has not ended after {PATIENCE_S:g} s")
             task.result()
+
+    async def _recover(self, proxy: RunningProxy, visits: list[tuple[Visit, asyncio.Task[None]]]) -> None:
+        """See that all comes to an end and that all is then as if nothing had been."""
+        await self._all_end(visits)
+        self._count_deliveries(proxy)
+        await asyncio.sleep(SETTLE_S)
+        self._checks.idle()
+        await self._probe()
+        await asyncio.sleep(SETTLE_S / 2)
+        self._checks.idle()
 
     def _count_deliveries(self, proxy: RunningProxy) -> None:
         """See that no request came to workers more often than it may, nor a refused one too rarely."""
