@@ -33,6 +33,7 @@ from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.asking import Prober, ProbeSettings
 from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.cors import Cors
+from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
@@ -96,10 +97,12 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
         )
         for group in fleet.groups
     }
+    watch = Watch(_look_interval_s(config), partial(_look_after, services.values()))
+    watch.also(Departures(services.values(), watch, timeouts.gone_s).look)
     return Service(
         groups=services,
         fleet=fleet,
-        watch=Watch(_look_interval_s(config), partial(_look_after, services.values())),
+        watch=watch,
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
         metrics=metrics,
         clock=clock,

@@ -250,6 +250,10 @@ class Timeouts(Section):
         default=600.0, description="For a worker's response to begin, prefill included (seconds)."
     )
     stall_s: Seconds = Field(default=120.0, description="Between two reads of a response (seconds).")
+    gone_s: Seconds = Field(
+        default=5.0,
+        description="Silence on its connections that makes a worker that refuses new ones gone (seconds).",
+    )
     keepalive_s: Seconds = Field(
         default=3.0,
         description="That an idle worker connection is kept; engines close theirs at 5 (seconds).",

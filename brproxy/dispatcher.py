@@ -26,6 +26,7 @@ from brproxy.ledger import Ledger, entry_of
 from brproxy.lifecycle import Entry, Event, LifecycleError, after
 from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
+from brproxy.roster import Change, Member
 from brproxy.routing.policy import AnyPolicy, least
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, RoundState
 from brproxy.types import (
@@ -93,6 +94,7 @@ class Dispatcher:
         self._rng = rng
         self._foresight = Foresight(ledger, policy, predictor, self.quality, self.faults, rng)
         self._policy_is_broken = False
+        self.roster.observe(self._member_changed)
 
     def entry(self, request_id: RequestId) -> Entry:
         """Return the entry of a request that waits or is bound; raises LifecycleError once it has ended."""
@@ -128,8 +130,8 @@ class Dispatcher:
         """Run one decision round over everything that waits, bind what it admits and return that.
 
         ``routable`` (by index) are the workers that may be chosen. Requests that a worker failed and those
-        that take no slot are placed first, one by one, away from the workers that failed them as long as
-        there are others. Never raises for what a policy or a predictor does.
+        that take no slot are placed first, one by one, and never on a worker that failed them before it has
+        come back. Never raises for what a policy or a predictor does.
         """
         waiting, ledger, late_binding = self.waiting, self.ledger, self.policy.params.late_binding
         self.admitted = []
@@ -198,6 +200,10 @@ class Dispatcher:
             self.ledger.end(entry, event)
         self.happenings.ended(entry, event, waited_s)
         return entry
+
+    def _member_changed(self, member: Member, change: Change) -> None:
+        if change is Change.HEALTHY or change is Change.ADDED:
+            self.waiting.forgive(member.index)
 
     def _worth_seeing(self, state: RoundState) -> int:
         """Return how many of the waiting requests a round can make use of."""
@@ -291,9 +297,8 @@ class Dispatcher:
 
 
 def _others(routable: Sequence[bool], entry: Entry) -> Sequence[bool]:
-    """Return ``routable`` without the workers that failed a request, as long as there are others."""
-    others = [ok and g not in entry.avoid for g, ok in enumerate(routable)]
-    return others if any(others) else routable
+    """Return ``routable`` without the workers that failed a request."""
+    return [ok and g not in entry.avoid for g, ok in enumerate(routable)] if entry.avoid else routable
 
 
 def _checked(worker: int, state: RoundState) -> int:

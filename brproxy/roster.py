@@ -79,7 +79,8 @@ class Member:
     """One worker: ``key`` is its name and the label of its metrics, ``origin`` where it listens.
 
     ``lines`` are header lines sent with every request, each with its end. ``leaves``: it goes as soon as
-    nothing is bound to it.
+    nothing is bound to it. ``refuses_since_s``: since then nobody could connect to it, since it refused; None
+    while it does not.
     """
 
     key: str
@@ -90,6 +91,7 @@ class Member:
     lines: bytes = b""
     state: MemberState = MemberState.ACTIVE
     leaves: bool = False
+    refuses_since_s: float | None = None
 
     @property
     def is_routable(self) -> bool:
@@ -212,14 +214,23 @@ class Roster:
             member.state = after(member.state, MemberEvent.GO)
             self._changed(member, Change.GONE)
 
-    def record(self, index: int, *, ok: bool, reason: str, now_s: float) -> bool:
+    def record(self, index: int, *, ok: bool, reason: str, now_s: float, refused: bool = False) -> bool:
         """Take in the result of a check or of connecting; return whether the member's health changed."""
-        return self.record_of(self.member(index), ok=ok, reason=reason, now_s=now_s)
+        return self.record_of(self.member(index), ok=ok, reason=reason, now_s=now_s, refused=refused)
 
-    def record_of(self, member: Member, *, ok: bool, reason: str, now_s: float) -> bool:
-        """As ``record``, for whoever knows the member; the result of one that has gone changes nothing."""
+    def record_of(
+        self, member: Member, *, ok: bool, reason: str, now_s: float, refused: bool = False
+    ) -> bool:
+        """As ``record``, for whoever knows the member; the result of one that has gone changes nothing.
+
+        ``refused``: it refuses connections, which also a worker that answers on older ones can.
+        """
         if member.state is MemberState.GONE:
             return False
+        if ok:
+            member.refuses_since_s = None
+        elif refused and member.refuses_since_s is None:
+            member.refuses_since_s = now_s
         changed = member.health.record(ok=ok, reason=reason, now_s=now_s)
         if changed:
             self._routable = self._mask()

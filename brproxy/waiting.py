@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 
 from brproxy.lifecycle import Entry
-from brproxy.types import RequestId
+from brproxy.types import RequestId, WorkerIndex
 
 Discipline = Callable[[Iterable[Entry]], Iterable[Entry]]
 """Puts requests, the oldest first, into the order of their turn; a round may still let one overtake."""
@@ -81,6 +81,11 @@ class WaitingRoom:
         if self._first:
             others = (entry for entry in others if entry.id not in self._first)
         return iter(others if self._discipline is None else self._discipline(others))
+
+    def forgive(self, worker: WorkerIndex) -> None:
+        """Let those that ``worker`` failed go there again: it has come back, or is another one by now."""
+        for entry in self._first.values():
+            entry.avoid -= {worker}
 
     def late(self, now_s: float, wait_s_max: float) -> list[Entry]:
         """Return those that have waited longer than ``wait_s_max`` seconds, the oldest first."""

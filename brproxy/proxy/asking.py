@@ -33,7 +33,7 @@ HEALTH_BYTES_MAX = 1 << 16
 class Question:
     """A GET for ``path``: answered as a whole within ``timeout_s``, with a body of ``bytes_max`` at most.
 
-    ``lines`` are header fields that go with it, each with its line end.
+    ``lines`` are header fields that go with it, each with its line end. ``afresh``: on a new connection.
     """
 
     path: str
@@ -41,6 +41,7 @@ class Question:
     bytes_max: int
     wants_body: bool = True
     lines: bytes = b""
+    afresh: bool = False
 
 
 async def ask(endpoint: Endpoint, question: Question) -> Reply:
@@ -60,7 +61,7 @@ async def ask(endpoint: Endpoint, question: Question) -> Reply:
 async def _ask(endpoint: Endpoint, question: Question) -> Reply:
     request = request_head("GET", question.path, endpoint.host_field, question.lines)
     loop = asyncio.get_running_loop()
-    connection = endpoint.take_idle()
+    connection = None if question.afresh else endpoint.take_idle()
     while True:
         if connection is None:
             connection = await endpoint.connect()
@@ -85,21 +86,23 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The verdict, and what the worker did in words."""
+    """The verdict, what the worker did in words, and whether it refused the connection."""
 
     verdict: Verdict
     reason: str
+    refused: bool = False
 
 
 async def probe(endpoint: Endpoint, path: str, timeout_s: float) -> ProbeResult:
     """Ask for ``path`` once; OK is an answer of 2xx. Never raises for what a worker does."""
-    question = Question(path, timeout_s, HEALTH_BYTES_MAX, wants_body=False)
+    # On a new connection: whether a worker still takes one is a part of the question.
+    question = Question(path, timeout_s, HEALTH_BYTES_MAX, wants_body=False, afresh=True)
     try:
         status = (await ask(endpoint, question)).head.status
     except ShortageError as error:
         return ProbeResult(Verdict.NOT_ASKED, str(error))
     except WorkerFailedError as error:
-        return ProbeResult(Verdict.FAILED, str(error))
+        return ProbeResult(Verdict.FAILED, str(error), error.refused)
     ok = HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES
     return ProbeResult(Verdict.OK if ok else Verdict.FAILED, f"{path} answers {status}")
 
@@ -172,6 +175,8 @@ class Prober:
             self._not_asked.warning("worker %s could not be checked: %s", member.key, result.reason)
             return
         ok, now_s = result.verdict is Verdict.OK, self._clock.now_s()
-        if service.group.roster.record_of(member, ok=ok, reason=result.reason, now_s=now_s):
+        if service.group.roster.record_of(
+            member, ok=ok, reason=result.reason, now_s=now_s, refused=result.refused
+        ):
             level = logging.INFO if member.health.state is Health.HEALTHY else logging.WARNING
             log.log(level, "worker %s is %s: %s", member.key, member.health.state.value, result.reason)

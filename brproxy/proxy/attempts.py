@@ -131,7 +131,7 @@ class Attempts:
             ),
             service.relay_limits,
             path=incoming.path,
-            worker=self._group.member(self._worker).key,
+            member=self._group.member(self._worker),
             bodiless=self._sink.client.method == "HEAD",
         )
         # Put together here and not kept: the frame stays as long as the stream.
@@ -171,7 +171,9 @@ class Attempts:
         # Without active checks nothing would ever bring the worker back.
         if self._service.health_checks:
             now_s = self._service.clock.now_s()
-            self._group.group.roster.record(self._worker, ok=False, reason=str(error), now_s=now_s)
+            self._group.group.roster.record(
+                self._worker, ok=False, reason=str(error), now_s=now_s, refused=error.refused
+            )
         return self._after(Event.UNREACHABLE, error)
 
     async def _move(self, worker: WorkerIndex) -> None:

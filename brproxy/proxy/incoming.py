@@ -14,6 +14,7 @@ from brproxy.proxy.upload import Upload
 from brproxy.relay.client import Client
 from brproxy.relay.fields import REQUEST_ID, Fields, request_fields
 from brproxy.relay.request import UPGRADE, origin_form, path_of
+from brproxy.types import InvalidInputError
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class Reader:
         self._service = service
         self._dialect = dialect
         self._ids = RequestIds()
+        self._several_groups = len(service.groups) > 1
 
     async def read(self, request: web.BaseRequest, client: Client, upload: Upload) -> Incoming:
         """Read a request; raises ProxyError or InvalidInputError for what can be no request here."""
@@ -47,7 +49,7 @@ class Reader:
         path = request.path if target is client.target else path_of(target)
         fields = request_fields(request.raw_headers)
         if not upload.take_whole():
-            await upload.read(fields.media_type)
+            await upload.read(fields.media_type, names_group=self._several_groups)
         facts = self._dialect.read_request(
             path,
             client.method,
@@ -55,6 +57,9 @@ class Reader:
             upload.beginning or b"",
             hashes=self._service.hash_prompts,
         )
+        if facts.malformed and self._several_groups:
+            # With one group the engine says it in its own words; with several nobody knows whose.
+            raise InvalidInputError(facts.malformed)
         request_id = fields.known.get(REQUEST_ID) or self._ids.next()
         return Incoming(
             target,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from aiohttp import web
 from aiohttp.streams import StreamReader
 
+from brproxy.engines.multipart import FormScanner
 from brproxy.proxy import errors
 from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.service import BodyLimits
@@ -101,8 +102,11 @@ class Upload:
         self.beginning = body
         return True
 
-    async def read(self, media_type: str) -> None:
-        """Read what must be read; raises ProxyError when it is too large or too slow."""
+    async def read(self, media_type: str, *, names_group: bool) -> None:
+        """Read what must be read; raises ProxyError when it is too large or too slow.
+
+        ``names_group``: a form must be read as far as the model that it names.
+        """
         limits, length = self._limits, self._request.content_length
         if not media_type or "json" in media_type or (length is not None and length <= READ_BYTES_MAX):
             if length is not None and length > limits.bytes_max:
@@ -116,17 +120,26 @@ class Upload:
             raise errors.upload_too_large(limits.upload_bytes_max)
         await continue_upload(self._request)
         self._content, self._length = self._request.content, length
-        self.beginning, self.is_whole = await self._read_up_to(READ_BYTES_MAX)
+        form = FormScanner() if names_group and media_type == "multipart/form-data" else None
+        self.beginning, self.is_whole = await self._read_up_to(READ_BYTES_MAX, form)
 
-    async def _read_up_to(self, bytes_max: int) -> tuple[bytes, bool]:
-        """Return what has come once that is all or over ``bytes_max``, and whether it is all."""
+    async def _read_up_to(self, bytes_max: int, form: FormScanner | None = None) -> tuple[bytes, bool]:
+        """Return what has come once that is all or over ``bytes_max``, and whether it is all.
+
+        Of a ``form`` more is read, up to the limit of a body that is read whole, until its model is known.
+        """
         content, read = self._request.content, bytearray()
         try:
             async with asyncio.timeout(self._limits.whole_s):
-                while len(read) <= bytes_max and not content.at_eof():
+                while not content.at_eof() and (
+                    len(read) <= bytes_max
+                    or (form is not None and not form.is_done and len(read) < self._limits.bytes_max)
+                ):
                     piece = await self._next(content)
                     self._take_room(len(piece))
                     read += piece
+                    if form is not None:
+                        form.feed(piece)
         except TimeoutError as error:
             raise errors.body_too_slow(self._limits.whole_s) from error
         return bytes(read), content.at_eof()

@@ -174,12 +174,13 @@ def connect_failure(origin: str, error: OSError) -> WorkerFailedError:
     reason = os.strerror(number) if number > 0 else str(error)
     if number in OUR_OWN:
         return ShortageError(f"cannot connect to {origin}: {reason}")
-    return _unreachable(origin, reason)
+    return _unreachable(origin, reason, refused=number == errno.ECONNREFUSED)
 
 
-def _unreachable(origin: str, reason: str) -> WorkerFailedError:
+def _unreachable(origin: str, reason: str, *, refused: bool = False) -> WorkerFailedError:
     # Errors of TLS and of resolvers may have several lines.
-    return WorkerFailedError(f"cannot connect to {origin}: {' '.join(reason.split())}", unreachable=True)
+    text = f"cannot connect to {origin}: {' '.join(reason.split())}"
+    return WorkerFailedError(text, unreachable=True, refused=refused)
 
 
 def _is_out_of_files() -> bool:

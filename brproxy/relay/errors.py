@@ -6,11 +6,15 @@ from brproxy.types import BrproxyError, InvalidInputError
 
 
 class WorkerFailedError(BrproxyError):
-    """A worker gave no response; ``unreachable`` when it could not even be connected to."""
+    """A worker gave no response.
 
-    def __init__(self, reason: str, *, unreachable: bool = False) -> None:
+    ``unreachable``: it could not even be connected to; ``refused``: since nobody listens there.
+    """
+
+    def __init__(self, reason: str, *, unreachable: bool = False, refused: bool = False) -> None:
         super().__init__(reason)
         self.unreachable = unreachable
+        self.refused = refused
 
 
 class ShortageError(WorkerFailedError):

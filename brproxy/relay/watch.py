@@ -30,11 +30,11 @@ class Watched(Protocol):
 
 
 class Watch:
-    """Looks after everything added to it, every ``interval_s``; ``also`` is called at each look."""
+    """Looks after everything added to it, every ``interval_s``, and calls each of ``also`` at each look."""
 
-    def __init__(self, interval_s: float, also: Callable[[float], None]) -> None:
+    def __init__(self, interval_s: float, *also: Callable[[float], None]) -> None:
         self._interval_s = interval_s
-        self._also = also
+        self._also = list(also)
         # In the order of coming: one of a set would be another in every run.
         self._watched: dict[Watched, None] = {}
         self.loop = asyncio.get_running_loop()
@@ -48,6 +48,14 @@ class Watch:
     def discard(self, watched: Watched) -> None:
         """Forget ``watched``."""
         self._watched.pop(watched, None)
+
+    def watched(self) -> tuple[Watched, ...]:
+        """Return all that is looked after."""
+        return tuple(self._watched)
+
+    def also(self, call: Callable[[float], None]) -> None:
+        """Have ``call(now_s)`` made at each look as well, in seconds of the loop."""
+        self._also.append(call)
 
     def close(self) -> None:
         """Stop looking."""
@@ -70,4 +78,9 @@ class Watch:
                 # It must not keep the others from being looked at.
                 log.exception("a request that timed out could not be ended")
                 watched.crashed(error)
-        self._also(now_s)
+        for call in self._also:
+            try:
+                call(now_s)
+            except Exception:
+                # As above: what is done now and then must not keep the rest from being done.
+                log.exception("what is looked after now and then failed")

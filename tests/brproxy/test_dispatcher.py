@@ -90,12 +90,15 @@ def test_a_retry_goes_elsewhere_and_first():
     assert again[0].worker != bound.worker
 
 
-def test_a_retry_returns_to_the_same_worker_when_there_is_no_other():
+def test_a_retry_returns_to_the_same_worker_only_when_that_has_come_back():
     dispatcher = dispatcher_of(slots=(1,))
     failed = dispatcher.arrive(PendingRequest(10), 0.0)
     dispatcher.decide(0.0, routable(dispatcher))
     dispatcher.retry(failed, 1.0)
-    assert [a.worker for a in dispatcher.decide(1.0, routable(dispatcher))] == [0]
+    assert dispatcher.decide(1.0, routable(dispatcher)) == []
+    for ok in (False, False, False, True):
+        dispatcher.roster.record(0, ok=ok, reason="", now_s=2.0)
+    assert [a.worker for a in dispatcher.decide(3.0, routable(dispatcher))] == [0]
 
 
 def test_expiry_counts_from_when_the_request_entered_the_pool():

@@ -221,7 +221,7 @@ class Checks:
             raise Violation("nothing-left", f"tasks: {tasks}")
         open_ = [t for t in self._loop.network.open if t.is_proxys]
         workers = sum(len(service.endpoints) for service in self._proxy.service.groups.values())
-        if any(t.is_clients for t in open_) or len(open_) > workers:
+        if any(t.is_clients for t in open_) or len(open_) > 2 * workers:
             raise Violation("nothing-left", f"connections: {open_}")
         timers = self._loop.timers()
         if len(timers) > PERIODIC_MAX + 4 * workers:

@@ -23,6 +23,7 @@ from brproxy.proxy.service import RelayLimits
 from brproxy.relay.connection import Exchange, WorkerConnection
 from brproxy.relay.errors import BrokenResponseError, ClientGoneError, StaleConnectionError, WorkerFailedError
 from brproxy.relay.response import ResponseHead
+from brproxy.roster import Member
 
 
 class Kind(Protocol):
@@ -51,7 +52,7 @@ class Attempt(Protocol):
 class WorkerAnswer(Exchange):
     """One request to one worker, and that worker's answer on its way to the client.
 
-    ``has_begun``: the client has had some of this answer. ``worker`` is the key of whom was asked.
+    ``has_begun``: the client has had some of this answer. ``member`` is the worker that was asked.
     """
 
     __slots__ = (
@@ -64,10 +65,10 @@ class WorkerAnswer(Exchange):
         "has_begun",
         "limit_s",
         "limits",
+        "member",
         "path",
         "progressed",
         "sink",
-        "worker",
     )
 
     def __init__(
@@ -78,7 +79,7 @@ class WorkerAnswer(Exchange):
         limits: RelayLimits,
         *,
         path: str,
-        worker: str,
+        member: Member,
         bodiless: bool,
     ) -> None:
         super().__init__(bodiless=bodiless)
@@ -90,7 +91,7 @@ class WorkerAnswer(Exchange):
         self.account = account
         self.limits = limits
         self.path = path
-        self.worker = worker
+        self.member = member
         self.has_begun = False
         self.progressed = False
         self.limit_s = limits.first_byte_s
@@ -206,6 +207,10 @@ class WorkerAnswer(Exchange):
             self.break_off(worker_silent(self.limit_s))
         else:
             self._attempt.settle(Event.SILENT, worker_silent(self.limit_s))
+
+    def silent_s(self, now_s: float) -> float:
+        """Return how long nothing has come, in seconds of the loop's time, as the last look knew."""
+        return 0.0 if self.progressed else now_s - (self.deadline_s - self.limit_s)
 
     def worker_out(self, reason: str) -> None:
         """Note that the worker may no longer be chosen: a request that it has not answered moves on."""
