@@ -311,3 +311,20 @@ def test_impossible_calls_are_refused():
 def test_repr_is_the_state_in_a_line():
     ledger = bound_ledger([WorkerLimits(1), WorkerLimits(1)], [(1, 30)])
     assert repr(ledger) == "<Ledger bound=1 kv_tokens=[0, 30] requests=[0, 1]>"
+
+
+def test_no_number_leaves_its_bounds():
+    dispatcher = dispatcher_of([WorkerLimits(1)])
+    ledger = dispatcher.ledger
+    request_id = dispatcher.arrive(PendingRequest(HUGE, sequences=HUGE), 0.0)
+    dispatcher.bind(request_id, WorkerIndex(0), 0.0, (HUGE, HUGE, True))
+    assert ledger.kv_tokens == (TOKENS_MAX,)
+    assert ledger.active().length_max.tolist() == [LENGTH_UNLIMITED]
+    for tokens, booked in ((HUGE, TOKENS_MAX), (HUGE, TOKENS_MAX), (-HUGE, 0), (7, 7)):
+        ledger.grow(request_id, tokens)
+        assert ledger.kv_tokens == (TOKENS_MAX + booked,)
+    for prompt_tokens, booked in ((-HUGE, 0), (HUGE, TOKENS_MAX), (3, 3)):
+        ledger.correct_prompt(request_id, prompt_tokens)
+        assert ledger.kv_tokens == (booked + 7,)
+    assert dispatcher.end(request_id, Event.FINISH).sequences == SEQUENCES_MAX
+    assert (ledger.kv_tokens, ledger.requests, ledger.bound) == ((0,), (0,), 0)
