@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from aiohttp import web
 
-from brproxy.clock import MonotonicClock
-from brproxy.config import Config, Worker
+from brproxy.clock import Clock, MonotonicClock
+from brproxy.config import Config, Listen, Worker
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
 from brproxy.estimate import TokenEstimator
@@ -47,6 +47,8 @@ from brproxy.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+Listening = Callable[[web.ServerRunner, Listen], Awaitable[int]]
+"""Has a runner accept connections and returns the port, as ``start_listening`` does."""
 
 _GC_THRESHOLD = 20_000
 """Container objects more than at the last collection that start one; Python's own 700 is a few requests."""
@@ -70,10 +72,10 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
     return Group(name, workers[0].models, dispatcher)
 
 
-def build_service(config: Config) -> Service:
-    """Build everything behind the handlers; needs a running event loop."""
+def build_service(config: Config, clock: Clock | None = None) -> Service:
+    """Build everything behind the handlers; needs a running event loop. ``clock``: None for the machine's."""
     seeds = np.random.SeedSequence(config.routing.seed).spawn(len(config.groups))
-    clock = MonotonicClock()
+    clock = clock or MonotonicClock()
     fleet = Fleet(
         [
             build_group(config, name, workers, seed)
@@ -162,13 +164,15 @@ class RunningProxy:
 
 
 @asynccontextmanager
-async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
+async def running_proxy(
+    config: Config, *, clock: Clock | None = None, listening: Listening = start_listening
+) -> AsyncIterator[RunningProxy]:
     """Listen for as long as the block runs; then drain. Raises ListenError.
 
     Leaving the block stops accepting, lets running requests finish for ``timeouts.drain_s`` and cancels the
-    rest.
+    rest. ``clock`` (None: the machine's) and ``listening`` are a simulation's own, as its event loop is.
     """
-    service = build_service(config)
+    service = build_service(config, clock)
     handlers = Handlers(service)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
@@ -179,6 +183,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             min(config.limits.client_connections_max, clients_for_open_files()),
             file_number_max(),
             config.timeouts.client_head_s,
+            config.timeouts.stall_s,
         ),
         error_page=lambda status, message: of_status(status, message).response(""),
         auto_decompress=False,
@@ -193,7 +198,7 @@ async def running_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         await runner.setup()
         if config.health.enabled:
             await prober.start()
-        port = await start_listening(runner, config.listen)
+        port = await listening(runner, config.listen)
         yield RunningProxy(service, handlers, port)
         handlers.pages.draining = True
     finally:

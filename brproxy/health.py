@@ -29,7 +29,7 @@ class HealthThresholds:
 
 
 class HealthTracker:
-    """One worker's state, when it last changed (seconds), and why."""
+    """One worker's state, when it last changed (seconds), and why it is not healthy by its last result."""
 
     def __init__(self, thresholds: HealthThresholds) -> None:
         self._thresholds = thresholds
@@ -46,7 +46,9 @@ class HealthTracker:
         state = self._after()
         changed = state is not self.state
         if changed:
-            self.state, self.since_s, self.reason = state, now_s, reason
+            self.state, self.since_s = state, now_s
+        if changed or state is not Health.HEALTHY:
+            self.reason = reason
         return changed
 
     def _after(self) -> Health:

@@ -44,7 +44,7 @@ async def start_listening(runner: web.ServerRunner, listen: Listen) -> int:
         # Of an address that no name server knows the number is not the system's.
         reason = os.strerror(number) if number > 0 else error.strerror
         advice = "; choose a free port" if number == errno.EADDRINUSE else ""
-        msg = f"listen: cannot listen on {listen.host}:{listen.port}: {reason}{advice}"
+        msg = f"listen: cannot listen on {_authority(listen.host, listen.port)}: {reason}{advice}"
         raise ListenError(msg) from error
     port: int = runner.addresses[0][1]
     return port
@@ -53,8 +53,11 @@ async def start_listening(runner: web.ServerRunner, listen: Listen) -> int:
 def url_of(listen: Listen, port: int) -> str:
     """Return where clients find the proxy, which listens on ``port``."""
     scheme = "https" if listen.tls_certificate_file else "http"
-    host = f"[{listen.host}]" if ":" in listen.host else listen.host
-    return f"{scheme}://{host}:{port}"
+    return f"{scheme}://{_authority(listen.host, port)}"
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _tls_context(listen: Listen) -> ssl.SSLContext | None:

@@ -29,6 +29,7 @@ _MEMBER_BYTES_MAX = 1 << 12
 _MEMBERS_BYTES_MAX = 1 << 16
 
 _NOT_JSON = "The request body is not valid JSON"
+_EMPTY = "The request body is empty."
 _NO_OBJECT = "The request body must be a JSON object."
 
 
@@ -61,6 +62,8 @@ def _values_at_most(body: bytes) -> int:
 
 
 def _read_slowly(body: bytes) -> JsonBody:
+    if not body:
+        return JsonBody({}, malformed=_EMPTY)
     if len(body) > SLOW_BYTES_MAX:
         return _scanned(body)
     try:

@@ -22,10 +22,10 @@ class RequestFacts(NamedTuple):
     ``prefix_hash`` are there when they were asked for. ``usage_can_be_asked`` tells that a stream could
     report usage if the proxy asked, and that the client has not said anything about it.
 
-    ``longest_prompt_tokens`` is what the longest of its prompts needs for certain, None if that is a guess:
-    alone this may refuse a request. ``teaches``: the text is all that the engine counts, so that its report
-    says how many bytes a token has. ``malformed`` says in one line what is wrong with a body that the path's
-    API cannot read, "" if nothing is.
+    ``prompt_is_exact``: ``prompt_tokens`` were counted, and are of one prompt, which a worker must hold at
+    once; nothing else may refuse a request as too long. ``teaches``: the text is all that the engine counts,
+    so that its report says how many bytes a token has. ``malformed`` says in one line what is wrong with a
+    body that the path's API cannot read, "" if nothing is.
     """
 
     model: str = ""
@@ -39,7 +39,7 @@ class RequestFacts(NamedTuple):
     prefix_hash: int | None = None
     user: str = ""
     usage_can_be_asked: bool = False
-    longest_prompt_tokens: int | None = None
+    prompt_is_exact: bool = False
     teaches: bool = True
     malformed: str = ""
 
@@ -109,13 +109,17 @@ class Dialect(ABC):
     def read_reply(self, body: bytes) -> Usage | None:
         """Return the usage in a complete JSON reply, None without one; never raises."""
 
+    def may_tell_death(self, status: int) -> bool:
+        """Tell whether the body of a response with ``status`` may say that the engine is dead."""
+        return False
+
+    def is_death(self, status: int, body: bytes) -> bool:
+        """Tell whether an error's body says that the engine behind the server is dead."""
+        return False
+
     @abstractmethod
     def is_refusal(self, status: int) -> bool:
         """Tell whether a response with ``status`` means that the engine did not take the request."""
-
-    @abstractmethod
-    def is_death(self, status: int, body: bytes) -> bool:
-        """Tell whether an answer says that the engine behind its server is dead."""
 
 
 DIALECTS: Registry[type[Dialect]] = Registry("engine", "brproxy.engines.dialects")

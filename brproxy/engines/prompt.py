@@ -67,13 +67,12 @@ HASHED_BYTES_MAX = 1 << 20
 class PromptSize(NamedTuple):
     """``tokens``: token ids, exact. ``text_bytes``: UTF-8 bytes of the rest. ``prompts``: their number.
 
-    ``tokens_longest`` of them are in one prompt. ``is_all``: there is nothing else in the prompt.
+    ``is_all``: there is nothing else in the prompt.
     """
 
     tokens: int = 0
     text_bytes: int = 0
     prompts: int = 1
-    tokens_longest: int = 0
     is_all: bool = True
 
     def joined(self, other: PromptSize) -> PromptSize:
@@ -82,7 +81,6 @@ class PromptSize(NamedTuple):
             self.tokens + other.tokens,
             self.text_bytes + other.text_bytes,
             max(self.prompts, other.prompts),
-            max(self.tokens_longest, other.tokens_longest),
             self.is_all and other.is_all,
         )
 
@@ -94,7 +92,7 @@ def prompt_keys(*, text_is_prompt: bool) -> frozenset[str]:
 
 def prompt_size(document: Mapping[str, Any], *, text_is_prompt: bool = False) -> PromptSize:
     """Return the size of everything in ``document`` that the model reads."""
-    tokens = text_bytes = longest = 0
+    tokens = text_bytes = 0
     prompts = 1
     is_all = NOT_ONLY_TEXT.isdisjoint(document) or not any(map(document.get, NOT_ONLY_TEXT))
     keys = _NATIVE_PROMPT_KEYS if text_is_prompt else _PROMPT_KEYS
@@ -104,14 +102,13 @@ def prompt_size(document: Mapping[str, Any], *, text_is_prompt: bool = False) ->
         if key in _SHOWN_AS_JSON:
             text_bytes += _json_bytes(value)
             continue
-        more_tokens, more_bytes, more_longest, is_text = _measure(value)
+        more_tokens, more_bytes, is_text = _measure(value)
         tokens += more_tokens
         text_bytes += more_bytes
-        longest = max(longest, more_longest)
         is_all = is_all and is_text
         if type(value) is list and _is_several(key, value):
             prompts = max(prompts, len(value))
-    return PromptSize(tokens, text_bytes, prompts, longest, is_all)
+    return PromptSize(tokens, text_bytes, prompts, is_all)
 
 
 def _is_several(key: str, value: list[Any]) -> bool:
@@ -145,9 +142,9 @@ def _hash(value: object) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _measure(value: object) -> tuple[int, int, int, bool]:
-    """Return the tokens and bytes of text in ``value``, the most tokens in one list, whether that is all."""
-    tokens = text_bytes = longest = 0
+def _measure(value: object) -> tuple[int, int, bool]:
+    """Return the tokens and the bytes of text in ``value``, and whether that is all of it."""
+    tokens = text_bytes = 0
     is_all = True
     # A stack and not recursion: a request may nest as deeply as the JSON parser allows.
     stack: list[Any] = [value]
@@ -171,10 +168,9 @@ def _measure(value: object) -> tuple[int, int, int, bool]:
         elif kind is list and item:
             if _is_token(item[0]):
                 tokens += len(item)
-                longest = max(longest, len(item))
             else:
                 stack += item
-    return tokens, text_bytes, longest, is_all
+    return tokens, text_bytes, is_all
 
 
 def _measure_other(key: str, part: object) -> tuple[int, bool]:

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from brproxy.engines.prompt import PromptSize
-from brproxy.engines.rewrite import BLOCK_BYTES, Member, marks
+from brproxy.engines.rewrite import BLOCK_BYTES, Member, blocks
 from brproxy.types import SEQUENCES_MAX
 
 MEASURED_BYTES_MAX = 1 << 23
@@ -55,7 +55,6 @@ def _token_lists(body: bytes, member: Member) -> PromptSize:
     return PromptSize(
         tokens=tokens,
         prompts=max(1, min(lists - 1, SEQUENCES_MAX)),
-        tokens_longest=tokens if lists == 1 else 0,
         is_all=lists >= 1,
     )
 
@@ -66,8 +65,8 @@ def _text(body: bytes, member: Member) -> tuple[int, int]:
     text_bytes = member.end - measured_end
     strings = 0
     opened: int | None = None
-    for found in marks(body, member.start, measured_end):
-        quotes = found.positions[found.is_quote]
+    for block in blocks(body, member.start, measured_end):
+        quotes = np.flatnonzero(block.is_quote) + block.start
         if opened is not None and quotes.size:
             quotes = np.concatenate((np.array([opened], np.intp), quotes))
             opened = None

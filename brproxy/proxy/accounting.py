@@ -97,10 +97,6 @@ class Account:
             self._lease.book_later(self._book)
         self._unbooked_events += events
 
-    def hides(self, facts: EventFacts) -> bool:
-        """Tell whether the client must not see an event: it exists only because the proxy asked for it."""
-        return facts.usage_only and self.usage_was_added
-
     def reply(self, body: bytes) -> None:
         """Book what a complete JSON reply reports; its request ends with it, so its prompt stays as it is."""
         self._usage = usage = self.dialect.read_reply(body)

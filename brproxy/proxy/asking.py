@@ -21,7 +21,7 @@ from brproxy.proxy.service import GroupService
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ShortageError, StaleConnectionError, WorkerFailedError
 from brproxy.relay.request import request_head
-from brproxy.roster import Change, Member
+from brproxy.roster import Change, Member, MemberState
 
 log = logging.getLogger(__name__)
 
@@ -122,18 +122,20 @@ class Prober:
         self._settings = settings
         self._tasks: dict[Member, asyncio.Task[None]] = {}
         self._not_asked = SparingLog(log)
+        self._bugs = SparingLog(log)
         self._is_running = False
 
     async def start(self) -> None:
         """Check every member once, so that traffic need not wait for the first interval; then go on."""
+        # First of all, so that nobody who comes during the first checks is missed.
+        for service in self._services:
+            service.group.roster.observe(partial(self._member_changed, service))
+        self._is_running = True
         members = [(s, member) for s in self._services for member in s.group.roster.members]
         await asyncio.gather(*(self._check(service, member) for service, member in members))
         for position, (service, member) in enumerate(members):
             # Spread over the interval, so that a large group is not asked all at one instant.
             self._begin(service, member, self._settings.interval_s * (1 + position / len(members)))
-        for service in self._services:
-            service.group.roster.observe(partial(self._member_changed, service))
-        self._is_running = True
 
     async def stop(self) -> None:
         """End all checks."""
@@ -144,10 +146,11 @@ class Prober:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _begin(self, service: GroupService, member: Member, delay_s: float) -> None:
-        self._tasks[member] = asyncio.create_task(self._run(service, member, delay_s))
+        if member.state is not MemberState.GONE and self._is_running:
+            self._tasks[member] = asyncio.create_task(self._run(service, member, delay_s))
 
     def _member_changed(self, service: GroupService, member: Member, change: Change) -> None:
-        if change is Change.ADDED and self._is_running:
+        if change is Change.ADDED:
             self._begin(service, member, 0.0)
         elif change is Change.GONE and member in self._tasks:
             self._tasks.pop(member).cancel()
@@ -160,7 +163,11 @@ class Prober:
 
     async def _check(self, service: GroupService, member: Member) -> None:
         path = self._settings.path or service.dialect.HEALTH_PATH
-        result = await probe(service.endpoint(member.index), path, self._settings.timeout_s)
+        try:
+            result = await probe(service.endpoint(member.index), path, self._settings.timeout_s)
+        except Exception as error:  # noqa: BLE001 - logged; else nobody would check this worker again
+            self._bugs.log(logging.ERROR, "the check of worker %s failed", member.key, exc_info=error)
+            return
         if result.verdict is Verdict.NOT_ASKED:
             self._not_asked.warning("worker %s could not be checked: %s", member.key, result.reason)
             return

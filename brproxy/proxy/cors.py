@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPMethod, HTTPStatus
 
 from aiohttp import web
-from multidict import CIMultiDict
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -55,14 +54,15 @@ class Cors:
             return None
         if origin is None or not (self._of_all or origin.lower() in self._origins):
             return None
-        fields = CIMultiDict(self.fields(origin))
-        fields["Access-Control-Allow-Methods"] = _METHODS
+        fields = [*self.fields(origin), ("Access-Control-Allow-Methods", _METHODS)]
         # "*" would not stand for Authorization.
         wanted = headers.get("Access-Control-Request-Headers")
         if wanted is not None:
-            fields["Access-Control-Allow-Headers"] = wanted
-            fields.add("Vary", "Access-Control-Request-Headers")
-        fields["Access-Control-Max-Age"] = str(_PREFLIGHT_S)
+            fields += [
+                ("Access-Control-Allow-Headers", wanted),
+                ("Vary", "Access-Control-Request-Headers"),
+            ]
+        fields.append(("Access-Control-Max-Age", str(_PREFLIGHT_S)))
         return web.Response(status=HTTPStatus.NO_CONTENT, headers=fields)
 
     def around(self, handler: Handler) -> Handler:

@@ -89,9 +89,7 @@ class Handlers:
             facts.prompt_hash,
             facts.prefix_hash,
             facts.user,
-            # Of several prompts each has room of its own: their sum says nothing about one worker's.
-            prompt_is_exact=facts.longest_prompt_tokens is not None
-            and facts.longest_prompt_tokens == facts.prompt_tokens,
+            prompt_is_exact=facts.prompt_is_exact,
             sequences=facts.sequences,
         )
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
-from multidict import CIMultiDict
 
+from brproxy.health import Health
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.models import ModelLimits, ModelList
 from brproxy.proxy.service import Service
 from brproxy.relay.endpoint import Endpoint
 
 MODELS_PATH = "/v1/models"
+
+_REASONS_MAX = 8
+"""Workers that ``/ready`` gives a reason for: who reads it wants to know of the kind."""
 
 Page = Callable[[web.BaseRequest], Awaitable[web.Response]]
 
@@ -46,11 +49,21 @@ class Pages:
         if self.draining:
             return web.Response(status=503, text="shutting down\n")
         if not self._service.fleet.ready:
-            return web.Response(status=503, text="no worker is healthy\n")
+            return web.Response(status=503, text=f"no worker is healthy\n{self._reasons()}")
         stuck = [name for name, group in self._service.groups.items() if group.driver.is_stuck()]
         if stuck:
             return web.Response(status=503, text=f"requests wait and no round is due: {', '.join(stuck)}\n")
         return web.Response(text="ready\n")
+
+    def _reasons(self) -> str:
+        """Return why workers cannot be chosen, a line for each of the first."""
+        members = [m for service in self._service.groups.values() for m in service.group.roster.members]
+        lines = [
+            f"{m.key}: {'draining' if m.health.state is Health.HEALTHY else m.health.reason}\n"
+            for m in members[:_REASONS_MAX]
+        ]
+        more = len(members) - len(lines)
+        return "".join(lines) + (f"and {more} more\n" if more else "")
 
     async def _metrics(self, _request: web.BaseRequest) -> web.Response:
         """Prometheus metrics in the text format."""
@@ -67,7 +80,7 @@ class Pages:
         except ProxyError as error:
             self._service.metrics.reject(error.status)
             return error.response(request.path)
-        return web.Response(status=answer.status, body=answer.body, headers=CIMultiDict(answer.fields))
+        return web.Response(status=answer.status, body=answer.body, headers=answer.fields)
 
     def _routable(self) -> list[tuple[Endpoint, str]]:
         """Return the endpoint of every worker that may be chosen, and where it lists its models."""

@@ -25,34 +25,42 @@ _OUR_OWN_LOOKUPS = frozenset({socket.EAI_MEMORY, socket.EAI_SYSTEM})
 """The same, when it is the host's name that could not be looked up."""
 
 
-class TlsContext:
-    """The TLS context of all endpoints, made once: it reads the system's certificates, which takes 33 ms."""
+class Shared:
+    """What all endpoints of a proxy have together: a TLS context, and files that idle connections hold."""
 
-    __slots__ = ("_context",)
+    __slots__ = ("_tls", "endpoints")
 
     def __init__(self) -> None:
-        self._context: ssl.SSLContext | None = None
+        self._tls: ssl.SSLContext | None = None
+        # In order, so that a simulation closes the same connections each time.
+        self.endpoints: dict[Endpoint, None] = {}
 
-    def get(self) -> ssl.SSLContext:
+    def tls(self) -> ssl.SSLContext:
         """Return the context, which verifies certificates and host names."""
-        if self._context is None:
-            self._context = ssl.create_default_context()
-        return self._context
+        if self._tls is None:
+            # Once: it reads the system's certificates, which takes 33 ms.
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def close_idle(self) -> bool:
+        """Close every idle connection of every endpoint; return whether there were any."""
+        closed = [endpoint.close_idle() for endpoint in self.endpoints]
+        return any(closed)
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointSettings:
     """Seconds to connect, and that an idle connection is kept (engines close theirs after 5); limits.
 
-    ``idle_max`` connections are kept; ``head_bytes_max`` is the longest response head. Endpoints with the
-    same settings share one TLS context.
+    ``idle_max`` connections are kept; ``head_bytes_max`` is the longest response head. Endpoints that are
+    ``shared`` help each other out of a shortage of files.
     """
 
     connect_s: float
     keepalive_s: float
     idle_max: int
     head_bytes_max: int
-    tls: TlsContext = field(default_factory=TlsContext)
+    shared: Shared = field(default_factory=Shared)
 
 
 class Endpoint:
@@ -67,10 +75,11 @@ class Endpoint:
         self.host_field = parts.authority.encode("ascii")
         self._address = (parts.host, parts.port)
         # Now, not with the first request: nobody waits for it yet.
-        self._tls = settings.tls.get() if parts.scheme == "https" else None
+        self._tls = settings.shared.tls() if parts.scheme == "https" else None
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._idle: deque[WorkerConnection] = deque()
+        settings.shared.endpoints[self] = None
 
     def __repr__(self) -> str:
         """Show the state in one line, for tests and logs."""
@@ -86,17 +95,24 @@ class Endpoint:
         return None
 
     async def connect(self) -> WorkerConnection:
-        """Open a new connection; raises WorkerFailedError, ShortageError where it is this machine's fault."""
+        """Open a new connection; raises WorkerFailedError, ShortageError where it is this machine's fault.
+
+        In a shortage idle connections, to whomever, give way.
+        """
         try:
             async with asyncio.timeout(self._settings.connect_s):
-                _, connection = await self._loop.create_connection(
-                    self._protocol, *self._address, ssl=self._tls
-                )
+                try:
+                    connection = await self._open()
+                except ShortageError:
+                    if not self._settings.shared.close_idle():
+                        raise
+                    # A loop closes what is abandoned in its next turn.
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+                    connection = await self._open()
         except TimeoutError as error:
             msg = f"cannot connect to {self.origin} in time"
             raise WorkerFailedError(msg, unreachable=True) from error
-        except OSError as error:
-            raise connect_failure(self.origin, error) from error
         if not connection.is_idle:
             msg = f"{self.origin} closed the connection at once"
             raise WorkerFailedError(msg, unreachable=True)
@@ -111,9 +127,27 @@ class Endpoint:
                 connection.abandon()
 
     def close(self) -> None:
-        """Close every idle connection."""
+        """Close every idle connection, for good."""
+        self._settings.shared.endpoints.pop(self, None)
+        self.close_idle()
+
+    def close_idle(self) -> bool:
+        """Close every idle connection; return whether there was one."""
+        closed = False
         while (connection := self.take_idle()) is not None:
             connection.abandon()
+            closed = True
+        return closed
+
+    async def _open(self) -> WorkerConnection:
+        try:
+            _, connection = await self._loop.create_connection(self._protocol, *self._address, ssl=self._tls)
+        except TimeoutError:
+            # Of the system, which waits longer: an OSError too.
+            raise
+        except OSError as error:
+            raise connect_failure(self.origin, error) from error
+        return connection
 
     def _protocol(self) -> WorkerConnection:
         return WorkerConnection(self.origin, self._settings.head_bytes_max, self._keep, self._loop)

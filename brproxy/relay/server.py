@@ -63,24 +63,26 @@ class ClientLimits:
 
     ``connections_max`` are open at once, and none has a file number from ``file_number_max`` on: the system
     gives the least that is free, so that a number tells how many files are open. ``head_s`` seconds are what
-    a request's head may take.
+    a request's head may take, ``unread_s`` those for which a page of the proxy's own may stay unread.
     """
 
     connections_max: int = 1 << 20
     file_number_max: int = 1 << 20
     head_s: float = 60.0
+    unread_s: float = 120.0
 
 
 class ClientProtocol(RequestHandler):
     """aiohttp's server protocol, with limits, which also tells whoever writes how fast the client reads."""
 
-    __slots__ = ("_head_has_begun", "_server", "paced")
+    __slots__ = ("_head_has_begun", "_server", "_unread", "paced")
 
     def __init__(self, manager: RelayServer, **settings: Any) -> None:
         super().__init__(manager, **settings)
         self.paced: Paced | None = None
         self._server = manager
         self._head_has_begun = False
+        self._unread: asyncio.TimerHandle | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -160,10 +162,14 @@ class ClientProtocol(RequestHandler):
         super().pause_writing()
         if self.paced is not None:
             self._tell(self.paced, self.paced.client_paused)
+        elif self._unread is None and self.transport is not None:
+            # A page, which nobody watches.
+            self._unread = self._loop.call_later(self._server.limits.unread_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         super().resume_writing()
+        self._forget_unread()
         if self.paced is not None:
             self._tell(self.paced, self.paced.client_resumed)
 
@@ -172,8 +178,14 @@ class ClientProtocol(RequestHandler):
         # The handler is cancelled, but until it runs a worker's bytes would go to a closed transport.
         if self.paced is not None:
             self._tell(self.paced, self.paced.client_gone)
+        self._forget_unread()
         self._server.closed(self)
         super().connection_lost(exc)
+
+    def _forget_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _tell(self, paced: Paced, what: Callable[[], None]) -> None:
         try:

@@ -35,18 +35,19 @@ class Watch:
     def __init__(self, interval_s: float, also: Callable[[float], None]) -> None:
         self._interval_s = interval_s
         self._also = also
-        self._watched: set[Watched] = set()
+        # In the order of coming: one of a set would be another in every run.
+        self._watched: dict[Watched, None] = {}
         self.loop = asyncio.get_running_loop()
         self._timer = self.loop.call_later(interval_s, self._look)
 
     def add(self, watched: Watched) -> None:
         """Start looking after ``watched``, whose time begins with the next look."""
         watched.progressed = True
-        self._watched.add(watched)
+        self._watched[watched] = None
 
     def discard(self, watched: Watched) -> None:
         """Forget ``watched``."""
-        self._watched.discard(watched)
+        self._watched.pop(watched, None)
 
     def close(self) -> None:
         """Stop looking."""

@@ -133,7 +133,7 @@ class OpenAIDialect(Dialect):
 
     def is_death(self, status: int, body: bytes) -> bool:
         """See Dialect.is_death."""
-        if status < 500 or len(body) > _ERROR_BYTES_MAX:
+        if not self.may_tell_death(status) or len(body) > _ERROR_BYTES_MAX:
             return False
         document = _parse(body)
         return document is not None and self.is_death_error(document.get("error", document))

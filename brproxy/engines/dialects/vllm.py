@@ -33,6 +33,10 @@ class VllmDialect(OpenAIDialect):
         named = isinstance(error, dict) and error.get("type") == "Service Unavailable"
         return named or super().is_refusal_error(error)
 
+    def may_tell_death(self, status: int) -> bool:
+        """See Dialect.may_tell_death."""
+        return status == 500
+
     def is_death_error(self, error: object) -> bool:
         """See OpenAIDialect.is_death_error. Clients' words may be quoted in messages, but not begin them."""
         if not isinstance(error, dict):

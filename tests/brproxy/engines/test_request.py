@@ -54,7 +54,7 @@ def test_every_number_of_a_client_is_bounded(path, numbers, sampling, prompt):
     assert facts.output_tokens_max is None or 0 <= facts.output_tokens_max <= TOKENS_MAX
     assert facts.prompt_tokens is None or 0 <= facts.prompt_tokens <= TOKENS_MAX
     assert facts.prompt_bytes >= 0
-    assert facts.longest_prompt_tokens is None or facts.longest_prompt_tokens <= facts.prompt_tokens
+    assert facts.prompt_tokens is not None or not facts.prompt_is_exact
 
 
 @pytest.mark.parametrize("limit", [1 << 32, 1 << 63, (1 << 64) - 1, 1 << 64, 1 << 70, 1e300])
@@ -134,11 +134,12 @@ def test_every_way_to_generate_books_prompt_and_sequences(path, document, expect
 
 
 def test_only_token_ids_of_one_prompt_say_for_certain_what_must_fit():
-    assert read(TEXTS, {"prompt": [1, 2, 3]}).longest_prompt_tokens == 3
-    assert read(TEXTS, {"prompt": [[1, 2, 3], [4]]}).longest_prompt_tokens == 3, "the engine takes one by one"
-    assert read(TEXTS, {"prompt": "a" * 10_000}).longest_prompt_tokens is None
-    assert read(TEXTS, {"prompt": [1] * 9, "truncate_prompt_tokens": 2}).longest_prompt_tokens is None
-    assert read("/generate", {"input_ids": [1] * 9, "image_data": "x"}).longest_prompt_tokens is None
+    assert read(TEXTS, {"prompt": [1, 2, 3]}).prompt_is_exact
+    assert read(TEXTS, {"prompt": [[1, 2, 3]]}).prompt_is_exact
+    assert not read(TEXTS, {"prompt": [[1, 2, 3], [4]]}).prompt_is_exact, "the engine takes one by one"
+    assert not read(TEXTS, {"prompt": "a" * 10_000}).prompt_is_exact
+    assert not read(TEXTS, {"prompt": [1] * 9, "truncate_prompt_tokens": 2}).prompt_is_exact
+    assert not read("/generate", {"input_ids": [1] * 9, "image_data": "x"}).prompt_is_exact
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 9000}}
@@ -312,9 +313,9 @@ def test_a_scanned_body_says_what_a_parsed_one_does(data):
 def test_token_ids_of_a_large_body_are_counted_exactly():
     ids = list(range(200_000))
     facts = read(TEXTS, large(json.dumps(ids).encode()))
-    assert (facts.prompt_tokens, facts.longest_prompt_tokens, facts.sequences) == (200_000, 200_000, 1)
+    assert (facts.prompt_tokens, facts.prompt_is_exact, facts.sequences) == (200_000, True, 1)
     facts = read(TEXTS, large(json.dumps([ids[:90_000], ids[90_000:]]).encode()))
-    assert (facts.prompt_tokens, facts.longest_prompt_tokens, facts.sequences) == (200_000, None, 2)
+    assert (facts.prompt_tokens, facts.prompt_is_exact, facts.sequences) == (200_000, False, 2)
 
 
 def test_the_text_of_a_large_body_is_counted_without_its_images():

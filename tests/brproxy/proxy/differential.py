@@ -38,7 +38,7 @@ from tests.brproxy.proxy.comparison import (
 from tests.brproxy.proxy.exchanges import Exchange
 
 AT_ONCE = 16
-LIMIT_S = 30.0
+LIMIT_S = 300.0
 TAP = ContextVar("TAP")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import os
+from collections import Counter
 from contextlib import AsyncExitStack
 
 import pytest
@@ -14,9 +15,11 @@ from brproxy.app import build_service
 from brproxy.clock import VirtualClock
 from brproxy.config import parse_config
 from brproxy.health import Health
-from brproxy.proxy.asking import Prober, ProbeSettings, Question, Verdict, ask, probe
+from brproxy.proxy import asking
+from brproxy.proxy.asking import Prober, ProbeResult, ProbeSettings, Question, Verdict, ask, probe
 from brproxy.relay.endpoint import OUR_OWN, Endpoint, EndpointSettings
 from brproxy.relay.errors import ShortageError, WorkerFailedError
+from brproxy.roster import WorkerLimits
 
 BOTH_LOOPS = True
 KIB = 1 << 10
@@ -256,3 +259,71 @@ def test_whatever_a_worker_does_a_question_ends(script, wants_body):
     else:
         assert 200 <= result.head.status < 600
         assert len(result.body) <= (KIB if wants_body else 0)
+
+
+class Members:
+    """A service of one group whose members come and go, and which of them were asked."""
+
+    def __init__(self, stack, monkeypatch, *, fails=()):
+        config = parse_config({"worker": [{"url": "http://127.0.0.1:1", "name": "w0"}]}, "test")
+        self.service = build_service(config)
+        stack.callback(self.service.watch.close)
+        self.group = self.service.groups["default"]
+        self.asked = Counter()
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+        async def answer(endpoint, *_):
+            key = next(m.key for m, e in self.group._endpoints.items() if e is endpoint)
+            self.asked[key] += 1
+            await self.gate.wait()
+            if key in fails:
+                raise ValueError("a bug")
+            return ProbeResult(Verdict.OK, "answers 200")
+
+        monkeypatch.setattr(asking, "probe", answer)
+        self.prober = Prober([self.group], VirtualClock(), ProbeSettings("", 0.001, LIMIT_S))
+
+    def add(self, key):
+        return self.group.group.roster.add(key, WorkerLimits(1), "http://127.0.0.1:2")
+
+    async def asked_again(self, *keys):
+        """Wait until each of ``keys`` has been asked twice more."""
+        before = Counter(self.asked)
+        async with asyncio.timeout(LIMIT_S):
+            while any(self.asked[key] < before[key] + 2 for key in keys):
+                await asyncio.sleep(0.001)
+
+
+async def test_members_that_come_are_checked_and_those_that_go_are_not(stack, monkeypatch):
+    members = Members(stack, monkeypatch)
+    members.gate.clear()
+    starting = asyncio.create_task(members.prober.start())
+    while not members.asked:
+        await asyncio.sleep(0)
+    # One comes while the first are being checked, one comes later.
+    members.add("w1")
+    members.gate.set()
+    await starting
+    members.add("w2")
+    await members.asked_again("w0", "w1", "w2")
+    members.group.group.roster.remove("w1", 0)
+    before = members.asked["w1"]
+    await members.asked_again("w0", "w2")
+    assert members.asked["w1"] <= before + 1
+    await members.prober.stop()
+    assert all(member.is_routable for member in members.group.group.roster.members)
+    before = Counter(members.asked)
+    members.add("w3")
+    await asyncio.sleep(0.01)
+    assert members.asked == before
+
+
+async def test_a_check_that_fails_by_a_bug_is_made_again(stack, monkeypatch, caplog):
+    members = Members(stack, monkeypatch, fails={"w1"})
+    members.add("w1")
+    await members.prober.start()
+    await members.asked_again("w0", "w1")
+    await members.prober.stop()
+    assert members.group.group.roster.find("w0").is_routable
+    assert caplog.text.count("ValueError: a bug") == 1

@@ -38,7 +38,7 @@ def within():
 
     async def wait(awaitable, otherwise):
         try:
-            return await asyncio.wait_for(awaitable, 2.0)
+            return await asyncio.wait_for(awaitable, 60.0)
         except (TimeoutError, WireError, AssertionError, ConnectionError) as error:
             pytest.fail(f"{otherwise} ({error!r})")
 

@@ -43,7 +43,7 @@ class Noted:
 class Watching:
     """A handler that follows its client and answers with ``body``; it keeps what it saw."""
 
-    def __init__(self, body=b"ok", drain_s=5.0):
+    def __init__(self, body=b"ok", drain_s=600.0):
         self.body, self.drain_s = body, drain_s
         self.requests, self.clients, self.noted = [], [], []
 
@@ -139,7 +139,7 @@ async def test_whoever_follows_a_client_that_is_paused_is_told_at_once_and_after
         client.finish()
         reply(client, LARGE)
         client.follow(late)
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
     client = await (await serve(handler))(receive_bytes=1 << 16)
     client.writer.transport.pause_reading()
@@ -194,7 +194,7 @@ async def test_a_response_is_asked_for_nothing_but_what_answered_has(serve, with
     async def handler(request):
         client = Client(request)
         reply(client)
-        return Asked(answered(client, 5.0))
+        return Asked(answered(client, 600.0))
 
     client = await (await serve(handler))()
     for _ in range(2):
@@ -211,7 +211,7 @@ async def test_an_answer_that_says_so_ends_the_connection(serve, within):
         client = Client(request)
         reply(client)
         client.keep_alive = "stay" in request.path
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
     client = await (await serve(handler))()
     client.send(get("/stay"), get("/go"))
@@ -283,7 +283,7 @@ async def test_pages_and_answers_keep_their_order(serve, within):
         client = Client(request)
         await asyncio.sleep(0.001)
         reply(client)
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
     client = await (await serve(handler))()
     client.send(get("/a"), get("/page"), get("/b"), get("/page"))
@@ -336,7 +336,7 @@ async def test_an_upgrade_is_told_by_the_message(fields, wanted, serve, within):
         client.names_upgrade(",".join(request.headers.getall("Upgrade", [])).encode())
         seen.append(client.wants_upgrade)
         reply(client)
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
     client = await (await serve(handler))()
     for number in (1, 2):

@@ -141,6 +141,27 @@ async def test_a_request_is_not_cut_off_by_the_limit_of_its_head(serve, within, 
     assert (await within(client.answer(), "it was cut off")).body == b"ok"
 
 
+async def test_a_page_that_is_not_read_is_not_waited_for(serve, within, until):
+    made = []
+
+    async def handler(request):
+        made.append(request.protocol)
+        return web.Response(body=bytes(8 << 20))
+
+    connect = await serve(handler, limits=ClientLimits(unread_s=0.05))
+    client = await connect(receive_bytes=1 << 16)
+    client.writer.transport.pause_reading()
+    client.send(get("/"))
+    gone = until(lambda: made and made[0].transport is None)
+    await within(gone, "a client that does not read keeps its connection for ever")
+    client = await connect(receive_bytes=1 << 16)
+    client.send(get("/"))
+    for _ in range(3):
+        # Slow, but it reads.
+        await asyncio.sleep(0.03)
+        assert await within(client.reader.read(1 << 20), "a slow client is cut off")
+
+
 @pytest.mark.parametrize(
     ("nonsense", "status", "told"),
     [

@@ -1,0 +1,49 @@
+"""The real proxy in a simulated world: virtual time, connections in memory, seeded clients and workers.
+
+``python -m tests.simulation --seed N`` runs one scenario, ``--seeds K`` so many from there on, ``--hours H``
+until so many hours have been simulated. A promise that is not held ends with the seed, a shrunk script and
+the command that repeats it. The same seed is the same run, byte for byte.
+
+What is simulated: ``loop`` (time), ``network`` and ``transport`` (connections), ``workers`` and ``clients``
+(scripts), ``scenario`` (a seed's script, made of ``actions``), ``messages`` (its bytes), ``outside`` (all
+else that would differ from run to run). What is not: handlers, relay, pools, ledger, dispatcher, health
+checks and aiohttp's server are the real ones, started by ``app.running_proxy``. ``world`` runs one scenario,
+``checks`` looks into the proxy, ``shrink`` makes scripts short, ``known`` says what is not held yet.
+
+Promises, with the check that holds each. Behind every event of the loop:
+
+* ``books``: columns are of equal length, what is booked on the rows of a worker is its load, in tokens and
+  in requests (GroupChecks._check_books).
+* ``ends-once``: every request that came in is in the ledger or has ended, once (GroupChecks.check).
+* ``round-due``: while anybody waits, a decision round is due (GroupChecks.check).
+* ``limits``: nobody is over a limit: requests at once, requests that wait, slots, idle connections
+  (GroupChecks.check, _check_books, _check_pool; Checks.check).
+* ``bounded-buffers``: for a client that does not read, little waits (Checks._check_proxy).
+* ``one-owner``: a connection in the pool is there once, and nobody uses it (GroupChecks._check_pool).
+* ``no-exception``: nothing reaches the loop's exception handler, no task fails unseen, nothing is logged as
+  an error (Checks.complain).
+
+By clients and workers, whenever something has come:
+
+* ``same-request``: a worker gets a client's body as it was sent (Worker._compare).
+* ``own-answer``: nobody gets another's answer, nor another status than the worker's (Client._attempt).
+* ``same-bytes``: what a client gets is what one worker sent for one attempt, or a beginning of it and then an
+  error event at most: no byte twice, none out of order (Client._judge_prefix).
+* ``no-whole-cut``: what was cut does not look whole (Client._judge_whole).
+* ``answered``: who has done nothing wrong is answered, and gets all that was sent (Client._judge_partial).
+* ``well-formed``: what comes is HTTP (Client._answer).
+* ``no-500``: the proxy does not fail (Client._judge_own).
+* ``bounded-reads``: of what it asks itself the proxy reads so much and no more (Worker._send_for_ever).
+* ``deliveries``: a request comes to workers once, once more for each retry, and once more for a kept
+  connection that was closed (World._count_deliveries).
+
+* ``retries``: whoever is refused is tried elsewhere, and nobody is tried for ever (World._count_deliveries).
+
+Once all trouble is over:
+
+* ``ends``: every visit ends within bounded time, and time passes (World._all_end, VirtualLoop).
+* ``returns-to-zero``: without requests nothing is booked, waits, or is watched (Checks.idle).
+* ``nothing-left``: no connection, task or timer of a request is left; after the proxy's end nothing at all
+  (Checks.idle, Checks.closed).
+* ``serves-again``: a request to each group is served by the first worker that gets it (World._probe).
+"""

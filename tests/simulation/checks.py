@@ -1,0 +1,244 @@
+"""The promises, as checks: safety behind every event, liveness at the end. All that looks into the proxy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from brproxy.app import RunningProxy
+from brproxy.happenings import Observer
+from brproxy.lifecycle import Entry, Event
+from brproxy.proxy.service import GroupService
+from brproxy.relay.states import State
+from tests.simulation.loop import VirtualLoop
+from tests.simulation.outside import ErrorLog
+from tests.simulation.workers import SCRIPT
+
+BUFFERED_BYTES_MAX = 400_000
+"""What may wait for a client that does not read: a buffer that is full, and a read of a worker's bytes."""
+
+PERIODIC_MAX = 8
+"""Timers that a proxy without requests may have, for each worker and altogether."""
+
+
+_CHANGES = ("bind", "first_token", "grow", "correct_prompt", "take_back", "end")
+"""The methods of the ledger that change it."""
+
+
+class Violation(Exception):  # noqa: N818 - a promise that is broken, of the proxy and not of this code
+    """``promise`` is the name of what was not held (see the package's docstring)."""
+
+    def __init__(self, promise: str, what: str) -> None:
+        super().__init__(f"{promise}: {what}")
+        self.promise = promise
+
+
+class GroupChecks(Observer):
+    """The books and connections of one group."""
+
+    def __init__(self, service: GroupService) -> None:
+        self._service = service
+        self._driver: Any = service.driver
+        self._dispatcher: Any = service.group.dispatcher
+        self._ledger: Any = service.group.dispatcher.ledger
+        self._late_binding = self._dispatcher.policy.params.late_binding
+        self._arrived = self._waited_most = 0
+        self._ended: set[int] = set()
+        self._twice: int | None = None
+        self._changed = True
+        self._watch()
+
+    def _watch(self) -> None:
+        """Note what arrives and ends, and when the books have to be looked at again."""
+        self._dispatcher.happenings.tell(self)
+        for name in _CHANGES:
+            setattr(self._ledger, name, self._noting(getattr(self._ledger, name)))
+
+    def _noting(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments, **named):
+            self._changed = True
+            return change(*arguments, **named)
+
+        return noted
+
+    def arrived(self, entry: Entry) -> None:
+        """See Observer.arrived."""
+        self._changed = True
+        self._arrived += 1
+        if entry.sequences:
+            # Those that a worker failed come back, whoever waits; others take no place.
+            in_turn = sum(1 for _ in self._dispatcher.waiting.in_turn())
+            self._waited_most = max(self._waited_most, in_turn)
+
+    def ended(self, entry: Entry, event: Event, waited_s: float | None) -> None:
+        """See Observer.ended."""
+        self._changed = True
+        if entry.id in self._ended:
+            self._twice = entry.id
+        self._ended.add(entry.id)
+
+    def check(self, loop: VirtualLoop) -> None:
+        """Raise Violation if the books are wrong, or somebody waits for nothing."""
+        driver, waiting = self._driver, len(self._dispatcher.waiting)
+        if self._changed:
+            self._changed = False
+            self._check_books()
+            self._check_ends()
+        if waiting and (driver._timer is None or driver._timer.cancelled()):
+            raise Violation("round-due", f"{waiting} wait, and no decision round is due")
+        for pool in self._service.endpoints:
+            idle = pool._idle
+            if idle:
+                self._check_pool(pool, idle)
+
+    def _check_ends(self) -> None:
+        ledger = self._ledger
+        if self._twice is not None:
+            raise Violation("ends-once", f"request {self._twice} ended twice")
+        here = len(ledger._entries) + len(self._dispatcher.waiting)
+        if self._arrived != len(self._ended) + here:
+            raise Violation("ends-once", f"{self._arrived} came, {len(self._ended)} ended, {here} are here")
+        if self._waited_most > self._dispatcher.limits.requests_max:
+            raise Violation("limits", f"{self._waited_most} wait")
+
+    def _check_books(self) -> None:
+        ledger = self._ledger
+        rows, workers, kv_tokens = ledger._rows, ledger._row_worker, ledger._row_kv_tokens
+        for column in ledger._columns:
+            if len(column) != len(rows):
+                raise Violation(
+                    "books", f"columns of {[len(c) for c in ledger._columns]} for {len(rows)} rows"
+                )
+        columns = ledger.roster.columns
+        load, requests, takers = [0] * columns, [0] * columns, [0] * columns
+        for row, entry in enumerate(rows):
+            worker = workers[row]
+            load[worker] += kv_tokens[row]
+            requests[worker] += 1
+            takers[worker] += entry.sequences > 0
+            if (
+                entry.row != row
+                or entry.worker != worker
+                or ledger._row_id[row] != entry.id
+                or kv_tokens[row] < 0
+            ):
+                raise Violation("books", f"row {row} is not that of {entry}")
+        if load != ledger._kv_tokens or requests != ledger._requests:
+            raise Violation("books", f"rows say {load} KV tokens, {requests} requests, the ledger {ledger!r}")
+        if self._late_binding and any(n > slots for n, slots in zip(takers, ledger._slots, strict=True)):
+            raise Violation("limits", f"{takers} requests in {ledger._slots} slots")
+
+    @staticmethod
+    def _check_pool(pool: Any, idle: Any) -> None:
+        if len(idle) > pool._settings.idle_max:
+            raise Violation("limits", f"{len(idle)} idle connections to {pool.origin}")
+        if len(set(map(id, idle))) < len(idle):
+            raise Violation("one-owner", f"a connection to {pool.origin} is idle twice")
+        for connection in idle:
+            if connection.state not in {State.IDLE, State.CLOSED} or connection._exchange is not None:
+                raise Violation("one-owner", f"an idle connection to {pool.origin} is in use")
+
+    def check_idle(self) -> None:
+        """Raise Violation if anything of a request is left."""
+        ledger, driver, waiting = self._ledger, self._driver, self._dispatcher.waiting
+        if ledger.bound or len(waiting) or ledger._entries or any(ledger.kv_tokens) or any(ledger.requests):
+            raise Violation("returns-to-zero", f"with no request in the proxy {ledger!r} {waiting!r}")
+        left = {"waiters": len(driver._waiters), "bookings": len(driver._growth), "tick": driver._timer}
+        if any(left.values()):
+            raise Violation("returns-to-zero", f"with no request in the proxy {left}")
+
+
+class Checks:
+    """All that is looked at from outside while a scenario runs."""
+
+    def __init__(self, loop: VirtualLoop, errors: ErrorLog, ignored: frozenset[str]) -> None:
+        self._loop = loop
+        self._errors = errors
+        self._ignored = ignored
+        self._groups: list[GroupChecks] = []
+        self._wrong: Violation | None = None
+        self._proxy: RunningProxy | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def wrong(self, promise: str, what: str) -> None:
+        """Note what a script has seen; the check behind this event raises it."""
+        if self._wrong is None and promise not in self._ignored:
+            self._wrong = Violation(promise, what)
+
+    def follow(self, proxy: RunningProxy) -> None:
+        """Check ``proxy``, which nobody has asked anything so far, behind every event from now on."""
+        self._proxy = proxy
+        self._groups = [GroupChecks(service) for service in proxy.service.groups.values()]
+        self._tasks = asyncio.all_tasks(self._loop)
+
+    def check(self) -> None:
+        """Raise Violation; called behind every event."""
+        if self._wrong is not None:
+            raise self._wrong
+        if self._loop.complaints or self._errors.said:
+            self.complain()
+        if self._proxy is None:
+            return
+        try:
+            self._check_proxy(self._proxy)
+        except Violation as violation:
+            if violation.promise not in self._ignored:
+                raise
+
+    def _check_proxy(self, proxy: RunningProxy) -> None:
+        for group in self._groups:
+            group.check(self._loop)
+        if self._loop.network.buffered_bytes_most > BUFFERED_BYTES_MAX:
+            raise Violation(
+                "bounded-buffers", f"{self._loop.network.buffered_bytes_most} bytes wait for a client"
+            )
+        handlers: Any = proxy.handlers
+        limit = proxy.service.limits.requests_max
+        if not 0 <= handlers._requests <= limit:
+            raise Violation("limits", f"{handlers._requests} requests of at most {limit}")
+
+    def complain(self) -> None:
+        """Raise what the loop or a log was told as an error."""
+        said = [f"{c['message']}: {c.get('exception')!r}" for c in self._loop.complaints] + self._errors.said
+        self._loop.complaints.clear()
+        self._errors.said.clear()
+        if "no-exception" not in self._ignored:
+            raise Violation("no-exception", "; ".join(said))
+
+    def idle(self) -> None:
+        """Raise Violation if anything of the requests, which have all ended, is left."""
+        assert self._proxy is not None
+        for group in self._groups:
+            group.check_idle()
+        handlers, watch = self._proxy.handlers, self._proxy.service.watch
+        if handlers._requests or watch._watched:
+            raise Violation(
+                "returns-to-zero", f"{handlers._requests} requests, {len(watch._watched)} exchanges"
+            )
+        tasks = self._tasks_since_start()
+        if tasks:
+            raise Violation("nothing-left", f"tasks: {tasks}")
+        open_ = [t for t in self._loop.network.open if t.is_proxys]
+        workers = sum(len(service.endpoints) for service in self._proxy.service.groups.values())
+        if any(t.is_clients for t in open_) or len(open_) > workers:
+            raise Violation("nothing-left", f"connections: {open_}")
+        timers = self._loop.timers()
+        if len(timers) > PERIODIC_MAX + 4 * workers:
+            raise Violation("nothing-left", f"timers: {timers}")
+
+    def closed(self) -> None:
+        """Raise Violation if anything is left of a proxy that was closed."""
+        self._proxy = None
+        for group in self._groups:
+            group.check_idle()
+        open_ = [transport for transport in self._loop.network.open if transport.is_proxys]
+        self._tasks.clear()
+        tasks = self._tasks_since_start()
+        if open_ or tasks:
+            raise Violation("nothing-left", f"after the end: {open_} {tasks}")
+
+    def _tasks_since_start(self) -> list[str]:
+        mine = asyncio.current_task()
+        tasks = asyncio.all_tasks(self._loop) - self._tasks
+        return sorted(str(task) for task in tasks if task is not mine and task.get_name() != SCRIPT)

@@ -1,0 +1,61 @@
+"""Many scenarios one after another, and the words for one that fails."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from tests.simulation.actions import Scenario, describe
+from tests.simulation.known import BROKEN_FAULTS, BROKEN_PROMISES
+from tests.simulation.scenario import FAULTS, draw
+from tests.simulation.shrink import shrink
+from tests.simulation.world import Report, World
+
+HELD = FAULTS - BROKEN_FAULTS
+
+
+@contextmanager
+def still_memory() -> Iterator[None]:
+    """Have the collector pass over what exists already: within the block it looks at a run's own only."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def run(scenario: Scenario, ignored: frozenset[str] = BROKEN_PROMISES) -> Report:
+    """Run one scenario."""
+    return World(scenario, ignored).run()
+
+
+def reports(
+    seeds: Iterable[int], allowed: frozenset[str] = HELD, ignored: frozenset[str] = BROKEN_PROMISES
+) -> Iterator[tuple[int, Report]]:
+    """Run the scenarios of ``seeds``."""
+    with still_memory():
+        for seed in seeds:
+            yield seed, run(draw(seed, allowed), ignored)
+            gc.collect(0)
+
+
+def explain(seed: int, allowed: frozenset[str], ignored: frozenset[str] = BROKEN_PROMISES) -> str:
+    """Return what broke in the run of ``seed``, the shortest script that breaks it, and how to repeat it."""
+    scenario = draw(seed, allowed)
+    violation = run(scenario, ignored).violation
+    assert violation is not None
+    promise = violation.promise
+
+    def breaks(other: Scenario) -> bool:
+        found = run(other, ignored).violation
+        return found is not None and found.promise == promise
+
+    shrunk = shrink(scenario, breaks)
+    said = [f"seed {seed} breaks {violation}", f"shrunk, {run(shrunk, ignored).violation}:"]
+    said += [f"  {describe(action)}" for action in shrunk.actions]
+    said += [f"  workers {shrunk.workers}, {shrunk.settings}"]
+    extra = " --everything" if allowed - HELD else ""
+    said.append(f"again: python -m tests.simulation --seed {seed}{extra}")
+    return "\n".join(said)

@@ -1,0 +1,87 @@
+"""The proxy in the simulated world: a fixed set of seeds, and what makes them worth something."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from brproxy.proxy.exchange.client_sink import ClientSink
+from tests.simulation.actions import Answer, Ask, Scenario, Trouble, Visit
+from tests.simulation.runs import HELD, explain, reports, run
+from tests.simulation.scenario import FAULTS, draw
+from tests.simulation.shrink import shrink
+
+SEEDS = 1000
+RANGE = 50
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, RANGE))
+def test_every_promise_is_held(first):
+    for seed, report in reports(range(first, first + RANGE)):
+        assert report.violation is None, explain(seed, HELD)
+
+
+@pytest.mark.parametrize("seed", [1, 8, 13])
+def test_the_same_seed_is_the_same_run(seed):
+    # In a process of its own, where the order of sets and the places in memory are others.
+    script = (
+        "from tests.simulation.runs import reports; import sys; print(next(reports([int(sys.argv[1])]))[1])"
+    )
+    command = [sys.executable, "-c", script, str(seed)]
+    environment = os.environ | {"PYTHONHASHSEED": str(seed)}
+    other = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    reported = [report for _, report in reports([seed, seed])]
+    assert reported[0] == reported[1]
+    assert other.stdout.strip() == str(reported[0])
+
+
+def test_seeds_differ_and_every_fault_is_drawn():
+    scenarios = [draw(seed) for seed in range(100)]
+    assert len({str(scenario.actions) for scenario in scenarios}) == 100
+    drawn = {
+        action.kind for scenario in scenarios for action in scenario.actions if isinstance(action, Trouble)
+    }
+    assert len(drawn) == 14
+
+
+def test_what_is_not_allowed_is_not_drawn():
+    for seed in range(30):
+        for action in draw(seed, frozenset()).actions:
+            assert isinstance(action, Visit)
+            assert all(answer.stop_at is None for ask in action.asks for answer in ask.answers)
+    assert draw(5, FAULTS) != draw(5, frozenset())
+
+
+def test_a_script_is_shrunk_to_what_breaks():
+    scenario = draw(7)
+    culprit = Visit(3.0, (Ask(900), Ask(901, prompt=5, answers=(Answer(tokens=77), Answer(ending="reset")))))
+    scenario = Scenario(7, scenario.settings, scenario.workers, (*scenario.actions, culprit))
+
+    def breaks(other):
+        answers = [a for v in other.actions if isinstance(v, Visit) for k in v.asks for a in k.answers]
+        return any(answer.tokens == 77 for answer in answers)
+
+    shrunk = shrink(scenario, breaks)
+    assert shrunk.actions == (Visit(3.0, (Ask(901, answers=(Answer(tokens=77),)),)),)
+
+
+def test_a_proxy_that_loses_a_byte_is_found(monkeypatch):
+    flush = ClientSink.flush
+
+    def lossy(self):
+        self._unsent = self._unsent.replace(b".1 ", b" ")
+        flush(self)
+
+    monkeypatch.setattr(ClientSink, "flush", lossy)
+    violations = [report.violation for _, report in reports(range(10))]
+    assert any(violations)
+
+
+def test_nothing_happens_without_actions():
+    scenario = draw(3)
+    report = run(Scenario(3, scenario.settings, scenario.workers))
+    assert report.violation is None
+    assert report.requests == 0

@@ -1,0 +1,277 @@
+"""One scenario, run: the proxy and its workers start, what is to happen happens, and all must end well."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from brproxy.app import RunningProxy, running_proxy
+from brproxy.config import Config, Listen, parse_config
+from brproxy.learning import Learner
+from tests.simulation.actions import Ask, Scenario, Trouble, Visit
+from tests.simulation.checks import Checks, Violation
+from tests.simulation.clients import OWN_STATUS, Client
+from tests.simulation.loop import START_S, DeadlockError, SpinningError, VirtualLoop
+from tests.simulation.outside import ON_PURPOSE, cut_off
+from tests.simulation.transport import PROXY
+from tests.simulation.workers import Record, Worker
+
+PATIENCE_S = 600.0
+"""Within which every visit must have ended once the last has begun: far more than all limits together."""
+
+SETTLE_S = 16.0
+"""After which workers are healthy again, and everything idle was closed."""
+
+PROBE_IDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run was: events, virtual seconds, digest of all that passed, and the promise that was broken."""
+
+    events: int
+    seconds: float
+    digest: str
+    requests: int
+    violation: Violation | None
+
+
+class LoopClock:
+    """The virtual time as the proxy's clock."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        self.now_s = loop.time
+
+
+class World:
+    """Runs ``scenario``; promises in ``ignored`` may be broken."""
+
+    def __init__(self, scenario: Scenario, ignored: frozenset[str] = frozenset()) -> None:
+        self._scenario = scenario
+        self._ignored = ignored
+        self._loop = VirtualLoop()
+        self._loop.network.seed = scenario.seed
+        self._records: dict[int, Record] = {}
+        self._raising: set[str] = set()
+        self._checks: Checks
+        self._workers: list[Worker]
+        self._requests = 0
+        self._is_stopped = False
+
+    def run(self) -> Report:
+        """Run it to its end, or to the first promise that is broken."""
+        loop = self._loop
+        try:
+            with cut_off(loop, self._scenario.seed) as errors:
+                self._checks = Checks(loop, errors, self._ignored)
+                loop.after_event = self._checks.check
+                violation = self._run()
+                seconds = loop.time() - START_S
+                return Report(loop.events, seconds, loop.network.digest, self._requests, violation)
+        finally:
+            self._tear_down()
+
+    def _run(self) -> Violation | None:
+        try:
+            self._loop.run_until_complete(self._main())
+            # A task that failed unseen says so when it goes.
+            gc.collect(0)
+            self._checks.check()
+        except Violation as violation:
+            return violation
+        except (DeadlockError, SpinningError) as error:
+            return Violation("ends", str(error))
+        return None
+
+    async def _main(self) -> None:
+        loop, scenario = self._loop, self._scenario
+        wrong = self._checks.wrong
+        self._workers = [Worker(loop, i, self._records, wrong) for i in range(len(scenario.workers))]
+        clock = LoopClock(loop)
+        async with running_proxy(self._config(), clock=clock, listening=_listen) as proxy:
+            self._follow(proxy)
+            visits = await self._play()
+            if self._is_stopped:
+                loop.upheavals += 1
+            else:
+                await self._recover(proxy, visits)
+        await self._all_end(visits)
+        await asyncio.sleep(1)
+        self._checks.closed()
+
+    def _config(self) -> Config:
+        settings = self._scenario.settings
+        workers = [
+            {"url": f"http://worker-{i}:9000", "slots": slots, "group": group or "all"}
+            | ({"kv_capacity_tokens": capacity} if capacity else {})
+            | ({"model": group} if group else {})
+            for i, (slots, capacity, group) in enumerate(self._scenario.workers)
+        ]
+        return parse_config({**settings, "worker": workers}, "simulation")
+
+    def _follow(self, proxy: RunningProxy) -> None:
+        for group in proxy.service.fleet.groups:
+            dispatcher: Any = group.dispatcher
+            policy = _Moody(dispatcher.policy, "policy", self._raising)
+            predictor = _Moody(dispatcher.predictor, "predictor", self._raising)
+            dispatcher.policy = dispatcher._foresight._policy = policy
+            dispatcher.predictor = dispatcher._foresight._predictor = predictor
+            for ended in dispatcher.happenings._ended:
+                if isinstance(ended.__self__, Learner):
+                    ended.__self__.predictor = predictor
+        self._checks.follow(proxy)
+
+    # What happens.
+
+    async def _play(self) -> list[tuple[Visit, asyncio.Task[None]]]:
+        """Have all actions happen at their times, up to a shutdown; return the visits."""
+        loop = self._loop
+        visits = []
+        for action in self._scenario.actions:
+            await asyncio.sleep(START_S + action.at_s - loop.time())
+            if isinstance(action, Trouble):
+                if action.kind == "shutdown":
+                    self._is_stopped = True
+                    break
+                self._make_trouble(action)
+            else:
+                visits.append((action, self._visit(action)))
+        return visits
+
+    def _visit(self, visit: Visit) -> asyncio.Task[None]:
+        for ask in visit.asks:
+            self._records[ask.id] = Record(ask)
+            self._requests += 1
+        client = Client(self._loop, visit, self._records, self._checks.wrong, self._own_status())
+        return self._loop.create_task(client.run())
+
+    def _own_status(self) -> frozenset[int]:
+        """Return what the proxy may answer itself: 500 only where it was made to fail."""
+        troubles = [action.kind for action in self._scenario.actions if isinstance(action, Trouble)]
+        return OWN_STATUS | {500} if any(kind.endswith("-raises") for kind in troubles) else OWN_STATUS
+
+    def _make_trouble(self, trouble: Trouble) -> None:
+        worker, kind = self._workers[trouble.worker], trouble.kind
+        later = self._loop.call_later
+        if kind == "clock-jump":
+            self._loop.jump(trouble.lasts_s * 10)
+        elif kind == "out-of-files":
+            self._loop.network.out_of_files = True
+            later(trouble.lasts_s, setattr, self._loop.network, "out_of_files", False)
+        elif kind.endswith("-raises"):
+            part = kind.removesuffix("-raises")
+            self._raising.add(part)
+            later(trouble.lasts_s, self._raising.discard, part)
+        elif kind.startswith("health-"):
+            worker.health = kind
+            later(trouble.lasts_s, setattr, worker, "health", "well")
+        elif kind == "freeze":
+            worker.freeze()
+            later(trouble.lasts_s, worker.thaw)
+        else:
+            if kind == "restart":
+                worker.die()
+            worker.door({"connect-silent": "silent", "connect-reset": "reset"}.get(kind, "refuse"))
+            later(trouble.lasts_s, worker.door, "open")
+
+    # How it must end.
+
+    async def _all_end(self, visits: list[tuple[Visit, asyncio.Task[None]]]) -> None:
+        """Wait until trouble is over and all visits have ended; raises Violation."""
+        await asyncio.sleep(max(0.0, START_S + self._scenario.ends_s - self._loop.time()))
+        tasks = [task for _, task in visits]
+        if tasks:
+            await asyncio.wait(tasks, timeout=PATIENCE_S)
+        for visit, task in visits:
+            if not task.done():
+                ids = [ask.id for ask in visit.asks]
+                raise Violation("ends", f"one of the requests {ids} has not ended after {PATIENCE_S:g} s")
+            task.result()
+
+    async def _recover(self, proxy: RunningProxy, visits: list[tuple[Visit, asyncio.Task[None]]]) -> None:
+        """See that all comes to an end and that all is then as if nothing had been."""
+        await self._all_end(visits)
+        self._count_deliveries(proxy)
+        await asyncio.sleep(SETTLE_S)
+        self._checks.idle()
+        await self._probe()
+        await asyncio.sleep(SETTLE_S / 2)
+        self._checks.idle()
+
+    def _count_deliveries(self, proxy: RunningProxy) -> None:
+        """See that no request came to workers more often than it may, nor a refused one too rarely."""
+        retries = proxy.service.limits.retries_max
+        most = retries + 2
+        is_calm = not any(isinstance(action, Trouble) for action in self._scenario.actions)
+        for record in self._records.values():
+            if record.ask.kind == "page":
+                # The proxy's own: of their models it asks all.
+                continue
+            if len(record.attempts) > most:
+                where = [attempt.worker for attempt in record.attempts]
+                self._checks.wrong("deliveries", f"request {record.ask.id} went to workers {where}")
+                if len(where) > 2 * (retries + 1):
+                    self._checks.wrong("retries", f"request {record.ask.id} went to workers {where}")
+            if (
+                record.was_refused
+                and is_calm
+                and len(record.attempts) <= retries
+                and record.ask.kind != "upload"
+            ):
+                self._checks.wrong("retries", f"request {record.ask.id} is refused by {record.attempts[-1]}")
+
+    async def _probe(self) -> None:
+        """See that each group serves a request as if nothing had been."""
+        groups = dict.fromkeys(group for _, _, group in self._scenario.workers)
+        for number, group in enumerate(groups):
+            ask = Ask(PROBE_IDS + number, model=group, closes=True)
+            visit = Visit(0.0, (ask,))
+            self._records[ask.id] = Record(ask)
+            client = Client(self._loop, visit, self._records, self._checks.wrong)
+            await asyncio.wait_for(client.run(), PATIENCE_S)
+            attempts = self._records[ask.id].attempts
+            if client.answered != 1 or len(attempts) != 1:
+                self._checks.wrong("serves-again", f"group {group!r} does not serve when all is well again")
+
+    def _tear_down(self) -> None:
+        """Leave nothing behind of a run, whether or not it came to its end."""
+        loop = self._loop
+        loop.after_event = lambda: None
+        loop.set_exception_handler(lambda _loop, _context: None)
+        logging.disable(logging.CRITICAL)
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        for _ in range(8):
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+        logging.disable(logging.NOTSET)
+        loop.close()
+
+
+class _Moody:
+    """A policy or a predictor that raises while its name is in ``raising``."""
+
+    def __init__(self, real: Any, name: str, raising: set[str]) -> None:
+        self._real = real
+        self._name = name
+        self._raising = raising
+        self._calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._real, name)
+        if self._name in self._raising and callable(value):
+            self._calls += 1
+            if self._calls % 2:
+                msg = f"{self._name}.{name} {ON_PURPOSE}"
+                raise RuntimeError(msg)
+        return value
+
+
+async def _listen(runner: web.ServerRunner, _listen: Listen) -> int:
+    await web.TCPSite(runner, *PROXY).start()
+    return PROXY[1]
