@@ -217,6 +217,37 @@ def test_without_a_forecast_the_load_as_it_is_is_balanced():
     assert dispatcher.faults.counts.keys() == {"predictor"}
 
 
+@pytest.mark.parametrize("answer", [7, 2, -2, None, 0.5, float("nan"), "0"])
+@pytest.mark.parametrize("waiting", [1, 3])
+def test_a_worker_that_cannot_be_chosen_is_not(answer, waiting):
+    dispatcher = dispatcher_of("br-0")
+    for worker in (0, 0):
+        heavy = dispatcher.arrive(PendingRequest(1000), 0.0)
+        dispatcher.bind(heavy, WorkerIndex(worker), 0.0)
+    dispatcher.policy.place = lambda *args: answer
+    dispatcher.policy.route = lambda view, rng: np.array([answer] * view.waiting)
+    for _ in range(waiting):
+        dispatcher.arrive(PendingRequest(10), 0.0)
+    # Worker 0 is full, 2 is down.
+    assert [a.worker for a in dispatcher.decide(0.0, (True, True, False))] == [1, 1][:waiting]
+    assert not dispatcher.undecidable
+    assert dispatcher.faults.counts["policy"]
+
+
+@pytest.mark.parametrize("what", ["forecast", "discounted_load"])
+@pytest.mark.parametrize("answer", [None, np.zeros((1, 1)), np.full((WORKERS, 200), np.nan), np.zeros(2)])
+def test_a_forecast_that_is_none_costs_the_forecast(what, answer):
+    dispatcher = dispatcher_of("br-h", slots=8)
+    setattr(dispatcher.predictor, what, lambda *args: answer)
+    for worker in (0, 2):
+        heavy = dispatcher.arrive(PendingRequest(1000), 0.0)
+        dispatcher.bind(heavy, WorkerIndex(worker), 0.0)
+    for _ in range(1 if what == "discounted_load" else 2):
+        dispatcher.arrive(PendingRequest(10), 0.0)
+    assert {a.worker for a in dispatcher.decide(0.0, ALL)} == {1}
+    assert dispatcher.faults.counts == {"predictor": 1}
+
+
 def test_what_is_learnt_takes_no_end_with_it():
     def broken(*args):
         raise KeyError

@@ -271,6 +271,23 @@ def test_a_worker_that_drains_keeps_its_load_in_the_barrier_and_one_that_has_gon
     assert (state.kv_free[1], ledger.active().worker.tolist()) == (80, [0, 2])
 
 
+@pytest.mark.parametrize("ends", ["end", "retry"])
+def test_one_that_leaves_goes_with_its_last_request(ends):
+    dispatcher = dispatcher_of([WorkerLimits(4), WorkerLimits(4)])
+    requests = [dispatcher.arrive(PendingRequest(5), 0.0) for _ in range(2)]
+    for request_id in requests:
+        dispatcher.bind(request_id, WorkerIndex(0), 0.0)
+    member = dispatcher.roster.remove("0", dispatcher.ledger.requests[0])
+    for request_id in requests:
+        assert member.state is MemberState.DRAINING
+        if ends == "end":
+            dispatcher.end(request_id, Event.FINISH)
+        else:
+            dispatcher.retry(request_id, 1.0)
+    assert member.state is MemberState.GONE
+    assert dispatcher.ledger.kv_tokens == (0, 0)
+
+
 def test_sequences_take_slots_and_requests_are_counted():
     dispatcher = dispatcher_of([WorkerLimits(6), WorkerLimits(6)])
     for worker, sequences in ((0, 4), (0, 0), (1, 1)):
@@ -311,3 +328,20 @@ def test_impossible_calls_are_refused():
 def test_repr_is_the_state_in_a_line():
     ledger = bound_ledger([WorkerLimits(1), WorkerLimits(1)], [(1, 30)])
     assert repr(ledger) == "<Ledger bound=1 kv_tokens=[0, 30] requests=[0, 1]>"
+
+
+def test_no_number_leaves_its_bounds():
+    dispatcher = dispatcher_of([WorkerLimits(1)])
+    ledger = dispatcher.ledger
+    request_id = dispatcher.arrive(PendingRequest(HUGE, sequences=HUGE), 0.0)
+    dispatcher.bind(request_id, WorkerIndex(0), 0.0, (HUGE, HUGE, True))
+    assert ledger.kv_tokens == (TOKENS_MAX,)
+    assert ledger.active().length_max.tolist() == [LENGTH_UNLIMITED]
+    for tokens, booked in ((HUGE, TOKENS_MAX), (HUGE, TOKENS_MAX), (-HUGE, 0), (7, 7)):
+        ledger.grow(request_id, tokens)
+        assert ledger.kv_tokens == (TOKENS_MAX + booked,)
+    for prompt_tokens, booked in ((-HUGE, 0), (HUGE, TOKENS_MAX), (3, 3)):
+        ledger.correct_prompt(request_id, prompt_tokens)
+        assert ledger.kv_tokens == (booked + 7,)
+    assert dispatcher.end(request_id, Event.FINISH).sequences == SEQUENCES_MAX
+    assert (ledger.kv_tokens, ledger.requests, ledger.bound) == ((0,), (0,), 0)
