@@ -105,7 +105,9 @@ class GroupDriver:
 
     def is_stuck(self) -> bool:
         """Tell whether requests wait for a round that does not come."""
-        return self._rounds.is_stuck(self.clock.now_s())
+        # A timer that is late, as all are in a loop that was held up, will still come.
+        is_coming = self._timer is not None and not self._timer.cancelled()
+        return not is_coming and self._rounds.is_stuck(self.clock.now_s())
 
     def look_after(self) -> None:
         """Book what has streamed, and run a round if requests wait for one in vain: for a periodic look."""

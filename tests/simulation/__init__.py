@@ -18,6 +18,7 @@ Promises, with the check that holds each. Behind every event of the loop:
 * ``round-due``: while anybody waits, a decision round is due (GroupChecks.check).
 * ``limits``: nobody is over a limit: requests at once, requests that wait, slots, idle connections
   (GroupChecks.check, _check_books, _check_pool; Checks.check).
+* ``bounded-buffers``: for a client that does not read, little waits (Checks._check_proxy).
 * ``one-owner``: a connection in the pool is there once, and nobody uses it (GroupChecks._check_pool).
 * ``no-exception``: nothing reaches the loop's exception handler, no task fails unseen, nothing is logged as
   an error (Checks.complain).

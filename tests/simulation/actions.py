@@ -18,10 +18,11 @@ class Answer:
     ``kind``: "answer" (as asked: a stream, or a reply), "refusal" (503), "refusal-event" (200, and an event
     that says 503), "error" (500), "garbage" (no HTTP), "garbage-body" (chunks that are none).
     ``framing``: "chunked", "length" or "close". ``usage``: what it reports of prompt and output, if it does.
-    ``late_s`` before the first byte, ``gap_s`` between pieces. After ``stop_at`` bytes (None: all of them)
-    comes ``ending``: "keep" (the connection stays), "close", "reset", "hang" (nothing, for ever), "stale" (it
-    stays for a moment). ``length_said`` is a Content-Length that is far too large, or no number. ``extra``:
-    bytes that nobody asked for follow. ``early``: it does not wait for the request's body.
+    A token is ``padding`` bytes longer than it need be. ``late_s`` before the first byte, ``gap_s`` between
+    pieces. After ``stop_at`` bytes (None: all of them) comes ``ending``: "keep" (the connection stays),
+    "close", "reset", "hang" (nothing, for ever), "stale" (it stays for a moment). ``length_said`` is a
+    Content-Length that is far too large, or no number. ``extra``: bytes that nobody asked for follow.
+    ``early``: it does not wait for the request's body.
     """
 
     kind: str = "answer"
@@ -37,6 +38,7 @@ class Answer:
     early: bool = False
     length_said: int | None = None
     extra: bool = False
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Trouble:
 
     ``kind``: "connect-refused", "connect-silent", "connect-reset", "restart", "freeze", "health-late",
     "health-never", "health-endless", "health-error", "out-of-files", "clock-jump" (by ``lasts_s``),
-    "policy-raises", "predictor-raises".
+    "policy-raises", "predictor-raises", "shutdown" (of the proxy: nothing comes after it).
     """
 
     at_s: float

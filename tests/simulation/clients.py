@@ -20,6 +20,7 @@ OWN_STATUS = frozenset({400, 404, 408, 411, 413, 414, 417, 429, 431, 502, 503, 5
 """What the proxy itself may answer; anything else is a worker's."""
 
 _ERROR_EVENT = b'data: {"error"'
+_LARGE_BYTES = 1 << 15
 _STALL_IS_NOTICED_S = 3.0
 
 
@@ -52,14 +53,19 @@ class Client:
         self._excused = (
             visit.sends_max is not None or visit.stall_s > _STALL_IS_NOTICED_S or visit.half_closes
         )
-        self._jumps_before = loop.jumps
+        self._upheavals_before = loop.upheavals
         self.answered = 0
 
     async def run(self) -> None:
         """Connect, ask, read, judge, leave."""
         visit = self._visit
         wire = _Told(self._came)
-        _, self._wire = await self._loop.network.connect(lambda: wire, *PROXY)
+        try:
+            _, self._wire = await self._loop.network.connect(lambda: wire, *PROXY)
+        except ConnectionRefusedError:
+            if not self._is_excused:
+                self._wrong("answered", "the proxy takes no connections")
+            return
         timers = []
         if visit.leaves_after_s is not None:
             timers.append(self._loop.call_later(visit.leaves_after_s, self._leave))
@@ -130,6 +136,9 @@ class Client:
         """Return the final response to ``ask``, or what there is of it at the connection's end."""
         wire = self._wire
         while True:
+            if self._is_on_its_way(wire):
+                await wire.more()
+                continue
             raw = bytes(wire.received)
             try:
                 answer, rest = read_answer(raw, ask.method, closed=wire.ended)
@@ -150,12 +159,18 @@ class Client:
                 continue
             await wire.more()
 
+    def _is_on_its_way(self, wire: Wire) -> bool:
+        """Tell whether a large answer is not there yet: reading it again and again would take long."""
+        if wire.ended or self._visit.pipelined or len(wire.received) < _LARGE_BYTES:
+            return False
+        return b"chunked" in wire.received[:1000] and not wire.received.endswith(b"0\r\n\r\n")
+
     # What it thinks of it.
 
     @property
     def _is_excused(self) -> bool:
-        """Whether it need not be answered: it did something itself, or all that waited was late at once."""
-        return self._excused or self._loop.jumps > self._jumps_before
+        """Whether it need not be answered: it did something itself, or an upheaval broke it off."""
+        return self._excused or self._loop.upheavals > self._upheavals_before
 
     def _judge(self, ask: Ask, outcome: Outcome) -> None:
         if outcome.answer is None:
@@ -283,4 +298,5 @@ def _keeps(ask: Ask, answer: Received) -> bool:
     connection = (answer.one(b"connection") or b"").lower()
     if answer.status == 101 or answer.framing == "close" or connection == b"close":
         return False
-    return not ask.closes and (not ask.http10 or connection == b"keep-alive")
+    is_old = ask.http10 or answer.version == b"HTTP/1.0"
+    return not ask.closes and (not is_old or connection == b"keep-alive")

@@ -28,7 +28,8 @@ class SpinningError(Exception):
 class VirtualLoop(asyncio.BaseEventLoop):
     """Runs callbacks one after another; ``after_event`` is called behind each.
 
-    ``network``: see Network. ``complaints`` are what came to the exception handler.
+    ``network``: see Network. ``complaints`` are what came to the exception handler. ``upheavals`` count what
+    breaks off anybody's request: jumps in time, and the end of the proxy.
     """
 
     EVENTS_AT_ONE_TIME_MAX = 50_000
@@ -38,7 +39,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.set_debug(enabled=False)
         self._now_s = START_S
         self._time_since_events = 0
-        self.events = self.jumps = 0
+        self.events = self.upheavals = 0
         self.after_event: Callable[[], None] = _nothing
         self.network = Network(self)
         self.complaints: list[dict] = []
@@ -50,7 +51,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def jump(self, seconds: float) -> None:
         """Step forward in time, as a machine does that was suspended or a loop that was held up."""
         self._now_s += seconds
-        self.jumps += 1
+        self.upheavals += 1
         self._time_since_events = self.events
 
     def timers(self) -> list[asyncio.TimerHandle]:

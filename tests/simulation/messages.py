@@ -181,8 +181,10 @@ def _events(ask: Ask, answer: Answer, attempt: int, *, asked_usage: bool) -> lis
         return [b'data: {"error":{"message":"full","code":503}}\n\n', b"data: [DONE]\n\n"]
     key = b'"delta":{"content":"%b"}' if ask.kind == "chat" else b'"text":"%b"'
     event = b'data: {"id":"%d.%d","choices":[{"index":0,%b}]}\n\n'
+    padding = b"-" * answer.padding
     events = [
-        event % (ask.id, attempt, key % (b"%d.%d.%d " % (ask.id, attempt, k))) for k in range(answer.tokens)
+        event % (ask.id, attempt, key % (b"%d.%d.%d %b" % (ask.id, attempt, k, padding)))
+        for k in range(answer.tokens)
     ]
     if answer.usage is not None and asked_usage:
         events.append(b'data: {"id":"%d","choices":[],"usage":%b}\n\n' % (ask.id, _usage(answer)))
@@ -193,7 +195,7 @@ def _events(ask: Ask, answer: Answer, attempt: int, *, asked_usage: bool) -> lis
 
 def _reply(ask: Ask, answer: Answer, attempt: int) -> bytes:
     usage = b',"usage":' + _usage(answer) if answer.usage is not None else b""
-    text = b"%d.%d " % (ask.id, attempt) * answer.tokens
+    text = (b"%d.%d " % (ask.id, attempt) + b"-" * answer.padding) * answer.tokens
     return b'{"object":"answer","text":"%b"%b}' % (text, usage)
 
 

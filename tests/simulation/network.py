@@ -28,6 +28,7 @@ class Door:
 class Network:
     """All connections of one simulation: drawn from ``seed``, and told to ``digest``.
 
+    ``buffered_bytes_most``: the largest write buffer that any client's connection had in the proxy.
     ``out_of_files``: the proxy has no descriptor left, neither to connect nor to accept.
     """
 
@@ -36,6 +37,7 @@ class Network:
         self.seed = 0
         self.latency_s_max = 0.005
         self.out_of_files = False
+        self.buffered_bytes_most = 0
         self.doors: dict[Address, Door] = {}
         self.open: dict[MemoryTransport, None] = {}
         self._opened = 0
@@ -93,7 +95,8 @@ class Network:
         return near, protocol
 
     def _accept(self, door: Door, far: MemoryTransport) -> None:
-        if door.mode == "reset":
+        if door.mode == "reset" or door not in self.doors.values():
+            # Whoever has not been accepted by the time that nobody listens any more is reset.
             far.reset()
         elif self.out_of_files and far.is_proxys:
             self.loop.call_later(_ACCEPT_AGAIN_S, self._accept, door, far)

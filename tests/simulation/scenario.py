@@ -15,7 +15,7 @@ WORKER_FAULTS = frozenset(
     {
         *("refusal", "refusal-event", "refusal-hangs", "error", "garbage", "garbage-body", "interim"),
         *("late", "drip", "hang", "hang-mid", "cut", "reset", "stale", "no-done", "extra", "early"),
-        *("usage-numbers", "length-numbers", "close-framing"),
+        *("usage-numbers", "length-numbers", "close-framing", "large"),
     }
 )
 CLIENT_FAULTS = frozenset(
@@ -28,7 +28,7 @@ WORLD_FAULTS = frozenset(
     {
         *("connect-refused", "connect-silent", "connect-reset", "restart", "freeze", "out-of-files"),
         *("health-late", "health-never", "health-endless", "health-error", "clock-jump"),
-        *("policy-raises", "predictor-raises"),
+        *("policy-raises", "predictor-raises", "shutdown"),
     }
 )
 FAULTS = WORKER_FAULTS | CLIENT_FAULTS | WORLD_FAULTS
@@ -64,6 +64,7 @@ class Draw:
         troubles = [
             self._trouble(kind, rng.random() * length_s, len(workers))
             for kind in sorted(WORLD_FAULTS & self._faults)
+            if kind != "shutdown" or rng.random() < 0.3
             for _ in range(rng.randint(1, 2))
         ]
         actions: list[Action] = sorted([*visits, *troubles], key=lambda action: action.at_s)
@@ -89,7 +90,7 @@ class Draw:
                 "retries_max": rng.choice((0, 1, 2, 2, 3)),
                 "idle_connections_max": rng.choice((0, 1, 8)),
                 "body_bytes_max": 100_000,
-                "upload_bytes_max": 3_000_000,
+                "upload_bytes_max": rng.choice((1_100_000, 3_000_000)),
             },
             "timeouts": {
                 "connect_s": 1.0,
@@ -222,6 +223,7 @@ class Draw:
             early=self._has("early", 0.3),
             length_said=number if self._has("length-numbers", 0.1) and not 0 <= number < 1 << 20 else None,
             extra=self._has("extra", 0.1),
+            padding=20_000 if self._has("large", 0.1) else 0,
         )
 
     def _trouble(self, kind: str, at_s: float, workers: int) -> Trouble:

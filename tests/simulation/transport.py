@@ -146,6 +146,9 @@ class MemoryTransport(asyncio.Transport):
             self.peer._incoming += data
             self.peer._read_soon()
             self._maybe_pause()
+            if self.is_clients and self.is_proxys:
+                network = self._link.network
+                network.buffered_bytes_most = max(network.buffered_bytes_most, self.get_write_buffer_size())
 
     def writelines(self, list_of_data: Iterable[bytes]) -> None:
         self.write(b"".join(list_of_data))

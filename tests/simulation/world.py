@@ -12,6 +12,7 @@ from aiohttp import web
 
 from brproxy.app import RunningProxy, running_proxy
 from brproxy.config import Config, Listen, parse_config
+from brproxy.learning import Learner
 from tests.simulation.actions import Ask, Scenario, Trouble, Visit
 from tests.simulation.checks import Checks, Violation
 from tests.simulation.clients import OWN_STATUS, Client
@@ -60,6 +61,7 @@ class World:
         self._checks: Checks
         self._workers: list[Worker]
         self._requests = 0
+        self._is_stopped = False
 
     def run(self) -> Report:
         """Run it to its end, or to the first promise that is broken."""
@@ -94,13 +96,11 @@ class World:
         async with running_proxy(self._config(), clock=clock, listening=_listen) as proxy:
             self._follow(proxy)
             visits = await self._play()
-            await self._all_end(visits)
-            self._count_deliveries(proxy)
-            await asyncio.sleep(SETTLE_S)
-            self._checks.idle()
-            await self._probe()
-            await asyncio.sleep(SETTLE_S / 2)
-            self._checks.idle()
+            if self._is_stopped:
+                loop.upheavals += 1
+            else:
+                await self._recover(proxy, visits)
+        await self._all_end(visits)
         await asyncio.sleep(1)
         self._checks.closed()
 
@@ -117,19 +117,27 @@ class World:
     def _follow(self, proxy: RunningProxy) -> None:
         for group in proxy.service.fleet.groups:
             dispatcher: Any = group.dispatcher
-            for part in ("policy", "predictor"):
-                setattr(dispatcher, part, _Moody(getattr(dispatcher, part), part, self._raising))
+            policy = _Moody(dispatcher.policy, "policy", self._raising)
+            predictor = _Moody(dispatcher.predictor, "predictor", self._raising)
+            dispatcher.policy = dispatcher._foresight._policy = policy
+            dispatcher.predictor = dispatcher._foresight._predictor = predictor
+            for ended in dispatcher.happenings._ended:
+                if isinstance(ended.__self__, Learner):
+                    ended.__self__.predictor = predictor
         self._checks.follow(proxy)
 
     # What happens.
 
     async def _play(self) -> list[tuple[Visit, asyncio.Task[None]]]:
-        """Have all actions happen at their times; return the visits."""
+        """Have all actions happen at their times, up to a shutdown; return the visits."""
         loop = self._loop
         visits = []
         for action in self._scenario.actions:
             await asyncio.sleep(START_S + action.at_s - loop.time())
             if isinstance(action, Trouble):
+                if action.kind == "shutdown":
+                    self._is_stopped = True
+                    break
                 self._make_trouble(action)
             else:
                 visits.append((action, self._visit(action)))
@@ -184,6 +192,16 @@ class World:
                 ids = [ask.id for ask in visit.asks]
                 raise Violation("ends", f"one of the requests {ids} has not ended after {PATIENCE_S:g} s")
             task.result()
+
+    async def _recover(self, proxy: RunningProxy, visits: list[tuple[Visit, asyncio.Task[None]]]) -> None:
+        """See that all comes to an end and that all is then as if nothing had been."""
+        await self._all_end(visits)
+        self._count_deliveries(proxy)
+        await asyncio.sleep(SETTLE_S)
+        self._checks.idle()
+        await self._probe()
+        await asyncio.sleep(SETTLE_S / 2)
+        self._checks.idle()
 
     def _count_deliveries(self, proxy: RunningProxy) -> None:
         """See that no request came to workers more often than it may, nor a refused one too rarely."""

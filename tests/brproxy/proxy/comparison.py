@@ -218,8 +218,10 @@ def check_heads(exchange, direct, proxied):
 def is_same_body(exchange, body, proxied, *, is_stream):
     """Tell whether the body is ``body``, without the report of usage that only the proxy asked for."""
     hidden = USAGE_EVENT.sub(b"", body) if is_stream and exchange.usage_is_added else body
-    # A damaged report may be none any more.
-    return proxied.body == hidden or (exchange.harm == "damage" and proxied.body == body)
+    if exchange.harm == "damage":
+        # A damaged report may be none any more.
+        return proxied.body in {hidden, body}
+    return proxied.body == (body if exchange.reports_to_all else hidden)
 
 
 def check_wire(exchange, direct, got):

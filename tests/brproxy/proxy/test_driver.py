@@ -306,7 +306,7 @@ async def test_over_sockets_what_generates_nothing_goes_before_those_that_wait_f
         if worker.requests[-1][0].startswith("GET"):
             writer.write(fixed(b"{}"))
             return True
-        await asyncio.Event().wait()
+        return await asyncio.Event().wait()
 
     worker = await start_worker(script)
     proxy = await start_proxy([worker.url], worker={"slots": 1, "kv_capacity_tokens": 4})

@@ -72,6 +72,7 @@ class Case:
         self.rng = random.Random(seed)
         self.http10 = self.rng.random() < 0.15
         self.asks_usage = self.rng.random() < 0.5
+        self.reports_to_all = False
         self.method = "HEAD" if self.rng.random() < 0.05 else "POST"
         self.until_close = False
         self.tokens = 0
@@ -111,6 +112,8 @@ class Case:
         choice = f'{{"index":0,"delta":{delta},"finish_reason":{finish}}}'
         usage = rng.choice([""] * 8 + [',"usage":null', "so far"])
         made = f'{{"id":"c-{self.seed}","choices":[{choice}]%s}}'
+        # A server that reports unasked does so to everybody, in the last event too.
+        self.reports_to_all |= usage == "so far" and finish == "null"
         reported = ',"usage":{"prompt_tokens":3,"completion_tokens":%d}'
         self.tokens += DIALECT.read_event(
             (made % (reported % 0 if usage == "so far" else usage)).encode()
@@ -144,7 +147,8 @@ class Case:
         )
         # A report that does not fit what was counted would teach a ratio.
         reports = self.tokens_are_clear and rng.random() < 0.7
-        self.body = b"".join(events) + (usage if self.asks_usage and reports else b"") + DONE
+        is_wanted = reports and (self.asks_usage or self.reports_to_all)
+        self.body = b"".join(events) + (usage if is_wanted else b"") + DONE
         sent = [*events, *([usage] if reports else []), DONE]
         while len(sent) > 1 and rng.random() < 0.3:
             position = rng.randrange(len(sent) - 1)
