@@ -2,14 +2,18 @@
 
 import asyncio
 import logging
+from contextlib import suppress
 
+import orjson
 import pytest
 from aiohttp import web
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from brproxy.relay.client import Client, answered
 from brproxy.relay.errors import BadBodyError
-from brproxy.relay.server import ClientLimits
-from tests.brproxy.wire import get, post
+from brproxy.relay.server import ClientLimits, RelayServer
+from tests.brproxy.wire import RawClient, get, post, read_answer
 
 BOTH_LOOPS = True
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -254,3 +258,95 @@ async def test_a_body_that_turns_into_nonsense_is_told_to_who_waits_for_it(pipel
     assert broken == ["the request's body is no valid HTTP"]
     assert "Traceback" not in caplog.text
     assert await within(client.ended(), "nonsense is read on")
+
+
+NONSENSE = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [
+                *(
+                    b"GET / HTTP/1.1\r\n",
+                    b"POST / HTTP/1.1\r\n",
+                    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+                    b"\r\n",
+                    b" ",
+                ),
+                *(
+                    b"Host: h\r\n",
+                    b"Content-Length: 5\r\n",
+                    b"Content-Length: x\r\n",
+                    b"Content-Length: 5, 6\r\n",
+                ),
+                *(b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: what\r\n", b"Expect: nothing\r\n"),
+                *(
+                    b"Connection: Upgrade\r\nUpgrade: websocket\r\n",
+                    b"5\r\nhello\r\n",
+                    b"0\r\n\r\n",
+                    b"ZZ\r\n",
+                ),
+                *(
+                    b"\x16\x03\x01\x02\x00",
+                    b"\x00\x00\x00\x04\x00",
+                    b": \r\n",
+                    b"GET http://[ HTTP/1.1\r\n\r\n",
+                ),
+            ]
+        ),
+        st.binary(max_size=20),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+async def say(pieces):
+    """Say ``pieces`` to a server and nothing more; return all that it answers."""
+
+    def page(status, message):
+        return web.Response(status=status, body=orjson.dumps({"status": status, "message": message}))
+
+    loop = asyncio.get_running_loop()
+    complaints = []
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+
+    async def handler(request):
+        try:
+            await request.read()
+        except BadBodyError:
+            return page(400, "bad body")
+        return page(200, "ok")
+
+    relay = RelayServer(handler, 1 << 20, access_log=None, error_page=page, limits=ClientLimits(head_s=0.02))
+    server = await loop.create_server(relay, "127.0.0.1", 0)
+    client = await RawClient.connect(server.sockets[0].getsockname()[1])
+    received = b""
+    # Whose words are nonsense may find the connection closed while it talks.
+    with suppress(OSError):
+        for piece in pieces:
+            client.send(piece)
+            await asyncio.sleep(0)
+        # The end of what it says: a body that will not come need not be waited for here.
+        client.writer.write_eof()
+        received = await asyncio.wait_for(client.reader.read(), 30.0)
+    client.writer.close()
+    with suppress(OSError):
+        await client.writer.wait_closed()
+    server.close()
+    await relay.shutdown(0.1)
+    return received, complaints
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(NONSENSE)
+@example([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x00\x00\x00\x04\x00"])
+@example([b"POST / HTTP/1.1\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n", b"5\r\nhello\r\n", b"ZZ\r\n"])
+def test_whatever_a_client_says_it_hears_answers_in_json_and_the_log_no_traceback(caplog, pieces):
+    caplog.clear()
+    received, complaints = asyncio.run(say(pieces))
+    assert not complaints
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    while received:
+        answer, received = read_answer(received, closed=True)
+        assert orjson.loads(answer.body)["status"] == answer.status
+        assert answer.status in {200, 400, 505}
+        assert answer.one(b"server") is None
