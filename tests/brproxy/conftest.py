@@ -14,7 +14,7 @@ from loadgen.emulator.server import EmulatorSettings, running_emulator
 
 HANG_S = 60.0
 """What takes longer hangs (seconds); less than the time-outs below, so that none of them brings it about."""
-PATIENT = {"connect_s": 600, "first_byte_s": 600, "stall_s": 600, "keepalive_s": 600, "drain_s": 600}
+PATIENT = {"connect_s": 600, "first_byte_s": 600, "stall_s": 600, "keepalive_s": 600}
 
 
 def pytest_asyncio_loop_factories(config, item):

@@ -84,7 +84,7 @@ async def test_large_json_is_read_whole(raw_worker, start_proxy, raw, noting):
     assert bodies == [body]
 
 
-async def test_an_upload_waits_for_a_worker_that_reads_slowly(raw_worker, start_proxy, raw, stack):
+async def test_an_upload_waits_for_a_worker_that_reads_slowly(raw_worker, start_proxy, raw, transports):
     go_on = asyncio.Event()
 
     async def script(worker, reader, writer):
