@@ -16,6 +16,7 @@ BROKEN_FAULTS: frozenset[str] = frozenset(
 BROKEN_PROMISES: frozenset[str] = frozenset(
     {
         "bounded-reads",  # of an endless answer to a check all is read that comes in time
+        "moves-on",  # a worker that is taken out keeps what it has not answered until a time-out
         "deliveries",  # a kept connection that breaks is a free retry, for each attempt again
     }
 )

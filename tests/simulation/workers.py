@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ OWN_BYTES_MAX = 4 << 20
 """More than the proxy itself may read of what it asks a worker."""
 
 _ENDLESS = bytes(1 << 16)
+_NUMBER = re.compile(rb"x-sim: (\d+)")
 _MODELS = b'{"object":"list","data":[{"id":"a"},{"id":"b"}]}'
 
 
@@ -104,6 +106,17 @@ class Worker:
             self._thaw = None
             for wire in self._scripts.values():
                 wire.transport.resume_reading()
+
+    def unanswered(self) -> list[Record]:
+        """Return the requests that are here, read or not, and that no byte has been sent for."""
+        found = []
+        for wire in self._scripts.values():
+            if wire.transport.will_end:
+                continue
+            came = _NUMBER.search(bytes(wire.received) + wire.transport.unread)
+            if came is not None:
+                found.append(self._records[int(came[1])])
+        return found
 
     def accept(self, wire: Wire) -> None:
         script = self._loop.create_task(self._serve(wire), name=SCRIPT)
