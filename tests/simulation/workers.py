@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tests.simulation.actions import Answer, Ask
+from tests.simulation.actions import KEEP, Answer, Ask
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.messages import NAME, Response, chunk, request_body, respond
 from tests.simulation.wire import Wire
@@ -155,7 +155,15 @@ class Worker:
             self._compare(record.ask, body)
         if not await self._send(wire, answer, attempt):
             return False
-        return not response.closes and not answer.early
+        if response.closes or answer.ending != KEEP:
+            return False
+        if answer.early:
+            # Nothing but the rest of this request may come before the next.
+            body = await self._body(wire, known)
+            if body is None:
+                return False
+            self._compare(record.ask, body)
+        return True
 
     def _compare(self, ask: Ask, body: bytes) -> None:
         """See that a client's body has come as it was sent."""
