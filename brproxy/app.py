@@ -20,19 +20,28 @@ from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
-from brproxy.health import GroupHealth, HealthThresholds
-from brproxy.ledger import Ledger, WorkerLimits
-from brproxy.listening import start_listening
-from brproxy.open_files import raise_open_files_limit, requests_for_open_files
+from brproxy.health import HealthThresholds
+from brproxy.ledger import Ledger
+from brproxy.listening import start_listening, url_of
+from brproxy.open_files import (
+    clients_for_open_files,
+    file_number_max,
+    raise_open_files_limit,
+    requests_for_open_files,
+)
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
-from brproxy.proxy.control import ControlClient
+from brproxy.proxy.asking import Prober, ProbeSettings
+from brproxy.proxy.body_room import BodyRoom
+from brproxy.proxy.cors import Cors
+from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
+from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
-from brproxy.proxy.prober import Prober, ProbeSettings
-from brproxy.proxy.service import GroupService, RelayLimits, Service, ServiceLimits
-from brproxy.relay.client import RelayServer
-from brproxy.relay.pool import PoolSettings, WorkerPool
+from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
+from brproxy.relay.endpoint import Endpoint, EndpointSettings
+from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.relay.watch import Watch
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state, save_state
 from brproxy.telemetry.metrics import Metrics
@@ -48,18 +57,20 @@ _GC_THRESHOLD = 20_000
 
 def build_group(config: Config, name: str, workers: list[Worker], seed: np.random.SeedSequence) -> Group:
     """Build the decision core of one barrier group."""
-    ledger = Ledger([WorkerLimits(w.slots, w.kv_capacity_tokens) for w in workers])
+    checks = config.health
+    thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
+    roster = Roster(thresholds, checked=checks.enabled)
+    for worker in workers:
+        roster.add(worker.label, WorkerLimits(worker.slots, worker.kv_capacity_tokens), worker.url)
     dispatcher = Dispatcher(
-        ledger,
+        Ledger(roster),
         make_policy(config.routing.policy, config.policy_params()),
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
         PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
+        name,
     )
-    checks = config.health
-    thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
-    health = GroupHealth(len(workers), thresholds, checked=checks.enabled)
-    return Group(name, tuple(w.label for w in workers), workers[0].models, dispatcher, health)
+    return Group(name, workers[0].models, dispatcher)
 
 
 def build_service(config: Config, clock: Clock | None = None) -> Service:
@@ -76,40 +87,42 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
         load_state(Path(config.prediction.state_file), _predictors(fleet), config.prediction.predictor)
     metrics = Metrics(fleet)
     limits, timeouts = config.limits, config.timeouts
-    pool_settings = PoolSettings(
-        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
-    )
+    settings = endpoint_settings(config)
     services = {
         group.name: GroupService(
             group,
-            GroupDriver(
-                group,
-                clock,
-                config.routing.tick_ms / 1000,
-                on_round=metrics.groups[group.name].round,
-                on_end=metrics.groups[group.name].ended,
-            ),
-            tuple(WorkerPool(w.url, pool_settings) for w in config.groups[group.name]),
+            GroupDriver(group, clock, config.routing.tick_ms / 1000),
             make_dialect(config.groups[group.name][0].engine),
+            lambda member: Endpoint(member.origin, settings),
         )
         for group in fleet.groups
     }
+    watch = Watch(_look_interval_s(config), partial(_look_after, services.values()))
+    watch.also(Departures(services.values(), watch, timeouts.gone_s).look)
     return Service(
         groups=services,
         fleet=fleet,
-        control=ControlClient(timeouts.connect_s, timeouts.keepalive_s, limits.header_bytes_max),
-        watch=Watch(_look_interval_s(config), partial(_look_after, services.values())),
+        watch=watch,
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
         metrics=metrics,
         clock=clock,
         limits=ServiceLimits(
             requests_max=min(limits.requests_max, requests_for_open_files()),
             retries_max=limits.retries_max,
+            retry_wait_s=timeouts.retry_wait_s,
+            retry_wait_s_max=timeouts.retry_wait_s_max,
             retry_after_s=limits.retry_after_s,
-            body_bytes_max=limits.body_bytes_max,
-            upload_bytes_max=limits.upload_bytes_max,
             control_timeout_s=config.health.timeout_s,
+            control_bytes_max=limits.control_bytes_max,
+            models_kept_s=limits.models_kept_s,
         ),
+        body_limits=BodyLimits(
+            bytes_max=limits.body_bytes_max,
+            upload_bytes_max=limits.upload_bytes_max,
+            stall_s=timeouts.client_stall_s,
+            whole_s=timeouts.client_body_s,
+        ),
+        body_room=BodyRoom(limits.bodies_bytes_max),
         relay_limits=RelayLimits(
             first_byte_s=timeouts.first_byte_s,
             stall_s=timeouts.stall_s,
@@ -122,6 +135,14 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
     )
 
 
+def endpoint_settings(config: Config) -> EndpointSettings:
+    """Return how the proxy connects to workers."""
+    timeouts, limits = config.timeouts, config.limits
+    return EndpointSettings(
+        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
+    )
+
+
 def _look_interval_s(config: Config) -> float:
     """Return how often time-outs are looked at: they are late by up to that, a tenth of the shortest."""
     timeouts = config.timeouts
@@ -130,10 +151,10 @@ def _look_interval_s(config: Config) -> float:
 
 def _look_after(services: Iterable[GroupService], now_s: float) -> None:
     for service in services:
-        for pool in service.pools:
-            pool.expire(now_s)
+        for endpoint in service.endpoints:
+            endpoint.expire(now_s)
         # Nobody has to look at the load for what is unbooked to stay little.
-        service.driver.catch_up()
+        service.driver.look_after()
 
 
 class RunningProxy:
@@ -157,10 +178,17 @@ async def running_proxy(
     service = build_service(config, clock)
     handlers = Handlers(service)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
-    prober = Prober(list(service.groups.values()), service.control, service.clock, settings)
+    prober = Prober(list(service.groups.values()), service.clock, settings)
     server = RelayServer(
-        handlers.handle,
+        Cors(config.listen.cors_origins).around(handlers.handle),
         config.limits.body_bytes_max,
+        limits=ClientLimits(
+            min(config.limits.client_connections_max, clients_for_open_files()),
+            file_number_max(),
+            config.timeouts.client_head_s,
+            config.timeouts.stall_s,
+        ),
+        error_page=lambda status, message: of_status(status, message).response(""),
         auto_decompress=False,
         access_log=None,
         keepalive_timeout=config.timeouts.client_keepalive_s,
@@ -178,15 +206,15 @@ async def running_proxy(
         handlers.pages.draining = True
     finally:
         await runner.cleanup()
+        await handlers.pages.close()
         await prober.stop()
         keeping.cancel()
         _save_state(config, service)
         for group in service.groups.values():
             group.driver.close()
-            for pool in group.pools:
-                pool.close()
+            for endpoint in group.endpoints:
+                endpoint.close()
         service.watch.close()
-        await service.control.close()
 
 
 async def _keep_state(config: Config, service: Service) -> None:
@@ -237,9 +265,8 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
     async with running_proxy(config) as proxy:
         groups = ", ".join(f"{name} ({len(workers)} workers)" for name, workers in config.groups.items())
         log.info(
-            "brproxy listens on http://%s:%d, policy %s, groups: %s",
-            config.listen.host,
-            proxy.port,
+            "brproxy listens on %s, policy %s, groups: %s",
+            url_of(config.listen, proxy.port),
             config.routing.policy,
             groups,
         )

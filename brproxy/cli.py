@@ -7,18 +7,19 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import orjson
 import typer
 import uvloop
 
+from brproxy.app import endpoint_settings
 from brproxy.app import serve as serve_until_stopped
 from brproxy.command import USAGE_ERROR, make_command, run_command
 from brproxy.config import Config, Worker, load_config
 from brproxy.config_reference import reference_table
 from brproxy.engines.dialect import make_dialect
 from brproxy.logs import configure_logging
-from brproxy.proxy.control import ControlClient
-from brproxy.proxy.prober import probe
+from brproxy.proxy.asking import Question, Verdict, ask, probe
+from brproxy.proxy.models import listed_models
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
 
 app = make_command("brproxy", "A load balancer for barrier-synchronised data-parallel LLM serving.")
@@ -52,26 +53,32 @@ def reference() -> None:
 
 async def _probe_all(config: Config) -> bool:
     """Print a line for each worker; return whether all answered."""
-    control = ControlClient(
-        config.timeouts.connect_s, config.timeouts.keepalive_s, config.limits.header_bytes_max
-    )
+    settings = endpoint_settings(config)
+    endpoints = [Endpoint(worker.url, settings) for worker in config.worker]
     try:
-        results = await asyncio.gather(*(_probe(control, config, worker) for worker in config.worker))
+        results = await asyncio.gather(
+            *(
+                _probe(endpoint, config, worker)
+                for endpoint, worker in zip(endpoints, config.worker, strict=True)
+            )
+        )
     finally:
-        await control.close()
+        for endpoint in endpoints:
+            endpoint.close()
     return all(results)
 
 
-async def _probe(control: ControlClient, config: Config, worker: Worker) -> bool:
+async def _probe(endpoint: Endpoint, config: Config, worker: Worker) -> bool:
     dialect = make_dialect(worker.engine)
     path, timeout_s = config.health.path or dialect.HEALTH_PATH, config.health.timeout_s
     started_s = time.perf_counter()
-    result = await probe(control, worker.url, path, timeout_s)
+    result = await probe(endpoint, path, timeout_s)
     duration_ms = (time.perf_counter() - started_s) * 1000
-    if not result.ok:
-        typer.echo(f"worker {worker.label} [{worker.group}]: FAILED: {result.reason}")
+    if result.verdict is not Verdict.OK:
+        typer.echo(f"worker {worker.label} [{worker.group}]: {result.verdict.value.upper()}: {result.reason}")
         return False
-    models = await _models(control, worker.url, dialect.MODELS_PATH, timeout_s)
+    question = Question(dialect.MODELS_PATH, timeout_s, config.limits.control_bytes_max)
+    models = await _models(endpoint, question)
     missing = sorted(worker.models - set(models)) if models else []
     note = f"; configured but not served: {', '.join(missing)}" if missing else ""
     served = ", ".join(models) or "none reported"
@@ -79,11 +86,10 @@ async def _probe(control: ControlClient, config: Config, worker: Worker) -> bool
     return True
 
 
-async def _models(control: ControlClient, origin: str, path: str, timeout_s: float) -> list[str]:
+async def _models(endpoint: Endpoint, question: Question) -> list[str]:
     try:
-        _, body = await control.get(origin, path, timeout_s)
-        return [str(entry["id"]) for entry in orjson.loads(body)["data"]]
-    except (WorkerFailedError, orjson.JSONDecodeError, KeyError, TypeError):
+        return list(listed_models(await ask(endpoint, question), question.bytes_max) or ())
+    except WorkerFailedError:
         return []
 
 

@@ -1,4 +1,4 @@
-"""What the two commands have in common: ``--version``, and mistakes told in one line."""
+"""What the two commands have in common: ``--version``, and mistakes told, a line each."""
 
 from importlib.metadata import version
 from typing import Annotated
@@ -32,9 +32,10 @@ def make_command(name: str, text: str) -> typer.Typer:
 
 
 def run_command(app: typer.Typer, name: str) -> None:
-    """Run a command line; a user's mistake is one line on standard error and exit code 2."""
+    """Run a command line; a user's mistakes are a line each on standard error, and exit code 2."""
     try:
         app()
     except BrproxyError as error:
-        typer.echo(f"{name}: {error}", err=True)
+        for line in str(error).split("\n"):
+            typer.echo(f"{name}: {line}", err=True)
         raise SystemExit(USAGE_ERROR) from None

@@ -1,4 +1,4 @@
-"""The TOML configuration: every key with its type, range, unit and default, and one-line errors.
+"""The TOML configuration: every key with its type, range, unit and default, and a line for each mistake.
 
 The models below are the reference: the shipped file, the Markdown table in the README and the messages are
 all checked against or made from them.
@@ -6,23 +6,38 @@ all checked against or made from them.
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, Field, create_model, field_validator
 
 from brproxy.engines.dialect import DIALECTS
+from brproxy.origins import read_origin
 from brproxy.prediction.predictor import PREDICTORS, PredictorParams
 from brproxy.registry import Registry, UnknownNameError
 from brproxy.routing.policy import POLICIES, PolicyParams
-from brproxy.validation import Section, load_toml, validate
+from brproxy.types import InvalidInputError
+from brproxy.validation import Disagreement, Section, load_toml, refuse, validate
 
 MIB = 1 << 20
 
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, strict=False)]
+
+
+_WEB_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
+
+
+def _web_origins(origins: list[str]) -> list[str]:
+    """Check origins of web pages (RFC 6454), and return them as browsers write them."""
+    for origin in origins:
+        if not _WEB_ORIGIN.fullmatch(origin.lower()):
+            msg = f'must be like "https://host:port", without a path, or "*": {origin!r} is not'
+            raise ValueError(msg)
+    return [origin.lower() for origin in origins]
 
 
 class Listen(Section):
@@ -45,6 +60,11 @@ class Listen(Section):
     )
     tls_key_file: str = Field(
         default="", description="Its private key (PEM); empty: the certificate's file has it too."
+    )
+    cors_origins: Annotated[list[str], AfterValidator(_web_origins)] = Field(
+        default_factory=list,
+        max_length=1024,
+        description='Web origins whose pages may read what the proxy itself answers; ["*"]: all.',
     )
 
 
@@ -113,19 +133,11 @@ else:
 
 
 def _origin(url: str) -> str:
-    """Check a worker's URL and return it without a trailing slash."""
-    parts = urlsplit(url)
+    """Check a worker's URL and return it as it goes over the wire, without a trailing slash."""
     try:
-        port_is_valid = parts.port is None or parts.port > 0
-    except ValueError:
-        port_is_valid = False
-    if parts.scheme not in {"http", "https"} or not parts.hostname or not port_is_valid:
-        msg = 'must be like "http://host:port"'
-        raise ValueError(msg)
-    if parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username:
-        msg = 'must be only "http://host:port", without path, query or user'
-        raise ValueError(msg)
-    return f"{parts.scheme}://{parts.netloc}"
+        return read_origin(url).url
+    except InvalidInputError as error:
+        raise ValueError(str(error)) from error
 
 
 class Worker(Section):
@@ -172,6 +184,11 @@ class Limits(Section):
     """What bounds memory and work."""
 
     requests_max: int = Field(default=65_536, ge=1, description="Requests in the proxy at once (requests).")
+    client_connections_max: int = Field(
+        default=65_536,
+        ge=1,
+        description="Clients connected at once, idle ones too; fewer where files are short (connections).",
+    )
     pool_requests_max: int = Field(
         default=4096, ge=1, description="Requests that wait in a group's pool; beyond: 429 (requests)."
     )
@@ -186,6 +203,11 @@ class Limits(Section):
         description="Other workers tried when one fails before its first byte (workers).",
     )
     body_bytes_max: int = Field(default=64 * MIB, ge=1024, description="Request body; beyond: 413 (bytes).")
+    bodies_bytes_max: int = Field(
+        default=1024 * MIB,
+        ge=1024,
+        description="Bodies of all requests together, until they are answered; beyond: 429 (bytes).",
+    )
     upload_bytes_max: int = Field(
         default=4096 * MIB,
         ge=1024,
@@ -203,6 +225,18 @@ class Limits(Section):
     response_parse_bytes_max: int = Field(
         default=8 * MIB, ge=1024, description="JSON reply; a longer one passes without being read (bytes)."
     )
+    control_bytes_max: int = Field(
+        default=4 * MIB,
+        ge=1024,
+        description="A worker's answer to the proxy itself, as its models; beyond: a failure (bytes).",
+    )
+    models_kept_s: float = Field(
+        default=5.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="That an answer to /v1/models is kept for clients with the same credentials (seconds).",
+    )
     models_max: int = Field(
         default=64, ge=1, description="Models whose token ratios are remembered (models)."
     )
@@ -216,6 +250,10 @@ class Timeouts(Section):
         default=600.0, description="For a worker's response to begin, prefill included (seconds)."
     )
     stall_s: Seconds = Field(default=120.0, description="Between two reads of a response (seconds).")
+    gone_s: Seconds = Field(
+        default=5.0,
+        description="Silence on its connections that makes a worker that refuses new ones gone (seconds).",
+    )
     keepalive_s: Seconds = Field(
         default=3.0,
         description="That an idle worker connection is kept; engines close theirs at 5 (seconds).",
@@ -223,6 +261,19 @@ class Timeouts(Section):
     client_keepalive_s: Seconds = Field(
         default=75.0, description="That an idle client connection is kept (seconds)."
     )
+    client_head_s: Seconds = Field(
+        default=60.0, description="For a client to send the head of a request (seconds)."
+    )
+    client_stall_s: Seconds = Field(
+        default=30.0, description="Between two pieces of a request's body (seconds)."
+    )
+    client_body_s: Seconds = Field(default=1800.0, description="For the whole of a request's body (seconds).")
+    retry_wait_s: Seconds = Field(
+        default=0.05,
+        description="Before a request moves to another worker; twice that before it moves again, and so on "
+        "(seconds).",
+    )
+    retry_wait_s_max: Seconds = Field(default=1.0, description="The longest such wait (seconds).")
     drain_s: Seconds = Field(
         default=30.0, description="For running requests to finish after SIGTERM (seconds)."
     )
@@ -233,7 +284,7 @@ class HealthChecks(Section):
 
     enabled: bool = Field(default=True, description="Check workers; when off, all count as healthy.")
     path: str = Field(
-        default="", pattern=r"^(/.*)?$", description="Path that must answer 2xx; empty: the engine's own."
+        default="", pattern=r"^(/[!-~]*)?$", description="Path that must answer 2xx; empty: the engine's own."
     )
     interval_s: Seconds = Field(default=2.0, description="Between two checks of a worker (seconds).")
     timeout_s: Seconds = Field(default=2.0, description="For one check (seconds).")
@@ -270,6 +321,30 @@ class Log(Section):
     )
 
 
+def _disagreements(workers: Sequence[Worker]) -> Iterator[Disagreement]:
+    """Yield what is wrong with workers beside others; each is compared with the first that is like it."""
+    by_url: dict[str, int] = {}
+    by_label: dict[str, int] = {}
+    by_group: dict[str, int] = {}
+    for i, worker in enumerate(workers):
+        same_url = by_url.setdefault(worker.url, i)
+        same_label = by_label.setdefault(worker.label, i)
+        first = workers[by_group.setdefault(worker.group, i)]
+        if same_url != i:
+            text = f"{worker.url!r} is worker[{same_url}]'s already; each worker must have its own"
+            yield Disagreement((i, "url"), text)
+        # Without a name it is the URL's: then one of the two says it.
+        if same_label != i and (worker.name or workers[same_label].url != worker.url):
+            text = f"{worker.label!r} is worker[{same_label}]'s already; each worker must have its own"
+            yield Disagreement((i, "name"), text)
+        if worker.models != first.models or worker.engine != first.engine:
+            text = (
+                f"group {worker.group!r} has workers with different models or engines; "
+                "the workers of a group must agree, others belong in a group of their own"
+            )
+            yield Disagreement((i,), text)
+
+
 class Config(Section):
     """The whole file."""
 
@@ -283,23 +358,11 @@ class Config(Section):
     estimate: Estimate = Field(default_factory=Estimate)
     log: Log = Field(default_factory=Log)
 
-    @model_validator(mode="after")
-    def _workers_agree(self) -> Config:
-        for what, values in (("url", [w.url for w in self.worker]), ("name", [w.label for w in self.worker])):
-            value, times = Counter(values).most_common(1)[0]
-            if times > 1:
-                places = ", ".join(f"worker[{i}]" for i, v in enumerate(values) if v == value)
-                msg = f"{places}: the same {what} {value!r}; each worker must have its own"
-                raise ValueError(msg)
-        for i, worker in enumerate(self.worker):
-            first = next(w for w in self.worker if w.group == worker.group)
-            if worker.models != first.models or worker.engine != first.engine:
-                msg = (
-                    f"worker[{i}]: group {worker.group!r} has workers with different models or engines; "
-                    "the workers of a group must agree, others belong in a group of their own"
-                )
-                raise ValueError(msg)
-        return self
+    @field_validator("worker", mode="after")
+    @classmethod
+    def _workers_agree(cls, workers: list[Worker]) -> list[Worker]:
+        refuse(_disagreements(workers))
+        return workers
 
     @property
     def groups(self) -> dict[str, list[Worker]]:
@@ -321,7 +384,7 @@ class Config(Section):
 
 
 def load_config(path: Path) -> Config:
-    """Read and check a configuration file; raises ConfigError, whose text is one line."""
+    """Read and check a configuration file; raises ConfigError, a line for each mistake."""
     return parse_config(load_toml(path), str(path))
 
 

@@ -1,26 +1,43 @@
 """The dispatcher of one barrier group: pool -> state -> forecast -> policy -> bindings. Synchronous, no I/O.
 
 The proxy drives it from a timer, the simulator from virtual time; both call the same three methods.
+
+A round serves requests whatever its parts do. Without a forecast it balances the load as it is. Where a
+policy raises, or names a worker that cannot be chosen, requests are decided one by one; who judges then is
+the policy itself: a request that it raises for, while it decides a harmless one in its place, cannot be
+decided and fails alone; a policy that raises for the harmless one as well is broken, and the least KV load
+decides instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import count, islice
+from typing import cast
 
 import numpy as np
 
-from brproxy.ledger import Entry, Ledger
-from brproxy.lifecycle import Event
-from brproxy.prediction.predictor import ActiveRequests, AnyPredictor, truncate
+from brproxy.faults import Faults
+from brproxy.foresight import Foresight, RoutingError
+from brproxy.happenings import Happenings
+from brproxy.learning import Learner
+from brproxy.ledger import Ledger, entry_of
+from brproxy.lifecycle import Entry, Event, LifecycleError, after
+from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
-from brproxy.routing.policy import AnyPolicy
-from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, RoundState
-from brproxy.types import Assignment, BrproxyError, InvalidInputError, PendingRequest, RequestId, WorkerIndex
-
-ROUNDS_PER_SAMPLE = 16
-"""One in so many rounds with a forecast samples a prediction: measuring must cost less than deciding."""
+from brproxy.roster import Change, Member
+from brproxy.routing.policy import AnyPolicy, least
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, RoundState
+from brproxy.types import (
+    Assignment,
+    BrproxyError,
+    InvalidInputError,
+    PendingRequest,
+    RequestId,
+    WorkerIndex,
+)
+from brproxy.waiting import WaitingRoom
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +46,10 @@ class PoolLimits:
 
     requests_max: int = 4096
     wait_s_max: float = 60.0
+
+
+_HARMLESS_TOKENS = 1
+"""Prompt of the request that shows whether a policy that raised is broken (tokens)."""
 
 
 class PoolFullError(BrproxyError):
@@ -40,7 +61,13 @@ class PromptTooLongError(InvalidInputError):
 
 
 class Dispatcher:
-    """Decides, for one barrier group, which waiting request goes to which worker and when."""
+    """Decides, for one barrier group, which waiting request goes to which worker and when.
+
+    ``waiting`` are those that wait, ``ledger`` has those that are bound, ``happenings`` tells what happens to
+    both, and ``faults`` counts what went wrong. Of the last round, ``admitted`` is what it bound, also if it
+    raised, and ``undecidable`` are the requests that it could not decide and that no other will: they still
+    wait, and the caller ends them.
+    """
 
     def __init__(
         self,
@@ -49,145 +76,234 @@ class Dispatcher:
         predictor: AnyPredictor,
         rng: np.random.Generator,
         limits: PoolLimits,
+        group: str = "",
     ) -> None:
         self.ledger = ledger
+        self.roster = ledger.roster
+        self.waiting = WaitingRoom()
         self.policy = policy
         self.predictor = predictor
         self.limits = limits
         self.quality = QualityMonitor()
+        self.faults = Faults(group)
+        self.happenings = Happenings(self.faults)
+        self.happenings.tell(Learner(predictor, self.quality))
+        self.admitted: list[Assignment] = []
+        self.undecidable: list[RequestId] = []
+        self._ids = cast("Iterator[RequestId]", count())
         self._rng = rng
-        self._rounds = 0
-        self._discounts_for: float | None = None
-        self._discounts_now: FloatArray
-        self._turnover_steps: float
+        self._foresight = Foresight(ledger, policy, predictor, self.quality, self.faults, rng)
+        self._policy_is_broken = False
+        self.roster.observe(self._member_changed)
+
+    def entry(self, request_id: RequestId) -> Entry:
+        """Return the entry of a request that waits or is bound; raises LifecycleError once it has ended."""
+        entry = self.ledger.find(request_id) or self.waiting.find(request_id)
+        if entry is None:
+            msg = f"request {request_id} is not here: it has ended or never arrived"
+            raise LifecycleError(msg)
+        return entry
 
     def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
-        """Take a request into the pool; raises PoolFullError or PromptTooLongError."""
-        if request.prompt_tokens > self.ledger.kv_capacity_tokens_max:
-            msg = (
-                f"the prompt has about {request.prompt_tokens} tokens, "
-                f"more than the KV capacity of any worker ({self.ledger.kv_capacity_tokens_max} tokens)"
-            )
-            raise PromptTooLongError(msg)
-        if self.ledger.pending >= self.limits.requests_max:
-            msg = f"{self.ledger.pending} requests are waiting already, the most that the pool holds"
-            raise PoolFullError(msg)
-        return self.ledger.arrive(request, now_s)
+        """Have a request wait; raises PoolFullError, InvalidInputError, and PromptTooLongError for a count.
+
+        A guess that is too long for every worker may be wrong, and only the engine can tell: it counts as
+        what the largest worker holds, so that it can be placed.
+        """
+        longest = self.ledger.kv_capacity_tokens_max
+        if request.sequences:
+            if request.prompt_tokens > longest and request.prompt_is_exact:
+                msg = (
+                    f"the prompt has {request.prompt_tokens} tokens, "
+                    f"more than the KV capacity of any worker ({longest} tokens)"
+                )
+                raise PromptTooLongError(msg)
+            if len(self.waiting) >= self.limits.requests_max:
+                msg = f"{len(self.waiting)} requests are waiting already, the most that the pool holds"
+                raise PoolFullError(msg)
+        entry = entry_of(next(self._ids), request, now_s, longest)
+        self.waiting.enter(entry)
+        self.happenings.arrived(entry)
+        return entry.id
 
     def decide(self, now_s: float, routable: Sequence[bool]) -> list[Assignment]:
-        """Run one decision round over everything that waits and bind what it admits.
+        """Run one decision round over everything that waits, bind what it admits and return that.
 
-        ``routable`` (G) are the workers that may be chosen. Requests that a worker failed are placed first,
-        one by one, away from the workers that failed them as long as there are others.
+        ``routable`` (by index) are the workers that may be chosen. Requests that a worker failed and those
+        that take no slot are placed first, one by one, and never on a worker that failed them before it has
+        come back. Never raises for what a policy or a predictor does.
         """
-        ledger, late_binding = self.ledger, self.policy.params.late_binding
+        waiting, ledger, late_binding = self.waiting, self.ledger, self.policy.params.late_binding
+        self.admitted = []
+        self.undecidable.clear()
+        self._policy_is_broken = False
         if not any(routable):
-            return []
-        alone = ledger.alone()
+            return self.admitted
+        alone = waiting.alone()
         if alone is not None:
-            return self._place(alone, ledger.state(routable, late_binding=late_binding), now_s)
-        assignments: list[Assignment] = []
-        for entry in ledger.retrying():
-            others = [ok and g not in entry.avoid for g, ok in enumerate(routable)]
-            state = ledger.state(others if any(others) else routable, late_binding=late_binding)
-            assignments += self._place(entry, state, now_s)
-        if not ledger.pending:
-            return assignments
+            self._place([alone], ledger.state(routable, late_binding=late_binding), now_s)
+            return self.admitted
+        for entry in waiting.first():
+            if entry.sequences:
+                others = _others(routable, entry)
+                self._place([entry], ledger.state(others, late_binding=late_binding), now_s)
+            else:
+                self.place_at_once(entry, now_s, routable)
+        if not len(waiting):
+            return self.admitted
         state = ledger.state(routable, late_binding=late_binding)
-        waiting = list(islice(ledger.pending_by_age(), self._worth_seeing(state)))
-        if waiting:
-            assignments += self._route(waiting, state, now_s)
-        return assignments
+        seen = list(islice(waiting.in_turn(), self._worth_seeing(state)))
+        if seen:
+            self._route(seen, state, now_s)
+        return self.admitted
+
+    def place_at_once(self, entry: Entry, now_s: float, routable: Sequence[bool]) -> None:
+        """Bind a request that takes no slot to the worker with the least load, if any may be chosen."""
+        candidates = [g for g, ok in enumerate(_others(routable, entry)) if ok]
+        if candidates:
+            worker = least(candidates, self.ledger.kv_tokens, self._rng)
+            self._bind(entry, WorkerIndex(worker), now_s)
+
+    def bind(
+        self, request_id: RequestId, worker: WorkerIndex, now_s: float, prospect: Prospect | None = None
+    ) -> None:
+        """Bind a waiting request to ``worker``; raises LifecycleError, and as Ledger.bind."""
+        entry = self.entry(request_id)
+        self.ledger.bind(entry, worker, now_s, prospect)
+        self.waiting.leave(entry)
+        self.happenings.bound(entry, now_s - entry.waiting_since_s)
+
+    def retry(self, request_id: RequestId, now_s: float) -> None:
+        """Have a request wait again, before all others, and remember the worker that failed it."""
+        entry = self.ledger.entry(request_id)
+        member = self.roster.member(entry.worker)
+        self.ledger.take_back(entry, now_s)
+        self.waiting.enter(entry)
+        self.happenings.retried(entry, member)
 
     def expired(self, now_s: float) -> list[RequestId]:
         """Return the requests that have waited longer than the limit; the caller ends them."""
-        deadline_s = now_s - self.limits.wait_s_max
-        late = [e.id for e in self.ledger.retrying() if e.waiting_since_s < deadline_s]
-        # The rest are in order of arrival: a scan that finds nothing must not cost the whole pool.
-        late += [
-            e.id for e in takewhile(lambda e: e.waiting_since_s < deadline_s, self.ledger.pending_by_age())
-        ]
-        return late
+        return [entry.id for entry in self.waiting.late(now_s, self.limits.wait_s_max)]
 
-    def end(self, request_id: RequestId, event: Event) -> Entry:
-        """End a request, return its load, and learn from it if it finished by itself."""
-        entry = self.ledger.end(request_id, event)
-        if event is Event.FINISH and entry.output_tokens:
-            self.predictor.observe(entry.request, entry.output_tokens)
-            self.quality.finished(request_id, entry.output_tokens)
+    def end(self, request_id: RequestId, event: Event, now_s: float | None = None) -> Entry:
+        """End a request by FINISH, FAIL, CANCEL or EXPIRE and return its load; raises LifecycleError.
+
+        ``now_s`` (None: it does not matter) tells how long one has waited that never got a worker.
+        """
+        entry, waited_s = self.ledger.find(request_id), None
+        if entry is None:
+            entry = self.entry(request_id)
+            entry.state = after(entry.state, event)
+            self.waiting.leave(entry)
+            waited_s = None if now_s is None else now_s - entry.waiting_since_s
         else:
-            self.quality.dropped(request_id)
+            self.ledger.end(entry, event)
+        self.happenings.ended(entry, event, waited_s)
         return entry
 
+    def _member_changed(self, member: Member, change: Change) -> None:
+        if change is Change.HEALTHY or change is Change.ADDED:
+            self.waiting.forgive(member.index)
+
     def _worth_seeing(self, state: RoundState) -> int:
-        """Return how many of the oldest requests a round can make use of."""
+        """Return how many of the waiting requests a round can make use of."""
         if not self.policy.params.late_binding:
             return self.limits.requests_max
         slots_free = sum(state.slots_free)
         return slots_free + self.policy.lookahead_requests if slots_free else 0
 
-    def _place(self, entry: Entry, state: RoundState, now_s: float) -> list[Assignment]:
-        """Decide on one request by itself, as most rounds do; the same as ``_route``."""
-        discounts, _ = self._discounts()
-        load: Sequence[float] = state.kv_tokens
-        if len(discounts) > 1:
-            active = self._active(len(discounts) - 1)
-            load = self.predictor.discounted_load(active, self.ledger.workers, discounts).tolist()
-        worker = self.policy.place(state, entry.prompt_tokens, load, self._rng)
-        return [] if worker == NOT_ADMITTED else [self._bind(entry, worker, now_s)]
+    def _place(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> None:
+        """Decide on requests one by one, as on most arrivals, when there is one; the same as ``_route``."""
+        discounts, _ = self._foresight.discounts()
+        load = self._foresight.discounted_load(state, discounts)
+        for entry in waiting:
+            place = self._choose(entry, state, load)
+            if place == NOT_ADMITTED:
+                if entry.id in self.undecidable:
+                    continue
+                break
+            self._bind(entry, self._at(place), now_s)
+            if len(waiting) > 1:
+                state.admit(place, entry.prompt_tokens, entry.sequences)
+                if load is not state.kv_tokens:
+                    load[place] += entry.prompt_tokens * float(discounts.sum())
 
-    def _bind(self, entry: Entry, worker: int, now_s: float) -> Assignment:
-        assignment = Assignment(entry.id, WorkerIndex(worker))
-        self.ledger.bind(*assignment, now_s, self.predictor.prospect(entry.request))
-        return assignment
+    def _choose(self, entry: Entry, state: RoundState, load: list[float]) -> int:
+        """Return the worker of one request or NOT_ADMITTED; one that cannot be decided is noted as such."""
+        if not self._policy_is_broken:
+            try:
+                worker = self.policy.place(state, entry.prompt_tokens, load, self._rng)
+                return _checked(worker, state)
+            except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
+                self.faults.note("policy", error)
+            try:
+                _checked(self.policy.place(state, _HARMLESS_TOKENS, load, self._rng), state)
+            except Exception:  # noqa: BLE001 - counted above
+                self._policy_is_broken = True
+            else:
+                self.undecidable.append(entry.id)
+                return NOT_ADMITTED
+        eligible = state.eligible(entry.prompt_tokens)
+        return min(eligible, key=state.kv_tokens.__getitem__, default=NOT_ADMITTED)
 
-    def _discounts(self) -> tuple[FloatArray, float]:
-        """Return the policy's discounts for the traffic as it is, and the turnover in steps."""
-        mean_output_tokens = self.predictor.mean_output_tokens
-        if mean_output_tokens != self._discounts_for:
-            self._discounts_for = mean_output_tokens
-            self._turnover_steps = self.ledger.turnover_steps(mean_output_tokens)
-            turnovers = self.predictor.LOOKAHEAD_TURNOVERS
-            self._discounts_now = self.policy.discounts(self._turnover_steps, turnovers)
-        return self._discounts_now, self._turnover_steps
+    def _at(self, place: int) -> WorkerIndex:
+        """Return the index of the member at ``place``."""
+        present = self.roster.present
+        return WorkerIndex(place if present is None else present[place])
 
-    def _route(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> list[Assignment]:
-        """Decide on all of ``waiting`` together."""
-        discounts, turnover_steps = self._discounts()
-        horizon_steps = len(discounts) - 1
-        forecast = None
-        if horizon_steps:
-            active = self._active(horizon_steps)
-            forecast = self.predictor.forecast(active, self.ledger.workers, horizon_steps)
+    def _bind(self, entry: Entry, worker: WorkerIndex, now_s: float) -> None:
+        try:
+            prospect = self.predictor.prospect(entry.request)
+            self.ledger.bind(entry, worker, now_s, prospect)
+        except Exception as error:  # noqa: BLE001 - a request is served without a prospect, too
+            self.faults.note("predictor", error)
+            self.ledger.bind(entry, worker, now_s)
+        self.waiting.leave(entry)
+        self.admitted.append(Assignment(entry.id, worker))
+        self.happenings.bound(entry, now_s - entry.waiting_since_s)
+
+    def _route(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> None:
+        """Decide on all of ``waiting`` together; one by one if the policy raises."""
+        try:
+            chosen = self._decision(waiting, state)
+            admitted = [i for i, place in enumerate(chosen) if _checked(place, state) != NOT_ADMITTED]
+        except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
+            self.faults.note("policy", error)
+            self._place(waiting, state, now_s)
+            return
+        if admitted:
+            self.waiting.pass_over(waiting, admitted)
+            for i in admitted:
+                self._bind(waiting[i], self._at(chosen[i]), now_s)
+
+    def _decision(self, waiting: Sequence[Entry], state: RoundState) -> list[int]:
+        """Return the worker of each of ``waiting``, as the policy says; raises whatever it does."""
+        discounts, turnover_steps = self._foresight.discounts()
         view = ClusterView.of(
             state,
             [entry.prompt_tokens for entry in waiting],
             [entry.passed_over for entry in waiting],
-            forecast,
+            self._foresight.forecast(state, len(discounts) - 1),
             turnover_steps,
             self.predictor.LOOKAHEAD_TURNOVERS,
+            [entry.sequences for entry in waiting] if self.waiting.plural else None,
         )
-        decision: list[int] = self.policy.route(view, self._rng).tolist()
-        admitted = [i for i, worker in enumerate(decision) if worker != NOT_ADMITTED]
-        if not admitted:
-            return []
-        self.ledger.pass_over(waiting, admitted)
-        return [self._bind(waiting[i], decision[i], now_s) for i in admitted]
+        decision = self.policy.route(view, self._rng)
+        if decision.shape != (len(waiting),):
+            msg = f"{len(waiting)} requests wait, and the decision has shape {decision.shape}"
+            raise RoutingError(msg)
+        chosen: list[int] = decision.tolist()
+        return chosen
 
-    def _active(self, horizon_steps: int) -> ActiveRequests:
-        """Return the bound requests, and now and then note what is predicted of one."""
-        active = self.ledger.active()
-        self._rounds += 1
-        if self._rounds % ROUNDS_PER_SAMPLE == 0 and self.ledger.bound:
-            self._sample(active, horizon_steps)
-        return active
 
-    def _sample(self, active: ActiveRequests, horizon_steps: int) -> None:
-        """Note what the predictor says of one running request, to be compared with the truth later."""
-        row = int(self._rng.integers(self.ledger.bound))
-        one = active.only(slice(row, row + 1))
-        if not one.certain[0]:
-            survival = self.predictor.survival(one, horizon_steps)
-            truncate(survival, one)
-            request_id = RequestId(int(self.ledger.row_ids()[row]))
-            self.quality.watch(request_id, int(one.output_tokens[0]), survival[0])
+def _others(routable: Sequence[bool], entry: Entry) -> Sequence[bool]:
+    """Return ``routable`` without the workers that failed a request."""
+    return [ok and g not in entry.avoid for g, ok in enumerate(routable)] if entry.avoid else routable
+
+
+def _checked(worker: int, state: RoundState) -> int:
+    """Return ``worker``; raises RoutingError for none that a round over ``state`` may choose."""
+    if worker != NOT_ADMITTED and (worker < 0 or state.slots_free[worker] <= 0):
+        msg = f"worker {worker} cannot be chosen"
+        raise RoutingError(msg)
+    return worker

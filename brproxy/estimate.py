@@ -1,7 +1,9 @@
 """How many tokens a prompt and a streamed chunk are, learnt from what workers report. Pure.
 
 Two ratios are kept for each model: bytes per prompt token, and output tokens per streamed chunk. Each is a
-quotient of decayed sums, so that a large report counts for more than a small one and old traffic fades.
+quotient of decayed sums, so that a large report counts for more than a small one and old traffic fades. No
+single report counts for much: one that cannot be true teaches nothing, and a very large one (half a megabyte
+of spaces are few tokens) counts no more than a long prompt does.
 """
 
 from __future__ import annotations
@@ -9,8 +11,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from brproxy.types import TOKENS_MAX
+
 _DECAY = 0.98
 """What an older report keeps of its weight with each new one: about the last 50 count."""
+
+
+_WEIGHT_MAX = 1024
+"""What a report counts at most: tokens of a prompt, or chunks of a stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +45,14 @@ class LearntRatio:
     def value(self, key: str) -> float:
         """Return the ratio for ``key``, within the limits; the initial one before any report."""
         sums = self._sums.get(key)
-        if sums is None:
-            return self._limits.initial
-        return min(max(sums[0] / sums[1], self._limits.lowest), self._limits.highest)
+        return self._limits.initial if sums is None else sums[0] / sums[1]
 
     def learn(self, key: str, above: float, below: float) -> None:
-        """Take in a report of ``above / below``; one without a positive denominator says nothing."""
-        if below <= 0 or above <= 0:
+        """Take in a report of ``above / below``; one that is not within the limits says nothing."""
+        if below <= 0 or not self._limits.lowest <= above / below <= self._limits.highest:
             return
+        if below > _WEIGHT_MAX:
+            above, below = above / below * _WEIGHT_MAX, _WEIGHT_MAX
         sum_above, sum_below = self._sums.get(key, (0.0, 0.0))
         self._sums[key] = (sum_above * _DECAY + above, sum_below * _DECAY + below)
         self._sums.move_to_end(key)
@@ -60,9 +68,12 @@ class TokenEstimator:
         self._bytes_per_token = LearntRatio(prompts, models_max)
         self._tokens_per_chunk = LearntRatio(TOKENS_PER_CHUNK, models_max)
 
-    def prompt_tokens(self, model: str, prompt_bytes: int) -> int:
-        """Return the estimate for a prompt of ``prompt_bytes`` UTF-8 bytes; at least 1 if there are any."""
-        return -int(-prompt_bytes // self._bytes_per_token.value(model))
+    def prompt_tokens(self, model: str, prompt_bytes: int, tokens_max: int = TOKENS_MAX) -> int:
+        """Return the estimate for a prompt of ``prompt_bytes`` UTF-8 bytes; at least 1 if there are any.
+
+        It is a guess, so it is never more than ``tokens_max``, what a worker can hold: the prompt may fit.
+        """
+        return min(-int(-prompt_bytes // self._bytes_per_token.value(model)), tokens_max)
 
     def learn_prompt(self, model: str, prompt_bytes: int, prompt_tokens: int) -> None:
         """Learn from a worker's report that ``prompt_bytes`` were ``prompt_tokens``."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from brproxy.dispatcher import Dispatcher
-from brproxy.health import GroupHealth
+from brproxy.roster import Member, Roster, WorkerLimits
 from brproxy.types import InvalidInputError
 
 
@@ -20,13 +20,16 @@ class UnknownModelError(InvalidInputError):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One barrier group: its dispatcher, its workers' names and health, and its models (empty: any)."""
+    """One barrier group: its name, its models (empty: any) and its dispatcher, which has the roster."""
 
     name: str
-    worker_names: tuple[str, ...]
     models: frozenset[str]
     dispatcher: Dispatcher
-    health: GroupHealth
+
+    @property
+    def roster(self) -> Roster:
+        """Who its workers are, and how they are."""
+        return self.dispatcher.roster
 
     def serves(self, model: str) -> bool:
         """Tell whether a request for ``model`` may come here; "" is a request that names none."""
@@ -35,8 +38,24 @@ class Group:
     @property
     def pressure(self) -> float:
         """Requests, bound and waiting, for each slot."""
-        ledger = self.dispatcher.ledger
-        return (ledger.bound + ledger.pending) / ledger.slots_total
+        dispatcher = self.dispatcher
+        slots = max(1, dispatcher.ledger.slots_total)
+        return (dispatcher.ledger.bound + len(dispatcher.waiting)) / slots
+
+    def add(self, key: str, limits: WorkerLimits, origin: str = "", lines: bytes = b"") -> Member:
+        """Add a worker to the running group; raises InvalidInputError for a name that is taken."""
+        return self.roster.add(key, limits, origin, lines)
+
+    def drain(self, key: str) -> Member:
+        """Have a worker take no new requests; raises RosterError for an unknown one."""
+        return self.roster.drain(key)
+
+    def remove(self, key: str) -> Member:
+        """Have a worker go: at once if nothing is bound to it, else with its last request.
+
+        Raises RosterError for an unknown one.
+        """
+        return self.roster.remove(key, self.dispatcher.ledger.requests[self.roster.find(key).index])
 
 
 class Fleet:
@@ -52,7 +71,7 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Tell whether any worker of any group may be chosen."""
-        return any(any(group.health.routable()) for group in self.groups)
+        return any(any(group.roster.routable()) for group in self.groups)
 
     def choose(self, model: str) -> Group:
         """Return the group for a request; raises UnknownModelError, which lists the models served.
@@ -66,4 +85,4 @@ class Fleet:
             raise UnknownModelError(msg)
         if len(serving) == 1:
             return serving[0]
-        return min(serving, key=lambda group: (not any(group.health.routable()), group.pressure))
+        return min(serving, key=lambda group: (not any(group.roster.routable()), group.pressure))

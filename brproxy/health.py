@@ -8,11 +8,8 @@ be opened count: a worker that answers an error is alive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-
-from brproxy.types import WorkerIndex
 
 
 class Health(Enum):
@@ -32,7 +29,7 @@ class HealthThresholds:
 
 
 class HealthTracker:
-    """One worker's state, when it last changed (seconds), and why."""
+    """One worker's state, when it last changed (seconds), and why it is not healthy by its last result."""
 
     def __init__(self, thresholds: HealthThresholds) -> None:
         self._thresholds = thresholds
@@ -49,7 +46,9 @@ class HealthTracker:
         state = self._after()
         changed = state is not self.state
         if changed:
-            self.state, self.since_s, self.reason = state, now_s, reason
+            self.state, self.since_s = state, now_s
+        if changed or state is not Health.HEALTHY:
+            self.reason = reason
         return changed
 
     def _after(self) -> Health:
@@ -58,33 +57,3 @@ class HealthTracker:
         # A worker that has never failed is trusted on its first success.
         needed = 1 if self.state is Health.UNKNOWN else self._thresholds.healthy_after
         return Health.HEALTHY if self._successes >= needed else self.state
-
-
-class GroupHealth:
-    """The health of a barrier group's G workers. Without active checks every worker starts HEALTHY."""
-
-    def __init__(self, workers: int, thresholds: HealthThresholds, *, checked: bool = True) -> None:
-        self._trackers = [HealthTracker(thresholds) for _ in range(workers)]
-        if not checked:
-            for tracker in self._trackers:
-                tracker.record(ok=True, reason="health checks are off", now_s=0.0)
-        self._routable = self._mask()
-
-    @property
-    def trackers(self) -> Sequence[HealthTracker]:
-        """The workers' trackers, by index."""
-        return self._trackers
-
-    def record(self, worker: WorkerIndex, *, ok: bool, reason: str, now_s: float) -> bool:
-        """Take in one result for ``worker``; return whether its state changed."""
-        changed = self._trackers[worker].record(ok=ok, reason=reason, now_s=now_s)
-        if changed:
-            self._routable = self._mask()
-        return changed
-
-    def routable(self) -> tuple[bool, ...]:
-        """Return for each of the G workers whether it may be chosen."""
-        return self._routable
-
-    def _mask(self) -> tuple[bool, ...]:
-        return tuple(tracker.state is Health.HEALTHY for tracker in self._trackers)

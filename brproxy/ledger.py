@@ -2,91 +2,90 @@
 
 The ledger is the only writer of load. Every booking is an integer that stays on the request until the
 request ends, and ending returns exactly what is booked, on every path: the sum over a worker's requests is
-its load at all times, and an idle group's load is exactly zero.
+its load at all times, and an idle group's load is exactly zero. Whatever number comes in is brought within
+its bounds first (``bounded``), so that no sum can leave 64 bits, and a booking that is refused has changed
+nothing.
 
 Bound requests live in parallel arrays without holes (ending one moves the last into its row), so that
 forecasting over thousands of them is array arithmetic, while booking a token stays a few integer additions.
+What is kept for each worker is kept under the index that the roster gives it.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
-from operator import sub
-from typing import cast
+from collections.abc import Sequence
+from operator import index, sub
 
 import numpy as np
 from numpy.typing import NDArray
 
-from brproxy.lifecycle import TERMINAL, Event, LifecycleError, State, after
-from brproxy.prediction.predictor import ActiveRequests, Prospect
+from brproxy.lifecycle import NO_ROW, NO_WORKER, TERMINAL, Entry, Event, LifecycleError, after
+from brproxy.prediction.predictor import LENGTH_UNLIMITED, ActiveRequests, Prospect
+from brproxy.roster import Change, Member, MemberState, Roster, WorkerLimits
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
-from brproxy.types import InvalidInputError, PendingRequest, RequestId, WorkerIndex
+from brproxy.types import SEQUENCES_MAX, TOKENS_MAX, InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 BoolArray = NDArray[np.bool_]
 
-NO_WORKER = WorkerIndex(-1)
-NO_ROW = -1
 _NO_PROSPECT = Prospect()
+_NOTHING = WorkerLimits(0, 0)
+"""What a member that has gone holds."""
+
+_CURVE_MAX = (1 << 63) - 1
+"""Predictors pack what they like into the number of a curve; a column has 64 bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLimits:
-    """What a worker holds: ``slots`` requests at once, ``kv_capacity_tokens`` (None: unknown)."""
+def bounded(value: int, highest: int) -> int:
+    """Return ``value`` brought within ``0 <= n <= highest``; raises TypeError for what is no integer."""
+    number = index(value)
+    if 0 <= number <= highest:
+        return number
+    return 0 if number < 0 else highest
 
-    slots: int
-    kv_capacity_tokens: int | None = None
 
+def entry_of(request_id: RequestId, request: PendingRequest, now_s: float, prompt_tokens_max: int) -> Entry:
+    """Return the entry of a request that arrives, with every number that it states within its bounds.
 
-@dataclass(slots=True)
-class Entry:
-    """One request in the ledger. Times are the caller's clock in seconds; None: has not happened.
-
-    ``waiting_since_s`` is when it last entered the pool: on arrival, or when a worker failed it. While the
-    request is bound, ``output_tokens`` is kept by the ledger (Ledger.output_tokens).
+    Its prompt counts as ``prompt_tokens_max`` at most; raises InvalidInputError for less than no prompt.
     """
-
-    id: RequestId
-    request: PendingRequest
-    arrived_s: float
-    waiting_since_s: float
-    state: State = State.PENDING
-    worker: WorkerIndex = NO_WORKER
-    row: int = NO_ROW
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    passed_over: int = 0
-    bound_s: float | None = None
-    first_token_s: float | None = None
-    avoid: frozenset[WorkerIndex] = frozenset()
+    prompt_tokens = index(request.prompt_tokens)
+    if prompt_tokens < 0:
+        msg = f"prompt_tokens must be at least 0, got {prompt_tokens}"
+        raise InvalidInputError(msg)
+    prompt_tokens = min(prompt_tokens, prompt_tokens_max)
+    entry = Entry(request_id, request, now_s, now_s, prompt_tokens=min(prompt_tokens, TOKENS_MAX))
+    if request.sequences != 1:
+        entry.sequences = bounded(request.sequences, SEQUENCES_MAX)
+    return entry
 
 
 class Ledger:
-    """Sticky bindings and KV tokens of the workers of one barrier group."""
+    """Sticky bindings and KV tokens of the workers of one barrier group.
 
-    def __init__(self, workers: Sequence[WorkerLimits]) -> None:
-        if not workers:
-            msg = "a barrier group needs at least one worker"
-            raise InvalidInputError(msg)
-        self._slots = [w.slots for w in workers]
-        self._kv_capacity = [
-            KV_UNLIMITED_TOKENS if w.kv_capacity_tokens is None else w.kv_capacity_tokens for w in workers
-        ]
-        self._slots_total = sum(self._slots)
-        self._kv_capacity_max = max(self._kv_capacity)
-        self._kv_tokens = [0] * len(workers)
-        self._requests = [0] * len(workers)
-        self._ids = cast("Iterator[RequestId]", count())
+    ``kv_tokens`` and ``requests`` are by index of the member; a gap has none.
+    """
+
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
+        self._slots: list[int] = []
+        self._kv_capacity: list[int] = []
+        self._slots_total = 0
+        self._kv_capacity_max = KV_UNLIMITED_TOKENS
+        self._is_here: list[bool] = []
+        self._kv_tokens: list[int] = []
+        self._requests: list[int] = []
+        # Sequences of each worker: they take its slots, and each is a request in the engine.
+        self._sequences: list[int] = []
+        # Rows whose sequences are not one, sums apart: mostly there are none.
+        self._unusual_rows = 0
         self._entries: dict[RequestId, Entry] = {}
-        self._pending: dict[RequestId, Entry] = {}
-        self._retrying: dict[RequestId, Entry] = {}
         self._rows: list[Entry] = []
         self._row_id = array("q")
         self._row_worker = array("q")
         self._row_kv_tokens = array("q")
         self._row_output_tokens = array("q")
+        self._row_sequences = array("q")
         self._row_curve = array("q")
         self._row_length_max = array("q")
         self._row_certain = array("b")
@@ -95,29 +94,20 @@ class Ledger:
             self._row_worker,
             self._row_kv_tokens,
             self._row_output_tokens,
+            self._row_sequences,
             self._row_curve,
             self._row_length_max,
             self._row_certain,
         )
+        for member in roster.members:
+            self._member_changed(member, Change.ADDED)
+        roster.observe(self._member_changed)
 
     def __repr__(self) -> str:
         """Show the state in one line, for tests and logs."""
-        return (
-            f"<Ledger pending={self.pending} bound={self.bound} kv_tokens={self._kv_tokens} "
-            f"requests={self._requests}>"
-        )
+        return f"<Ledger bound={self.bound} kv_tokens={self._kv_tokens} requests={self._requests}>"
 
     # What is there.
-
-    @property
-    def workers(self) -> int:
-        """G, the workers of the group."""
-        return len(self._slots)
-
-    @property
-    def pending(self) -> int:
-        """Requests waiting for a worker, retries included."""
-        return len(self._pending) + len(self._retrying)
 
     @property
     def bound(self) -> int:
@@ -141,66 +131,67 @@ class Ledger:
 
     @property
     def slots_total(self) -> int:
-        """Slots of all workers together."""
+        """Slots of all workers that are there together."""
         return self._slots_total
 
     def turnover_steps(self, output_tokens_mean: float) -> float:
         """Return how many steps pass between two requests that leave a full worker (steps)."""
-        return output_tokens_mean * self.workers / self.slots_total
+        return output_tokens_mean * len(self.roster) / self._slots_total
 
     def entry(self, request_id: RequestId) -> Entry:
-        """Return the request's entry; raises LifecycleError once it has ended."""
+        """Return a bound request's entry; raises LifecycleError for any other."""
         try:
             return self._entries[request_id]
         except KeyError:
-            msg = f"request {request_id} is not in the ledger: it has ended or never arrived"
+            msg = f"request {request_id} is not bound: it waits, has ended or never arrived"
             raise LifecycleError(msg) from None
 
-    def pending_by_age(self) -> Iterator[Entry]:
-        """Iterate over the waiting requests that are not retries, oldest first."""
-        return iter(self._pending.values())
-
-    def alone(self) -> Entry | None:
-        """Return the one request that waits, None if none or several do, or it is a retry."""
-        if len(self._pending) != 1 or self._retrying:
-            return None
-        return next(iter(self._pending.values()))
-
-    def retrying(self) -> tuple[Entry, ...]:
-        """Return the requests that a worker failed and that wait for another."""
-        return tuple(self._retrying.values())
+    def find(self, request_id: RequestId) -> Entry | None:
+        """Return the request's entry if it is bound."""
+        return self._entries.get(request_id)
 
     def active(self) -> ActiveRequests:
-        """Return the bound requests as arrays (copies)."""
+        """Return the bound requests as arrays (copies); workers are by place, which is their index mostly."""
+        worker = np.array(self._row_worker, dtype=np.int64)
+        output_tokens = np.array(self._row_output_tokens, dtype=np.int64)
+        sequences = None
+        if self._unusual_rows:
+            sequences = np.array(self._row_sequences, dtype=np.int64)
+            output_tokens //= np.maximum(sequences, 1)
+        place = self.roster.place
         return ActiveRequests(
-            worker=np.array(self._row_worker, dtype=np.int64),
+            worker=worker if place is None else place[worker],
             kv_tokens=np.array(self._row_kv_tokens, dtype=np.int64),
-            output_tokens=np.array(self._row_output_tokens, dtype=np.int64),
+            output_tokens=output_tokens,
             curve=np.array(self._row_curve, dtype=np.int64),
             length_max=np.array(self._row_length_max, dtype=np.int64),
             certain=np.array(self._row_certain, dtype=bool),
+            sequences=sequences,
         )
 
     def output_tokens(self, request_id: RequestId) -> int:
-        """Return the output tokens booked for a request."""
-        entry = self.entry(request_id)
-        return entry.output_tokens if entry.row == NO_ROW else self._row_output_tokens[entry.row]
+        """Return the output tokens booked for a bound request."""
+        return self._row_output_tokens[self.entry(request_id).row]
+
+    def row_sequences(self, row: int) -> int:
+        """Return the sequences of the request in ``row``, in the order of ``active``."""
+        return self._row_sequences[row]
 
     def row_ids(self) -> IntArray:
         """Return the ids of the bound requests in the order of ``active`` and ``grow_rows``, int64[N]."""
         return np.array(self._row_id, dtype=np.int64)
 
     def state(self, routable: Sequence[bool], *, late_binding: bool) -> RoundState:
-        """Return the workers as a decision round finds them (copies).
+        """Return the workers as a decision round finds them (copies), by place.
 
-        ``routable`` (G) masks workers that must not be chosen: they get no free slots, while their load still
-        counts for the envelope. Without ``late_binding`` slots and KV room are unlimited, because the
-        worker queues what it cannot run.
+        ``routable`` (by index) masks workers that must not be chosen: they get no free slots, while their
+        load still counts for the envelope. Without ``late_binding`` slots and KV room are unlimited, because
+        the worker queues what it cannot run.
         """
         if late_binding:
-            slots_free = list(map(sub, self._slots, self._requests))
+            slots_free = list(map(sub, self._slots, self._sequences))
             kv_free = list(map(sub, self._kv_capacity, self._kv_tokens))
-            # Rare: early binding, or an estimate that was corrected, has given a worker more than it holds.
+            # Rare: early binding, several sequences in the last slot, or an estimate that was corrected.
             if min(slots_free) < 0:
                 slots_free = [max(slots, 0) for slots in slots_free]
             if min(kv_free) < 0:
@@ -211,50 +202,49 @@ class Ledger:
         if not all(routable):
             slots_free = [slots if ok else 0 for slots, ok in zip(slots_free, routable, strict=True)]
         # By position, in the order of its fields: this is done for each request.
-        return RoundState(
+        state = RoundState(
             self._kv_tokens.copy(),
-            self._requests.copy(),
+            self._sequences.copy(),
             self._slots,
             slots_free,
             self._kv_capacity,
             kv_free,
         )
+        present = self.roster.present
+        return state if present is None else state.only(present)
 
     # What happens.
 
-    def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
-        """Enter a request into the pool; raises InvalidInputError for one that would corrupt the books."""
-        if request.prompt_tokens < 0:
-            msg = f"prompt_tokens must be at least 0, got {request.prompt_tokens}"
-            raise InvalidInputError(msg)
-        request_id = next(self._ids)
-        entry = Entry(request_id, request, now_s, now_s, prompt_tokens=request.prompt_tokens)
-        self._entries[request_id] = entry
-        self._pending[request_id] = entry
-        return request_id
+    def bind(self, entry: Entry, worker: WorkerIndex, now_s: float, prospect: Prospect | None = None) -> None:
+        """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it.
 
-    def bind(
-        self, request_id: RequestId, worker: WorkerIndex, now_s: float, prospect: Prospect | None = None
-    ) -> None:
-        """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it."""
-        entry = self.entry(request_id)
-        if not 0 <= worker < self.workers:
-            msg = f"there is no worker {worker} among {self.workers}"
-            raise LifecycleError(msg)
-        entry.state = after(entry.state, Event.BIND)
-        self._leave_pool(request_id)
-        entry.worker, entry.bound_s, entry.row = worker, now_s, len(self._rows)
-        self._rows.append(entry)
+        Raises LifecycleError, RosterError, and TypeError or ValueError for a prospect that is made of no
+        integers; nothing is booked then.
+        """
+        if not 0 <= worker < len(self._is_here) or not self._is_here[worker]:
+            self.roster.member(worker)
         curve, length_max, certain = prospect or _NO_PROSPECT
-        self._row_id.append(request_id)
+        curve, length_max = bounded(curve, _CURVE_MAX), bounded(length_max, LENGTH_UNLIMITED)
+        certain = bool(certain)
+        state = after(entry.state, Event.BIND)
+        # From here on nothing can fail: each value fits its column, those of the entry since it arrived.
+        prompt_tokens, sequences = entry.prompt_tokens, entry.sequences
+        entry.state, entry.worker, entry.bound_s, entry.row = state, worker, now_s, len(self._rows)
+        self._entries[entry.id] = entry
+        self._rows.append(entry)
+        self._row_id.append(entry.id)
         self._row_worker.append(worker)
-        self._row_kv_tokens.append(entry.prompt_tokens)
+        self._row_kv_tokens.append(prompt_tokens)
         self._row_output_tokens.append(0)
+        self._row_sequences.append(sequences)
         self._row_curve.append(curve)
         self._row_length_max.append(length_max)
         self._row_certain.append(certain)
-        self._kv_tokens[worker] += entry.prompt_tokens
+        self._kv_tokens[worker] += prompt_tokens
         self._requests[worker] += 1
+        self._sequences[worker] += sequences
+        if sequences != 1:
+            self._unusual_rows += 1
 
     def first_token(self, request_id: RequestId, now_s: float) -> None:
         """Note that prefill is over."""
@@ -263,14 +253,17 @@ class Ledger:
         entry.first_token_s = now_s
 
     def grow(self, request_id: RequestId, tokens: int) -> None:
-        """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output."""
+        """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output.
+
+        The output is never more than TOKENS_MAX.
+        """
         entry = self.entry(request_id)
-        if entry.row == NO_ROW:
-            msg = f"request {request_id} is not bound and cannot grow"
-            raise LifecycleError(msg)
-        row, change = entry.row, tokens
-        if change < 0:
-            change = max(change, -self._row_output_tokens[row])
+        row = entry.row
+        before = self._row_output_tokens[row]
+        after_it = before + tokens
+        if not 0 <= after_it <= TOKENS_MAX:
+            after_it = bounded(after_it, TOKENS_MAX)
+        change = after_it - before
         self._row_output_tokens[row] += change
         self._row_kv_tokens[row] += change
         self._kv_tokens[entry.worker] += change
@@ -282,65 +275,48 @@ class Ledger:
         """
         for column in (self._row_output_tokens, self._row_kv_tokens):
             np.frombuffer(column, dtype=np.int64)[rows] += 1
-        grown = np.bincount(np.array(self._row_worker, dtype=np.int64)[rows], minlength=self.workers)
+        workers = np.array(self._row_worker, dtype=np.int64)[rows]
+        grown = np.bincount(workers, minlength=len(self._kv_tokens))
         self._kv_tokens = [kv + more for kv, more in zip(self._kv_tokens, grown.tolist(), strict=True)]
 
     def correct_prompt(self, request_id: RequestId, prompt_tokens: int) -> None:
-        """Replace the prompt estimate by what the worker reports (>= 0)."""
+        """Replace the prompt estimate by what the worker reports, at least 0 and at most TOKENS_MAX."""
         entry = self.entry(request_id)
-        if entry.row == NO_ROW:
-            msg = f"request {request_id} is not bound: nothing can have reported its prompt"
-            raise LifecycleError(msg)
-        change = max(prompt_tokens, 0) - entry.prompt_tokens
+        change = bounded(prompt_tokens, TOKENS_MAX) - entry.prompt_tokens
         entry.prompt_tokens += change
         self._row_kv_tokens[entry.row] += change
         self._kv_tokens[entry.worker] += change
 
-    def pass_over(self, waiting: Sequence[Entry], admitted: Sequence[int]) -> None:
-        """Count the requests that overtake: of ``waiting``, oldest first, ``admitted`` (positions) go.
-
-        Each that stays has been passed over by those behind it that go.
-        """
-        position = 0
-        for younger, next_admitted in zip(range(len(admitted), 0, -1), admitted, strict=True):
-            for entry in waiting[position:next_admitted]:
-                entry.passed_over += younger
-            position = next_admitted + 1
-
-    def retry(self, request_id: RequestId, now_s: float) -> None:
-        """Return a request to the pool, before all others, and remember the worker that failed it."""
-        entry = self.entry(request_id)
-        entry.state = after(entry.state, Event.RETRY)
-        entry.avoid |= {entry.worker}
+    def take_back(self, entry: Entry, now_s: float) -> None:
+        """Unbind a request that its worker failed, so that it waits again; raises LifecycleError."""
+        state = after(entry.state, Event.RETRY)
+        worker = entry.worker
         self._unbind(entry)
-        entry.worker, entry.output_tokens, entry.waiting_since_s = NO_WORKER, 0, now_s
-        self._retrying[request_id] = entry
+        entry.avoid |= {worker}
+        entry.state, entry.worker, entry.output_tokens = state, NO_WORKER, 0
+        entry.waiting_since_s = now_s
+        self._let_go(worker)
 
-    def end(self, request_id: RequestId, event: Event) -> Entry:
-        """End a request by FINISH, FAIL, CANCEL or EXPIRE: return its load and forget it."""
-        entry = self.entry(request_id)
+    def end(self, entry: Entry, event: Event) -> None:
+        """Return the load of a bound request that ends by FINISH, FAIL or CANCEL; raises LifecycleError."""
         state = after(entry.state, event)
         if state not in TERMINAL:
             msg = f"{event.name} does not end a request"
             raise LifecycleError(msg)
-        if entry.row == NO_ROW:
-            self._leave_pool(request_id)
-        else:
-            self._unbind(entry)
+        self._unbind(entry)
         entry.state = state
-        del self._entries[request_id]
-        return entry
-
-    def _leave_pool(self, request_id: RequestId) -> None:
-        if self._pending.pop(request_id, None) is None:
-            del self._retrying[request_id]
+        self._let_go(entry.worker)
 
     def _unbind(self, entry: Entry) -> None:
         """Return the entry's load and close its row with the last one."""
-        row = entry.row
+        row, worker = entry.row, entry.worker
         entry.output_tokens = self._row_output_tokens[row]
-        self._kv_tokens[entry.worker] -= self._row_kv_tokens[row]
-        self._requests[entry.worker] -= 1
+        self._kv_tokens[worker] -= self._row_kv_tokens[row]
+        self._requests[worker] -= 1
+        self._sequences[worker] -= entry.sequences
+        if entry.sequences != 1:
+            self._unusual_rows -= 1
+        del self._entries[entry.id]
         last = self._rows.pop()
         moved = [column.pop() for column in self._columns]
         if last is not entry:
@@ -349,3 +325,27 @@ class Ledger:
             for column, value in zip(self._columns, moved, strict=True):
                 column[row] = value
         entry.row = NO_ROW
+
+    def _let_go(self, worker: WorkerIndex) -> None:
+        if not self._requests[worker]:
+            self.roster.let_go(worker)
+
+    def _member_changed(self, member: Member, change: Change) -> None:
+        """Keep a column for each member that is there."""
+        if change is Change.ADDED and member.index == len(self._slots):
+            for column in (self._slots, self._kv_capacity, self._kv_tokens, self._requests, self._sequences):
+                column.append(0)
+            self._is_here.append(True)
+        if change in {Change.ADDED, Change.GONE}:
+            limits = member.limits if change is Change.ADDED else _NOTHING
+            self._is_here[member.index] = change is Change.ADDED
+            self._slots[member.index] = limits.slots
+            self._kv_capacity[member.index] = _kv_capacity(limits)
+        members = self.roster.members
+        self._slots_total = sum(m.limits.slots for m in members)
+        takers = [m for m in members if m.state is MemberState.ACTIVE] or members
+        self._kv_capacity_max = max((_kv_capacity(m.limits) for m in takers), default=KV_UNLIMITED_TOKENS)
+
+
+def _kv_capacity(limits: WorkerLimits) -> int:
+    return KV_UNLIMITED_TOKENS if limits.kv_capacity_tokens is None else limits.kv_capacity_tokens

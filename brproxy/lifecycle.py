@@ -1,4 +1,4 @@
-"""The states of a request, as one transition table.
+"""The life of a request: its states as one transition table, and what is kept of it. Pure.
 
 A request ARRIVES and is PENDING in its group's pool. BIND gives it a worker: it is in PREFILL until its first
 token, then in DECODE. A worker that fails before the first byte sends it back to PENDING (RETRY). It ends in
@@ -8,10 +8,15 @@ from DECODE: once the client has seen a token, nothing is sent twice.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
-from brproxy.types import BrproxyError
+from brproxy.transitions import TransitionTable
+from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
+
+NO_WORKER = WorkerIndex(-1)
+NO_ROW = -1
 
 
 class State(Enum):
@@ -75,11 +80,28 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
     State.EXPIRED: {},
 }
 
+after = TransitionTable("a request", TRANSITIONS, LifecycleError).after
 
-def after(state: State, event: Event) -> State:
-    """Return the state that ``event`` leads to; raises LifecycleError when ``state`` does not allow it."""
-    try:
-        return TRANSITIONS[state][event]
-    except KeyError:
-        msg = f"a request in state {state.name} cannot {event.name}"
-        raise LifecycleError(msg) from None
+
+@dataclass(slots=True)
+class Entry:
+    """What is kept of one request until it ends. Times are the caller's clock in seconds; None: not yet.
+
+    ``waiting_since_s`` is when it last began to wait: on arrival, or when a worker failed it. While it is
+    bound, ``output_tokens`` is kept by the ledger (Ledger.output_tokens).
+    """
+
+    id: RequestId
+    request: PendingRequest
+    arrived_s: float
+    waiting_since_s: float
+    state: State = State.PENDING
+    worker: WorkerIndex = NO_WORKER
+    row: int = NO_ROW
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    sequences: int = 1
+    passed_over: int = 0
+    bound_s: float | None = None
+    first_token_s: float | None = None
+    avoid: frozenset[WorkerIndex] = frozenset()

@@ -8,6 +8,9 @@ import resource
 _SPARE = 256
 """Listeners, probes, logs; and clients that are about to be told that it is too much."""
 
+_TOO_MANY = 64
+"""Clients beyond those whose requests are in the proxy: they are told that it is too much (connections)."""
+
 _UNLIMITED = 1 << 20
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,19 @@ def raise_open_files_limit() -> int:
 
 def requests_for_open_files() -> int:
     """Return for how many requests at once this process may open enough files; at least 1."""
+    return max(1, (_limit() - _SPARE) // 2)
+
+
+def clients_for_open_files() -> int:
+    """Return how many clients may be connected: the requests, each with one to a worker, and some more."""
+    return requests_for_open_files() + _TOO_MANY
+
+
+def file_number_max() -> int:
+    """Return from which file number on few files are left: the system gives the least that is free."""
+    return _limit() - min(_SPARE // 2, _limit() // 8)
+
+
+def _limit() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = _UNLIMITED if soft == resource.RLIM_INFINITY else soft
-    return max(1, (files - _SPARE) // 2)
+    return _UNLIMITED if soft == resource.RLIM_INFINITY else soft

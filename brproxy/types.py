@@ -20,7 +20,7 @@ SEQUENCES_MAX = 1024
 
 
 class BrproxyError(Exception):
-    """Base of every error that brproxy raises for its users; its text is one line."""
+    """Base of every error that brproxy raises for its users; its text is a line for each mistake."""
 
 
 class InvalidInputError(BrproxyError):
@@ -37,6 +37,9 @@ class PendingRequest:
     to ignore the end of the text, so that the output is exactly that long. ``prompt_hash`` and
     ``prefix_hash`` identify the whole prompt and its beginning, ``user`` who asks; None and "" where unknown.
     ``output_tokens_true`` is how long the output turns out to be: only a simulator knows.
+    ``sequences`` are decoded side by side and take a slot each; 0 generates nothing, takes no slot and is not
+    kept waiting for one.
+    ``prompt_is_exact``: ``prompt_tokens`` was counted, not guessed; only a count may be refused as too long.
     """
 
     prompt_tokens: int
@@ -47,6 +50,8 @@ class PendingRequest:
     prefix_hash: int | None = None
     user: str = ""
     output_tokens_true: int | None = None
+    prompt_is_exact: bool = False
+    sequences: int = 1
 
 
 class Assignment(NamedTuple):

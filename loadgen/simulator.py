@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
-from brproxy.ledger import BoolArray, Ledger, WorkerLimits
+from brproxy.ledger import BoolArray, Ledger
 from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import PredictorParams, make_predictor
 from brproxy.prediction.quality import PredictionQuality
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import PolicyParams, make_policy
 from brproxy.types import PendingRequest, RequestId
 from loadgen.barrier import BarrierRecord, BarrierStats
@@ -84,7 +85,7 @@ class _Run:
     ) -> None:
         limits = WorkerLimits(settings.slots, settings.kv_capacity_tokens)
         self._dispatcher = Dispatcher(
-            Ledger([limits] * settings.workers),
+            Ledger(Roster.of([limits] * settings.workers)),
             make_policy(choice.policy, choice.policy_params),
             make_predictor(choice.predictor, choice.predictor_params),
             np.random.default_rng(seed),
@@ -190,4 +191,5 @@ def pending_request(request: TraceRequest) -> PendingRequest:
         prompt_hash=request.prompt_key,
         prefix_hash=request.prefix_key,
         output_tokens_true=request.output_tokens,
+        prompt_is_exact=True,
     )

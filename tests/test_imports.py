@@ -12,29 +12,45 @@ ROOT = Path(__file__).parents[1]
 
 # What each part of brproxy may import of the others; itself is always allowed.
 BASE = {"types", "clock", "registry"}
-CORE = BASE | {"routing", "prediction", "lifecycle", "ledger", "dispatcher", "estimate", "health", "fleet"}
+STATES = {"transitions", "lifecycle", "health", "roster", "waiting", "faults"}
+CORE = (
+    BASE
+    | STATES
+    | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "dispatcher"}
+    | {"rounds", "fleet", "estimate"}
+)
 ALLOWED = {
     "types": set(),
     "clock": {"types"},
     "registry": {"types"},
-    "lifecycle": {"types"},
-    "estimate": set(),
-    "health": {"types"},
+    "transitions": {"types"},
+    "lifecycle": {"types", "transitions"},
+    "roster": {"types", "transitions", "health"},
+    "waiting": {"types", "lifecycle"},
+    "estimate": {"types"},
+    "health": set(),
     "logs": set(),
     "command": {"types"},
     "routing": BASE,
     "prediction": BASE,
     "engines": BASE,
-    "ledger": BASE | {"lifecycle", "routing", "prediction"},
-    "dispatcher": BASE | {"lifecycle", "ledger", "routing", "prediction"},
-    "fleet": BASE | {"dispatcher", "health"},
+    "ledger": BASE | {"lifecycle", "roster", "routing", "prediction"},
+    "faults": set(),
+    "happenings": {"faults", "lifecycle", "roster"},
+    "learning": {"happenings", "lifecycle", "prediction"},
+    "foresight": {"types", "faults", "ledger", "routing", "prediction"},
+    "rounds": {"types", "dispatcher", "lifecycle"},
+    "dispatcher": BASE | STATES | {"ledger", "happenings", "learning", "foresight", "routing", "prediction"},
+    "fleet": BASE | {"dispatcher", "roster"},
     "telemetry": CORE,
     "validation": {"types"},
     "state_file": {"prediction"},
-    "config": {"validation"} | BASE | {"routing", "prediction", "engines"},
+    "config": {"validation", "origins"} | BASE | {"routing", "prediction", "engines"},
     "config_reference": {"config", "validation"},
-    "relay": {"types"},
-    "proxy": CORE | {"engines", "telemetry", "relay"},
+    "journey": {"types", "transitions"},
+    "origins": {"types"},
+    "relay": {"types", "transitions", "origins", "logs"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
     "listening": {"types", "config"},
     "open_files": set(),
     "app": CORE
@@ -49,11 +65,21 @@ PURE = (
     "prediction",
     "engines",
     "ledger",
+    "transitions",
     "lifecycle",
+    "roster",
+    "waiting",
+    "happenings",
+    "learning",
+    "foresight",
+    "faults",
+    "rounds",
     "dispatcher",
     "health",
     "fleet",
     "estimate",
+    "journey",
+    "origins",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 

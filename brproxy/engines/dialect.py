@@ -14,13 +14,18 @@ from brproxy.registry import Registry
 
 
 class RequestFacts(NamedTuple):
-    """What a request's body says about the load that it will be.
+    """What a request says about the load that it will be.
 
     ``prompt_tokens`` is exact for token-id prompts and None otherwise; ``prompt_bytes`` is the UTF-8 length
-    of its text. ``sequences`` are decoded side by side. ``runs_to_max``: the engine is told to ignore the end
-    of the text. ``prompt_hash`` and ``prefix_hash`` are there when they were asked for.
-    ``usage_can_be_asked`` tells that a stream could report usage if the proxy asked, and that the client has
-    not said anything about it.
+    of its text. ``sequences`` are decoded side by side; 0: it generates nothing. ``output_tokens_max`` is for
+    each of them. ``runs_to_max``: the engine is told to ignore the end of the text. ``prompt_hash`` and
+    ``prefix_hash`` are there when they were asked for. ``usage_can_be_asked`` tells that a stream could
+    report usage if the proxy asked, and that the client has not said anything about it.
+
+    ``prompt_is_exact``: ``prompt_tokens`` were counted, and are of one prompt, which a worker must hold at
+    once; nothing else may refuse a request as too long. ``teaches``: the text is all that the engine counts,
+    so that its report says how many bytes a token has. ``malformed`` says in one line what is wrong with a
+    body that the path's API cannot read, "" if nothing is.
     """
 
     model: str = ""
@@ -34,10 +39,13 @@ class RequestFacts(NamedTuple):
     prefix_hash: int | None = None
     user: str = ""
     usage_can_be_asked: bool = False
+    prompt_is_exact: bool = False
+    teaches: bool = True
+    malformed: str = ""
 
 
 class Usage(NamedTuple):
-    """Token counts as the engine reports them; None where it does not."""
+    """Token counts as the engine reports them, at most TOKENS_MAX each; None where it does not."""
 
     prompt_tokens: int | None
     completion_tokens: int | None
@@ -47,7 +55,9 @@ class EventFacts(NamedTuple):
     """What one server-sent event of a generation says.
 
     ``has_tokens``: it carries output. ``usage_only``: it carries nothing but usage. ``refused``: the engine
-    says that it did not take the request. ``error``: it reports an error of any kind. ``done``: the last.
+    says that it did not take the request. ``error``: it reports an error of any kind. ``died``: the engine
+    behind the API server is dead. ``done``: the last. ``finishes``: it says why a sequence ended.
+    ``sequence``: the one that its usage is of, None if that is of the whole response.
     """
 
     has_tokens: bool = False
@@ -56,6 +66,9 @@ class EventFacts(NamedTuple):
     error: bool = False
     refused: bool = False
     done: bool = False
+    died: bool = False
+    finishes: bool = False
+    sequence: int | None = None
 
 
 PLAIN_TOKENS = EventFacts(has_tokens=True)
@@ -67,12 +80,18 @@ class Dialect(ABC):
 
     HEALTH_PATH: ClassVar[str]
     MODELS_PATH: ClassVar[str] = "/v1/models"
+    USAGE_TAKES_FINGERPRINT: ClassVar[bool] = False
+    """Whether asking for usage moves ``system_fingerprint`` from a sequence's last event to usage's own."""
 
     @abstractmethod
     def read_request(
-        self, path: str, content_type: str, body: bytes, *, hashes: bool = False
+        self, path: str, method: str, content_type: str, body: bytes, *, hashes: bool = False
     ) -> RequestFacts:
-        """Return what ``body`` says; never raises. ``hashes``: identify the prompt and its beginning too."""
+        """Return what a request says; never raises. ``content_type`` comes without its parameters.
+
+        ``hashes``: identify the prompt and its beginning too. The work is bounded by the body's length, and
+        does not depend on what is in it (see ``body.py``).
+        """
 
     @abstractmethod
     def ask_usage(self, body: bytes) -> bytes:
@@ -89,6 +108,14 @@ class Dialect(ABC):
     @abstractmethod
     def read_reply(self, body: bytes) -> Usage | None:
         """Return the usage in a complete JSON reply, None without one; never raises."""
+
+    def may_tell_death(self, status: int) -> bool:
+        """Tell whether the body of a response with ``status`` may say that the engine is dead."""
+        return False
+
+    def is_death(self, status: int, body: bytes) -> bool:
+        """Tell whether an error's body says that the engine behind the server is dead."""
+        return False
 
     @abstractmethod
     def is_refusal(self, status: int) -> bool:

@@ -1,67 +1,129 @@
-"""The size of a prompt, read from a JSON document of any of the OpenAI-like APIs. Pure, and never raises.
+"""The size of a prompt, read from the JSON of any of the engines' APIs. Pure, and never raises.
 
-Texts count by their UTF-8 bytes. Images, audio and other data in a prompt are not text and count nothing
-here: what they cost in KV tokens depends on the model, and the engine's usage report corrects it.
+Texts count by their UTF-8 bytes, and text is what is known to be text: in a message or a part of one the
+values of certain keys. Images, audio, embeddings and whatever else comes count nothing: what they cost in KV
+tokens depends on the model, and the engine's usage report corrects it. A prompt that holds any of them says
+nothing of how many bytes a token has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import orjson
 
-# Where prompts are, in /v1/completions, chat, responses, messages, embeddings, rerank, score and tokenize.
+# Where prompts are, in /v1/completions, chat, responses, messages, embeddings, rerank, score and classify.
 _PROMPT_KEYS = frozenset(
     {
-        "prompt",
-        "messages",
-        "input",
-        "instructions",
-        "system",
-        "tools",
-        "query",
-        "documents",
-        "text_1",
-        "text_2",
+        *("prompt", "messages", "input", "instructions", "system", "suffix", "tools", "functions"),
+        *("query", "queries", "documents", "items", "text_1", "text_2", "data_1", "data_2"),
     }
 )
-# Inside a prompt: what is no text of the conversation.
-_NOT_TEXT = frozenset(
-    {"image_url", "input_audio", "video_url", "audio_url", "image", "audio", "source", "type"}
+# And in SGLang's own API, where in others "text" is an option.
+_NATIVE_PROMPT_KEYS = _PROMPT_KEYS | {"text", "input_ids", "token_ids"}
+# A list of texts there is several prompts.
+_SEVERAL = frozenset({"prompt", "text"})
+_SHOWN_AS_JSON = frozenset({"tools", "functions"})
+# What also makes the prompt, or cuts it short, so that its text is not what the engine counts.
+NOT_ONLY_TEXT = frozenset(
+    {
+        *("prompt_embeds", "input_embeds", "image_embeds", "audio_embeds", "image_data", "audio_data"),
+        *("video_data", "multi_modal_data", "mm_data", "features", "images", "mm_processor_kwargs"),
+        *("previous_response_id", "conversation", "context", "truncate_prompt_tokens"),
+    }
 )
+
+# In a message or a part: what is text, or holds parts.
+_TEXT_KEYS = frozenset(
+    {
+        *("content", "text", "role", "name", "reasoning", "reasoning_content", "thinking", "tool_calls"),
+        *("function", "function_call", "output", "refusal", "summary", "title", "snippet", "prompt", "query"),
+        *("instruction", "description"),
+    }
+)
+# What templates show as JSON.
+_JSON_KEYS = frozenset({"arguments", "input", "parameters", "input_schema", "tools"})
+# What is not shown.
+_LABELS = frozenset(
+    {
+        *("id", "index", "tool_call_id", "tool_use_id", "call_id", "status", "is_error", "cache_control"),
+        *("annotations", "logprobs", "phase", "signature"),
+    }
+)
+_TEXT_TYPES = frozenset(
+    {
+        *("text", "input_text", "output_text", "summary_text", "reasoning_text", "message", "reasoning"),
+        *("function", "function_call", "function_call_output", "tool_use", "tool_result", "thinking"),
+        *("refusal", "custom", "custom_tool_call", "custom_tool_call_output"),
+    }
+)
+
+HASHED_BYTES_MAX = 1 << 20
+"""Prompts of longer bodies are not identified: they do not come again, and hashing takes its time."""
 
 
 class PromptSize(NamedTuple):
-    """``tokens``: token ids, exact. ``text_bytes``: UTF-8 bytes of the rest. ``prompts``: their number."""
+    """``tokens``: token ids, exact. ``text_bytes``: UTF-8 bytes of the rest. ``prompts``: their number.
 
-    tokens: int
-    text_bytes: int
-    prompts: int
+    ``is_all``: there is nothing else in the prompt.
+    """
+
+    tokens: int = 0
+    text_bytes: int = 0
+    prompts: int = 1
+    is_all: bool = True
+
+    def joined(self, other: PromptSize) -> PromptSize:
+        """Return the size of both together, in one request."""
+        return PromptSize(
+            self.tokens + other.tokens,
+            self.text_bytes + other.text_bytes,
+            max(self.prompts, other.prompts),
+            self.is_all and other.is_all,
+        )
 
 
-def prompt_size(document: dict[str, Any]) -> PromptSize:
+def prompt_keys(*, text_is_prompt: bool) -> frozenset[str]:
+    """Return the keys of a request that hold its prompt."""
+    return _NATIVE_PROMPT_KEYS if text_is_prompt else _PROMPT_KEYS
+
+
+def prompt_size(document: Mapping[str, Any], *, text_is_prompt: bool = False) -> PromptSize:
     """Return the size of everything in ``document`` that the model reads."""
     tokens = text_bytes = 0
     prompts = 1
+    is_all = NOT_ONLY_TEXT.isdisjoint(document) or not any(map(document.get, NOT_ONLY_TEXT))
+    keys = _NATIVE_PROMPT_KEYS if text_is_prompt else _PROMPT_KEYS
     for key, value in document.items():
-        if key not in _PROMPT_KEYS or value is None:
+        if key not in keys or not value:
             continue
-        more_tokens, more_bytes = _measure(value)
+        if key in _SHOWN_AS_JSON:
+            text_bytes += _json_bytes(value)
+            continue
+        more_tokens, more_bytes, is_text = _measure(value)
         tokens += more_tokens
         text_bytes += more_bytes
-        if key == "prompt" and isinstance(value, list) and value and not _is_token(value[0]):
-            prompts = len(value)
-    return PromptSize(tokens, text_bytes, prompts)
+        is_all = is_all and is_text
+        if type(value) is list and _is_several(key, value):
+            prompts = max(prompts, len(value))
+    return PromptSize(tokens, text_bytes, prompts, is_all)
 
 
-def prompt_hashes(document: dict[str, Any]) -> tuple[int | None, int | None]:
+def _is_several(key: str, value: list[Any]) -> bool:
+    """Tell whether a list is one of prompts, each of them generated for, and not of one prompt's parts."""
+    kind = type(value[0])
+    return kind is list or (kind is str and key in _SEVERAL)
+
+
+def prompt_hashes(document: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Return stable 63-bit hashes of the whole prompt and of its beginning; None without a prompt.
 
     The beginning is all messages but the last, or the first quarter of a single text: what requests made from
     one template have in common.
     """
-    for key in ("messages", "prompt", "input"):
+    for key in ("messages", "prompt", "input", "text", "input_ids"):
         prompt = document.get(key)
         if not isinstance(prompt, str | list) or not prompt:
             continue
@@ -70,7 +132,7 @@ def prompt_hashes(document: dict[str, Any]) -> tuple[int | None, int | None]:
         try:
             return _hash(prompt), _hash(beginning)
         except orjson.JSONEncodeError:
-            # Nested more deeply than the encoder goes: nothing that comes again.
+            # Nested more deeply than the encoder goes, or no Unicode: nothing that comes again.
             return None, None
     return None, None
 
@@ -80,9 +142,11 @@ def _hash(value: object) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _measure(value: object) -> tuple[int, int]:
-    # A stack and not recursion: a request may nest as deeply as the JSON parser allows.
+def _measure(value: object) -> tuple[int, int, bool]:
+    """Return the tokens and the bytes of text in ``value``, and whether that is all of it."""
     tokens = text_bytes = 0
+    is_all = True
+    # A stack and not recursion: a request may nest as deeply as the JSON parser allows.
     stack: list[Any] = [value]
     while stack:
         item = stack.pop()
@@ -92,23 +156,45 @@ def _measure(value: object) -> tuple[int, int]:
             text_bytes += len(item) if item.isascii() else _utf8_bytes(item)
         elif kind is dict:
             for key, part in item.items():
-                if key in _NOT_TEXT:
-                    continue
+                if key not in _TEXT_KEYS:
+                    more_bytes, is_text = _measure_other(key, part)
+                    text_bytes += more_bytes
+                    is_all = is_all and is_text
                 # Most of what a chat holds: spare it the way over the stack.
-                if type(part) is str and part.isascii():
+                elif type(part) is str and part.isascii():
                     text_bytes += len(part)
                 else:
                     stack.append(part)
-        elif kind is list:
-            if item and _is_token(item[0]):
+        elif kind is list and item:
+            if _is_token(item[0]):
                 tokens += len(item)
             else:
                 stack += item
-    return tokens, text_bytes
+    return tokens, text_bytes, is_all
+
+
+def _measure_other(key: str, part: object) -> tuple[int, bool]:
+    """Return the bytes of what is no plain text in a message or a part, and whether that is all of it."""
+    if key in _JSON_KEYS:
+        return _json_bytes(part), True
+    if key == "type":
+        return 0, type(part) is str and part in _TEXT_TYPES
+    return 0, not part or key in _LABELS
+
+
+def _json_bytes(value: object) -> int:
+    """Return the bytes of a value that templates show as JSON: tools, and what they are called with."""
+    if type(value) is str:
+        return _utf8_bytes(value)
+    try:
+        return len(orjson.dumps(value))
+    except orjson.JSONEncodeError:
+        # Nested more deeply than the encoder goes, or no Unicode: no engine shows it either.
+        return 0
 
 
 def _utf8_bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _is_token(value: object) -> bool:

@@ -54,7 +54,8 @@ class ActiveRequests:
     """The N requests bound to the workers of one group, as parallel arrays [N] in no particular order.
 
     ``worker``: index of each request's worker. ``kv_tokens``: its load now (prompt and streamed tokens).
-    ``output_tokens``: tokens streamed so far. ``curve``, ``length_max``, ``certain``: its prospect.
+    ``output_tokens``: tokens streamed so far, of each of its sequences. ``curve``, ``length_max``,
+    ``certain``: its prospect. ``sequences``: how many tokens it grows by in a step; None: each by one.
     """
 
     worker: IntArray
@@ -63,6 +64,7 @@ class ActiveRequests:
     curve: IntArray
     length_max: IntArray
     certain: BoolArray
+    sequences: IntArray | None = None
 
     def only(self, rows: BoolArray | slice) -> ActiveRequests:
         """Return the requests that ``rows`` (bool[N] or a slice) picks."""
@@ -73,6 +75,7 @@ class ActiveRequests:
             self.curve[rows],
             self.length_max[rows],
             self.certain[rows],
+            None if self.sequences is None else self.sequences[rows],
         )
 
 
@@ -110,15 +113,17 @@ class Predictor(ABC, Generic[P]):
     def forecast(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
         """Return float64[G, H+1]: the expected load of each worker 0, 1, …, H decode steps ahead.
 
-        ``Σ_i P(i still runs after h steps) * (kv_tokens_i + h)`` over each worker's requests; column 0 is
-        exactly the load now.
+        ``Σ_i P(i still runs after h steps) * (kv_tokens_i + sequences_i * h)`` over each worker's requests;
+        column 0 is exactly the load now.
         """
         certain = active.certain
         if not certain.any():
             return self._project(active, workers, horizon_steps)
         known = active.only(certain)
         remaining = known.length_max - known.output_tokens
-        forecast = project_certain(known.worker, known.kv_tokens, remaining, workers, horizon_steps)
+        forecast = project_certain(
+            known.worker, known.kv_tokens, remaining, workers, horizon_steps, known.sequences
+        )
         if not certain.all():
             forecast += self._project(active.only(~certain), workers, horizon_steps)
         return forecast
@@ -150,7 +155,7 @@ class Predictor(ABC, Generic[P]):
         """Project requests by a survival curve each; as ``forecast``, for requests of uncertain length."""
         survival = self.survival(active, horizon_steps)
         truncate(survival, active)
-        return project_curves(active.worker, active.kv_tokens, survival, workers)
+        return project_curves(active.worker, active.kv_tokens, survival, workers, active.sequences)
 
 
 def truncate(survival: FloatArray, active: ActiveRequests) -> None:

@@ -1,6 +1,7 @@
 """From what is known of each request to the expected load of each worker. Array arithmetic, no loops.
 
-The load of a worker h steps ahead is ``Σ_i P(i runs after h steps) * (kv_tokens_i + h)`` over its requests.
+The load of a worker h steps ahead is ``Σ_i P(i runs after h steps) * (kv_tokens_i + sequences_i * h)`` over
+its requests; without ``sequences`` (int64[N]) each grows by one token in a step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ FloatArray = NDArray[np.float64]
 
 
 def project_certain(
-    worker: IntArray, kv_tokens: IntArray, remaining: IntArray, workers: int, horizon_steps: int
+    worker: IntArray,
+    kv_tokens: IntArray,
+    remaining: IntArray,
+    workers: int,
+    horizon_steps: int,
+    sequences: IntArray | None = None,
 ) -> FloatArray:
     """Project requests that run exactly ``remaining`` more steps; returns float64[G, H+1].
 
@@ -25,7 +31,7 @@ def project_certain(
     cell = worker * (steps + 1) + cutoff
     cells = workers * (steps + 1)
     kv = np.bincount(cell, kv_tokens, minlength=cells).reshape(workers, steps + 1)
-    count = np.bincount(cell, minlength=cells).reshape(workers, steps + 1)
+    count = np.bincount(cell, sequences, minlength=cells).reshape(workers, steps + 1)
     # Alive at step h: those whose cut-off is beyond h.
     kv_alive = np.cumsum(kv[:, ::-1], axis=1)[:, ::-1][:, 1:]
     count_alive = np.cumsum(count[:, ::-1], axis=1)[:, ::-1][:, 1:]
@@ -33,14 +39,21 @@ def project_certain(
     return forecast
 
 
-def project_curves(worker: IntArray, kv_tokens: IntArray, survival: FloatArray, workers: int) -> FloatArray:
+def project_curves(
+    worker: IntArray,
+    kv_tokens: IntArray,
+    survival: FloatArray,
+    workers: int,
+    sequences: IntArray | None = None,
+) -> FloatArray:
     """Project requests with a survival curve each (float64[N, H+1]); returns float64[G, H+1]."""
     steps = survival.shape[1]
     forecast = np.zeros((workers, steps))
     if not len(worker):
         return forecast
     order = np.argsort(worker, kind="stable")
-    expected = survival[order] * (kv_tokens[order, None] + np.arange(steps))
+    growth = np.arange(steps) if sequences is None else sequences[order, None] * np.arange(steps)
+    expected = survival[order] * (kv_tokens[order, None] + growth)
     present, first = np.unique(worker[order], return_index=True)
     forecast[present] = np.add.reduceat(expected, first, axis=0)
     return forecast

@@ -27,6 +27,8 @@ class Account:
         "_facts",
         "_has_begun",
         "_lease",
+        "_output_tokens",
+        "_outputs",
         "_plain_differs",
         "_unbooked_events",
         "_usage",
@@ -52,6 +54,8 @@ class Account:
         self.usage_was_added = usage_was_added
         self._counter: StreamCounter
         self._usage: Usage | None = None
+        self._outputs: dict[int, int] = {}
+        self._output_tokens = 0
         self._chunks_reported = 0
         self._unbooked_events = 0
         self._has_begun = False
@@ -82,7 +86,7 @@ class Account:
             else:
                 self._plain_differs = True
         elif facts.usage is not None:
-            self._settle(facts.usage)
+            self._settle(self._of_all(facts.usage, facts.sequence))
         elif facts.done:
             self.done = True
         return facts
@@ -93,22 +97,22 @@ class Account:
             self._lease.book_later(self._book)
         self._unbooked_events += events
 
-    def hides(self, facts: EventFacts) -> bool:
-        """Tell whether the client must not see an event: it exists only because the proxy asked for it."""
-        return facts.usage_only and self.usage_was_added
-
     def reply(self, body: bytes) -> None:
         """Book what a complete JSON reply reports; its request ends with it, so its prompt stays as it is."""
         self._usage = usage = self.dialect.read_reply(body)
         if usage is not None and usage.completion_tokens is not None:
             self._lease.tokens(usage.completion_tokens)
 
+    def refused(self) -> None:
+        """Note that the worker turned the request down, and that this is what the client gets."""
+        self._lease.fail()
+
     def learn(self) -> None:
         """Learn both ratios from what the complete response reported."""
         if self._usage is None:
             return
         model, usage = self._facts.model, self._usage
-        if usage.prompt_tokens is not None and self._facts.prompt_tokens is None:
+        if usage.prompt_tokens is not None and self._facts.teaches:
             self._estimator.learn_prompt(model, self._facts.prompt_bytes, usage.prompt_tokens)
         if usage.completion_tokens is not None and self._chunks_reported:
             self._estimator.learn_chunks(model, self._chunks_reported, usage.completion_tokens)
@@ -117,6 +121,16 @@ class Account:
         events, self._unbooked_events = self._unbooked_events, 0
         if events:
             self._lease.tokens(self._counter.count(events))
+
+    def _of_all(self, usage: Usage, sequence: int | None) -> Usage:
+        """Return what a report says of the whole response, where it is of one sequence of several."""
+        if sequence is None or self._facts.sequences == 1 or usage.completion_tokens is None:
+            return usage
+        before = self._outputs.get(sequence, 0)
+        self._outputs[sequence] = usage.completion_tokens
+        self._output_tokens += usage.completion_tokens - before
+        # Whether the others have the same prompt is not said.
+        return Usage(None, self._output_tokens)
 
     def _settle(self, usage: Usage) -> None:
         before, self._usage = self._usage, usage

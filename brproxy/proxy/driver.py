@@ -1,66 +1,73 @@
-"""What drives a group's dispatcher in the proxy: arrivals, a tick, and the futures that handlers wait on.
+"""What drives a group's rounds in the proxy: arrivals, a timer, and the futures that handlers wait on.
 
-The dispatcher decides; the driver only says when. With an empty pool an arrival is decided at once. While
-anything waits, a tick every ``tick_s`` runs one decision round over all of it, so that a burst is one round.
+The dispatcher decides and ``rounds`` says when; here is the I/O. Where nobody waits an arrival is decided at
+once. While anybody does, a round every ``tick_s`` decides over all of them, so that a burst is one round.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from brproxy.clock import Clock
 from brproxy.fleet import Group
-from brproxy.ledger import Entry
-from brproxy.lifecycle import TERMINAL, Event, State
+from brproxy.lifecycle import TERMINAL, Entry, Event, State
 from brproxy.relay.errors import ClientGoneError
+from brproxy.rounds import Rounds
 from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
 
 
 class WaitExpiredError(BrproxyError):
-    """A request waited in the pool for longer than the limit."""
+    """A request waited for longer than the limit; ``reason`` says what for."""
+
+    def __init__(self, reason: str, waited_s: float) -> None:
+        super().__init__(f"{reason} within {waited_s:g} s")
+        self.reason = reason
+
+
+class NoWorkerError(WaitExpiredError):
+    """A request waited for longer than the limit because no worker was healthy."""
+
+
+class DecisionFailedError(BrproxyError):
+    """No decision can be made on a request: the fault is the proxy's own."""
 
 
 class GroupDriver:
-    """Runs one group's dispatcher on the event loop.
+    """Runs one group's rounds on the event loop: the timer, and the futures that handlers wait on.
 
-    ``on_round(duration_s, admitted)`` and ``on_end(entry)`` are told about each decision round that admitted
-    something and each request that ends; they must not block.
+    As long as any request waits a round is due, whatever rounds, observers or those who book raise.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        clock: Clock,
-        tick_s: float,
-        on_round: Callable[[float, int], None],
-        on_end: Callable[[Entry], None],
-    ) -> None:
+    def __init__(self, group: Group, clock: Clock, tick_s: float) -> None:
         self.group = group
         self.clock = clock
         self._dispatcher = group.dispatcher
-        self._tick_s = tick_s
-        self._on_round = on_round
-        self._on_end = on_end
+        self._faults = group.dispatcher.faults
+        self._rounds = Rounds(group.dispatcher, tick_s, clock.now_s)
         self._waiters: dict[RequestId, asyncio.Future[WorkerIndex]] = {}
-        self._tick: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._growth: list[Callable[[], None]] = []
 
     def admit(self, request: PendingRequest) -> Lease:
         """Put a request into the pool; raises PoolFullError or PromptTooLongError."""
         request_id = self._dispatcher.arrive(request, self.clock.now_s())
-        return Lease(self, self._dispatcher.ledger.entry(request_id))
+        return Lease(self, self._dispatcher.entry(request_id))
 
-    def decide_now(self) -> None:
-        """Decide at once if nobody waits for a tick."""
-        if self._tick is None:
+    def decide_now(self, entry: Entry) -> None:
+        """Decide on ``entry`` at once if nobody waits for the next round, or if it takes no slot."""
+        if not entry.sequences and entry.state is State.PENDING:
+            routable = self.group.roster.routable()
+            self._dispatcher.place_at_once(entry, self.clock.now_s(), routable)
+        if self._rounds.is_open and len(self._dispatcher.waiting):
             self._run_round()
 
     async def wait(self, entry: Entry) -> WorkerIndex:
-        """Wait until ``entry``, which a tick is going to look at, is bound; raises WaitExpiredError."""
+        """Wait until ``entry`` is bound; raises WaitExpiredError or DecisionFailedError."""
+        if entry.state is not State.PENDING:
+            return self._outcome(entry)
         waiter: asyncio.Future[WorkerIndex] = asyncio.get_running_loop().create_future()
         self._waiters[entry.id] = waiter
         try:
@@ -78,56 +85,84 @@ class GroupDriver:
         if growth:
             self._growth = []
             for book in growth:
-                book()
+                try:
+                    book()
+                except Exception as error:  # noqa: BLE001 - one stream's mistake is not the others'
+                    self._faults.note("booking", error)
 
     def retry(self, entry: Entry) -> None:
-        """Take ``entry`` away from the worker that failed it; the next ``wait`` gives it another."""
-        self._dispatcher.ledger.retry(entry.id, self.clock.now_s())
+        """Take ``entry`` away from the worker that failed it; the next round gives it another."""
+        now_s = self.clock.now_s()
+        self._dispatcher.retry(entry.id, now_s)
+        # Its handler may take its time before it asks.
+        if self._rounds.due_s is None:
+            self._go_on(now_s)
 
     def end(self, entry: Entry, event: Event) -> None:
         """End a request; what it held goes to those that wait, on the next tick."""
-        self._dispatcher.end(entry.id, event)
-        self._on_end(entry)
+        now_s = self.clock.now_s() if entry.state is State.PENDING else None
+        self._dispatcher.end(entry.id, event, now_s)
+
+    def is_stuck(self) -> bool:
+        """Tell whether requests wait for a round that does not come."""
+        # A timer that is late, as all are in a loop that was held up, will still come.
+        is_coming = self._timer is not None and not self._timer.cancelled()
+        return not is_coming and self._rounds.is_stuck(self.clock.now_s())
+
+    def look_after(self) -> None:
+        """Book what has streamed, and run a round if requests wait for one in vain: for a periodic look."""
+        self.catch_up()
+        if self.is_stuck():
+            self._faults.note("round", DecisionFailedError("requests waited, and no round was due"))
+            self._run_round()
 
     def close(self) -> None:
         """Stop ticking; whatever still waits is left to its handlers."""
-        if self._tick is not None:
-            self._tick.cancel()
-            self._tick = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._rounds.stopped()
 
     def _run_round(self) -> None:
-        """Decide, wake those that were bound or have waited too long, and tick again while any wait."""
+        """Run one round, wake those that it settled, and have another one while any wait."""
         self.catch_up()
         now_s = self.clock.now_s()
-        started_s = time.perf_counter()
-        assignments = self._dispatcher.decide(now_s, self.group.health.routable())
-        if assignments:
-            self._on_round(time.perf_counter() - started_s, len(assignments))
+        settled = self._rounds.run(now_s)
         if self._waiters:
-            for assignment in assignments:
-                self._wake(assignment.request_id, assignment.worker)
-        if not self._dispatcher.ledger.pending:
-            self._tick = None
-            return
-        for request_id in self._dispatcher.expired(now_s):
-            entry = self._dispatcher.ledger.entry(request_id)
-            self.end(entry, Event.EXPIRE)
-            self._wake(request_id, None)
-        # Also when all have expired: whoever is about to wait relies on the tick.
-        self._tick = asyncio.get_running_loop().call_later(self._tick_s, self._run_round)
+            for entry in settled:
+                self._wake(entry)
+        self._go_on(now_s)
 
-    def _wake(self, request_id: RequestId, worker: WorkerIndex | None) -> None:
+    def _go_on(self, now_s: float) -> None:
+        """Have the next round come, if any request waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        delay_s = self._rounds.next_after(now_s)
+        if delay_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._run_round)
+
+    def _wake(self, entry: Entry) -> None:
         # A waiter may be gone or cancelled already: its handler is about to end the request itself.
-        waiter = self._waiters.get(request_id)
+        waiter = self._waiters.get(entry.id)
         if waiter is None or waiter.done():
             return
-        if worker is None:
+        try:
+            waiter.set_result(self._outcome(entry))
+        except BrproxyError as error:
+            waiter.set_exception(error)
+
+    def _outcome(self, entry: Entry) -> WorkerIndex:
+        """Return the worker of a request that no longer waits; raises what it ended by."""
+        if entry.state not in TERMINAL:
+            return entry.worker
+        if entry.state is State.EXPIRED:
             limit_s = self._dispatcher.limits.wait_s_max
-            waiter.set_exception(
-                WaitExpiredError(f"no worker had a free slot and KV room within {limit_s:g} s")
-            )
-        else:
-            waiter.set_result(worker)
+            if not any(self.group.roster.routable()):
+                raise NoWorkerError("no worker was healthy", limit_s)
+            raise WaitExpiredError("no worker had a free slot and KV room", limit_s)
+        msg = "no worker could be chosen for the request"
+        raise DecisionFailedError(msg)
 
 
 class Lease:
@@ -168,12 +203,17 @@ class Lease:
     def worker_now(self) -> WorkerIndex | None:
         """Return a worker if one can be had at once, else None: then wait for one."""
         entry = self.entry
-        self._driver.decide_now()
+        self._driver.decide_now(entry)
         return entry.worker if entry.state is State.PREFILL else None
 
     async def worker(self) -> WorkerIndex:
-        """Wait for a worker; raises WaitExpiredError."""
+        """Wait for a worker; raises WaitExpiredError or DecisionFailedError."""
         return await self._driver.wait(self.entry)
+
+    def has_others(self) -> bool:
+        """Tell whether a worker may be chosen that has not failed this request; its own has, if it asks."""
+        tried = self.entry.avoid | {self.entry.worker}
+        return any(ok and g not in tried for g, ok in enumerate(self._driver.group.roster.routable()))
 
     def retry(self) -> None:
         """Give the worker back: it failed before the client saw anything."""

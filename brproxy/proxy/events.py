@@ -1,11 +1,14 @@
 """The events of one stream on their way to the client: read for the account, held until all is clear. Pure.
 
 An engine may refuse a request with status 200 and say so in the first event, so nothing goes out before
-that; an event goes out when it is whole; and a usage report that only the proxy asked for does not go out.
+that; an event goes out when it is whole; and what only the proxy's question for usage has brought into the
+stream does not go out.
 """
 
 from __future__ import annotations
 
+from brproxy.engines.dialect import PLAIN_TOKENS, EventFacts
+from brproxy.engines.unasked import UsageRemover
 from brproxy.proxy.accounting import NO_DATA, Account
 from brproxy.proxy.sse import SseSplitter, event_data
 
@@ -17,53 +20,70 @@ class EventReader:
     """Reads a stream for ``account``; ``take`` hands out what the client gets of it.
 
     ``is_taken``: the worker has taken the request, or more has come than is held to see whether it has.
-    ``is_refused``: it has not, and what came so far is held.
     """
 
-    __slots__ = ("_account", "_held", "_splitter", "is_refused", "is_taken")
+    __slots__ = ("_account", "_held", "_remover", "_rest", "_splitter", "is_taken")
 
     def __init__(self, account: Account, event_bytes_max: int) -> None:
         account.expect_stream()
         self._account = account
         self._splitter = SseSplitter(event_bytes_max)
+        self._remover = (
+            UsageRemover(takes_fingerprint=account.dialect.USAGE_TAKES_FINGERPRINT)
+            if account.usage_was_added
+            else None
+        )
         self._held = b""
+        self._rest: list[bytes] = []
         self.is_taken = False
-        self.is_refused = False
 
     @property
     def is_between(self) -> bool:
         """Whether the last event that has come is whole, and known to be worth passing on."""
-        return self.is_taken and not self._splitter.tail
+        is_holding = self._remover is not None and self._remover.is_holding
+        return self.is_taken and not self._splitter.tail and not is_holding
 
-    def read(self, payload: bytes) -> None:
-        """Take in bytes of the stream."""
+    def read(self, payload: bytes) -> EventFacts | None:
+        """Take in bytes of the stream.
+
+        Returns what the first event says if that turns the request down, and then waits: ``go_on`` has it and
+        all that follows pass after all.
+        """
+        return self._read(self._splitter.feed(payload))
+
+    def go_on(self) -> None:
+        """Take the event that turned the request down for the answer."""
+        self.is_taken = True
+        events, self._rest = self._rest, []
+        self._read(events)
+
+    def _read(self, events: list[bytes]) -> EventFacts | None:
         account = self._account
-        events = self._splitter.feed(payload)
         plain_events = 0
         for position, event in enumerate(events):
             if account.plain is not None and account.plain.matches(event):
                 plain_events += 1
-                self._held += event
+                self._held += self._wanted(event, PLAIN_TOKENS)
                 continue
             # Before a report of all tokens so far, which the next event may be.
             if plain_events:
                 account.count(plain_events)
                 plain_events = 0
             facts = account.look(event)
-            if facts.refused and not self.is_taken:
-                self._held += b"".join(events[position:]) + self._splitter.tail
-                self.is_refused = True
-                return
-            if account.hides(facts):
-                # Only the event: blank lines before it are the worker's own.
-                self._held += event[: -len(event.lstrip(b"\r\n"))]
-            else:
-                self._held += event
+            if (facts.refused or facts.died) and not self.is_taken:
+                self._rest = events[position:]
+                return facts
+            self._held += self._wanted(event, facts)
             # Comments may come before the first data, which alone tells if it was taken.
             if facts is not NO_DATA or len(self._held) > HELD_BYTES_MAX:
                 self.is_taken = True
         if plain_events:
             account.count(plain_events)
+        return None
+
+    def _wanted(self, event: bytes, facts: EventFacts) -> bytes:
+        """Return what the client gets now that ``event`` has come."""
+        return event if self._remover is None else self._remover.pass_on(event, facts)
 
     def take(self) -> bytes:
         """Return what goes on to the client, b"" for nothing yet."""
@@ -80,8 +100,10 @@ class EventReader:
         last = event_data(self._splitter.tail) or b""
         return not dialect.ends_with_done(path) or dialect.read_event(last).done
 
-    def end(self) -> None:
-        """Take what is left for an event: there is no more."""
-        tail = self._splitter.tail
-        if tail and not self._account.hides(self._account.look(tail)):
-            self._held += tail
+    def end(self) -> EventFacts | None:
+        """Take what is left for an event, for there is no more; returns what ``read`` does."""
+        tail, self._splitter.tail = self._splitter.tail, b""
+        facts = self._read([tail]) if tail else None
+        if facts is None and self._remover is not None:
+            self._held += self._remover.rest()
+        return facts

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
 
-import orjson
 from aiohttp import web
 
-from brproxy.proxy import errors
+from brproxy.health import Health
+from brproxy.proxy.errors import ProxyError
+from brproxy.proxy.models import ModelLimits, ModelList
 from brproxy.proxy.service import Service
-from brproxy.relay.fields import crossing_pairs
+from brproxy.relay.endpoint import Endpoint
 
 MODELS_PATH = "/v1/models"
+
+_REASONS_MAX = 8
+"""Workers that ``/ready`` gives a reason for: who reads it wants to know of the kind."""
 
 Page = Callable[[web.BaseRequest], Awaitable[web.Response]]
 
@@ -23,6 +25,13 @@ class Pages:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        limits = service.limits
+        self._model_list = ModelList(
+            self._routable,
+            ModelLimits(
+                limits.control_timeout_s, limits.control_bytes_max, limits.models_kept_s, limits.retry_after_s
+            ),
+        )
         self.draining = False
         self.by_path: dict[str, Page] = {
             "/health": self._health,
@@ -36,12 +45,25 @@ class Pages:
         return web.Response(text="ok\n")
 
     async def _ready(self, _request: web.BaseRequest) -> web.Response:
-        """200 while at least one worker may be chosen and the proxy is not about to stop."""
+        """200 while a worker may be chosen, decisions are made, and the proxy is not about to stop."""
         if self.draining:
             return web.Response(status=503, text="shutting down\n")
         if not self._service.fleet.ready:
-            return web.Response(status=503, text="no worker is healthy\n")
+            return web.Response(status=503, text=f"no worker is healthy\n{self._reasons()}")
+        stuck = [name for name, group in self._service.groups.items() if group.driver.is_stuck()]
+        if stuck:
+            return web.Response(status=503, text=f"requests wait and no round is due: {', '.join(stuck)}\n")
         return web.Response(text="ready\n")
+
+    def _reasons(self) -> str:
+        """Return why workers cannot be chosen, a line for each of the first."""
+        members = [m for service in self._service.groups.values() for m in service.group.roster.members]
+        lines = [
+            f"{m.key}: {'draining' if m.health.state is Health.HEALTHY else m.health.reason}\n"
+            for m in members[:_REASONS_MAX]
+        ]
+        more = len(members) - len(lines)
+        return "".join(lines) + (f"and {more} more\n" if more else "")
 
     async def _metrics(self, _request: web.BaseRequest) -> web.Response:
         """Prometheus metrics in the text format."""
@@ -52,40 +74,23 @@ class Pages:
         )
 
     async def _models(self, request: web.BaseRequest) -> web.Response:
-        """Answer with the union of the models that healthy workers report, in the first one's words."""
-        asked = [
-            (pool.origin, service.dialect.MODELS_PATH)
-            for service in self._service.groups.values()
-            for pool, routable in zip(service.pools, service.group.health.routable(), strict=True)
-            if routable
-        ]
-        headers = crossing_pairs(request.raw_headers)
-        timeout_s = self._service.limits.control_timeout_s
-        answers = await asyncio.gather(
-            *(self._service.control.get(origin, path, timeout_s, headers) for origin, path in asked),
-            return_exceptions=True,
-        )
-        replies = [answer for answer in answers if not isinstance(answer, BaseException)]
-        union = _models_union([body for status, body in replies if status == 200])
-        if union is not None:
-            return web.Response(body=orjson.dumps(union), content_type="application/json")
-        if replies:
-            status, body = replies[0]
-            return web.Response(status=status, body=body, content_type="application/json")
-        failure = errors.workers_failed("No worker could be asked for its models.")
-        self._service.metrics.reject(failure.status)
-        return failure.response()
-
-
-def _models_union(bodies: list[bytes]) -> dict[str, Any] | None:
-    """Merge ``/v1/models`` answers by id, the first seen kept; None when none can be read."""
-    models: dict[str, object] = {}
-    readable = False
-    for body in bodies:
+        """Answer with the union of the models that healthy workers report."""
         try:
-            listed = {entry["id"]: entry for entry in orjson.loads(body)["data"]}
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            continue
-        readable = True
-        models |= {name: entry for name, entry in listed.items() if name not in models}
-    return {"object": "list", "data": list(models.values())} if readable else None
+            answer = await self._model_list.answer(request.raw_headers)
+        except ProxyError as error:
+            self._service.metrics.reject(error.status)
+            return error.response(request.path)
+        return web.Response(status=answer.status, body=answer.body, headers=answer.fields)
+
+    def _routable(self) -> list[tuple[Endpoint, str]]:
+        """Return the endpoint of every worker that may be chosen, and where it lists its models."""
+        return [
+            (service.endpoint(member.index), service.dialect.MODELS_PATH)
+            for service in self._service.groups.values()
+            for member in service.group.roster.members
+            if member.is_routable
+        ]
+
+    async def close(self) -> None:
+        """End what is being asked for a page."""
+        await self._model_list.close()

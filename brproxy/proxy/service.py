@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from brproxy.clock import Clock
 from brproxy.engines.dialect import Dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
-from brproxy.proxy.control import ControlClient
+from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.driver import GroupDriver
-from brproxy.relay.pool import WorkerPool
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.watch import Watch
+from brproxy.roster import Change, Member
 from brproxy.telemetry.metrics import Metrics
+from brproxy.types import WorkerIndex
 
 
-@dataclass(frozen=True, slots=True)
 class GroupService:
-    """One barrier group at work; ``pools[G]`` are the connections to its workers."""
+    """One barrier group at work, with the connections to each of its members, as they come and go.
 
-    group: Group
-    driver: GroupDriver
-    pools: tuple[WorkerPool, ...]
-    dialect: Dialect
+    ``connect`` makes what connects to a member.
+    """
+
+    def __init__(
+        self, group: Group, driver: GroupDriver, dialect: Dialect, connect: Callable[[Member], Endpoint]
+    ) -> None:
+        self.group = group
+        self.driver = driver
+        self.dialect = dialect
+        self._connect = connect
+        self._endpoints = {member: connect(member) for member in group.roster.members}
+        group.roster.observe(self._member_changed)
+
+    @property
+    def endpoints(self) -> Collection[Endpoint]:
+        """What connects to the members that are there."""
+        return self._endpoints.values()
+
+    def member(self, worker: WorkerIndex) -> Member:
+        """Return the member with that index; raises RosterError."""
+        return self.group.roster.member(worker)
+
+    def endpoint(self, worker: WorkerIndex) -> Endpoint:
+        """Return what connects to the member with that index; raises RosterError."""
+        return self._endpoints[self.group.roster.member(worker)]
+
+    def _member_changed(self, member: Member, change: Change) -> None:
+        if change is Change.ADDED:
+            self._endpoints[member] = self._connect(member)
+        elif change is Change.GONE:
+            self._endpoints.pop(member).close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +60,26 @@ class ServiceLimits:
 
     requests_max: int
     retries_max: int
+    retry_wait_s: float
+    retry_wait_s_max: float
     retry_after_s: int
-    body_bytes_max: int
-    upload_bytes_max: int
     control_timeout_s: float
+    control_bytes_max: int
+    models_kept_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Limits of one request's body.
+
+    Bytes of one that is read whole and of one that is passed on as it comes; seconds between two pieces of
+    it, and for the whole.
+    """
+
+    bytes_max: int
+    upload_bytes_max: int
+    stall_s: float
+    whole_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +98,13 @@ class Service:
 
     groups: Mapping[str, GroupService]
     fleet: Fleet
-    control: ControlClient
     watch: Watch
     estimator: TokenEstimator
     metrics: Metrics
     clock: Clock
     limits: ServiceLimits
+    body_limits: BodyLimits
+    body_room: BodyRoom
     relay_limits: RelayLimits
     ask_usage: bool
     hash_prompts: bool

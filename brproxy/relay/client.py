@@ -1,13 +1,10 @@
-"""The client's side of the relay: everything that leans on aiohttp's internals, and nothing else.
+"""The client of one request, as a response sees it: where bytes go past aiohttp's writer, and how fast.
 
-aiohttp's server accepts, parses and queues requests; what a worker answers goes to the client's transport
-past its writer. That leans on:
+What a worker answers goes to the client's transport directly. With server.py this is all that leans on
+aiohttp's internals. This leans on:
 
-* ``web.Server`` keeping its loop in ``_loop``, making requests with ``request_factory`` and cancelling the
-  handler of a client that has left; on ``BaseRequest`` limiting ``read`` by ``client_max_size``.
-* ``RequestHandler`` being the client's asyncio protocol (``request.protocol``), with ``pause_writing``,
-  ``resume_writing``, ``writing_paused`` and ``connection_lost``; one request of a connection at a time;
-  ``set_parser`` handing over what has come and all that comes, and ``feed_eof`` at the end.
+* ``request.protocol`` being the ClientProtocol, with ``writing_paused``; ``set_parser`` handing over what has
+  come and all that comes, and ``feed_eof`` at the end.
 * a response being asked for nothing but ``prepare``, ``write_eof`` and ``keep_alive``, unless there is an
   access log; no error page coming behind a response that has begun, which ``writer.output_size`` tells; the
   writer keeping nothing back; ``writer.drain`` waiting for ``resume_writing``.
@@ -25,89 +22,16 @@ tests/brproxy/relay/test_client.py and test_client_bodies.py pin each of these.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import HttpVersion11, RawRequestMessage
-from aiohttp.streams import StreamReader
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.http import HttpVersion11
+
+from brproxy.relay.server import ClientProtocol, Paced
 
 _LOOKED_AT_BYTES_MAX = 1 << 16
 """Far below what makes aiohttp stop reading: larger bodies are read the usual way."""
-
-
-class Paced(Protocol):
-    """What follows how fast a client reads."""
-
-    def client_paused(self) -> None:
-        """Send no more: the client has not read what it was sent."""
-
-    def client_resumed(self) -> None:
-        """Send again: the client has caught up."""
-
-    def client_gone(self) -> None:
-        """Send nothing from now on: there is no connection to the client any more."""
-
-
-class ClientProtocol(RequestHandler):
-    """aiohttp's server protocol, which also tells whoever writes to the client how fast it reads."""
-
-    __slots__ = ("paced",)
-
-    def __init__(self, manager: web.Server, **settings: Any) -> None:
-        super().__init__(manager, **settings)
-        self.paced: Paced | None = None
-
-    def pause_writing(self) -> None:
-        """See asyncio.Protocol."""
-        super().pause_writing()
-        if self.paced is not None:
-            self.paced.client_paused()
-
-    def resume_writing(self) -> None:
-        """See asyncio.Protocol."""
-        super().resume_writing()
-        if self.paced is not None:
-            self.paced.client_resumed()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """See asyncio.Protocol."""
-        # The handler is cancelled, but until it runs a worker's bytes would go to a closed transport.
-        if self.paced is not None:
-            self.paced.client_gone()
-        super().connection_lost(exc)
-
-
-class RelayServer(web.Server):
-    """aiohttp's low-level server with ClientProtocol; bodies that handlers read are limited in size."""
-
-    def __init__(
-        self,
-        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
-        body_bytes_max: int,
-        **settings: Any,
-    ) -> None:
-        super().__init__(handler, request_factory=self._request, handler_cancellation=True)
-        self._settings = settings
-        self._body_bytes_max = body_bytes_max
-
-    def __call__(self) -> RequestHandler:
-        """Return the protocol of a new connection."""
-        return ClientProtocol(self, loop=self._loop, **self._settings)
-
-    def _request(
-        self,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: RequestHandler,
-        writer: AbstractStreamWriter,
-        task: asyncio.Task[None],
-    ) -> web.BaseRequest:
-        return web.BaseRequest(
-            message, payload, protocol, writer, task, self._loop, client_max_size=self._body_bytes_max
-        )
 
 
 class _Answered:
@@ -149,6 +73,7 @@ class Client:
         "method",
         "target",
         "transport",
+        "wants_upgrade",
         "write",
     )
 
@@ -162,20 +87,22 @@ class Client:
         self.transport: asyncio.Transport = transport
         self.write = transport.write
         self.has_begun = False
+        self.wants_upgrade = False
         message = request._message  # noqa: SLF001 - the request tells these too, by a property call for each
         self.method: str = message.method
         self.target: str = message.path
         self.is_http10 = message.version < HttpVersion11
         self.keep_alive = not message.should_close
 
-    @property
-    def wants_upgrade(self) -> bool:
-        """Whether the client asks to go on as a WebSocket.
+    def names_upgrade(self, protocol: bytes) -> None:
+        """Take what all Upgrade fields together name as the protocol to go on in: it may be WebSocket.
 
-        Of other protocols aiohttp parses on; and HTTP/2 past this proxy (h2c) is not for clients to have.
+        Of other protocols aiohttp parses on; HTTP/2 past this proxy (h2c) is not for clients to have; and
+        HTTP/1.0 knows no upgrades (RFC 9110, section 7.8).
         """
         asked = self._request._message.upgrade  # noqa: SLF001 - there is no public way to ask
-        return bool(asked) and self._request.headers.get("Upgrade", "").lower() == "websocket"
+        named = protocol.strip().lower() == b"websocket"
+        self.wants_upgrade = named and bool(asked) and not self.is_http10
 
     @property
     def is_paused(self) -> bool:

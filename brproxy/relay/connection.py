@@ -7,6 +7,7 @@ task and no queue stand between a worker's bytes and its client.
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import cast
@@ -17,7 +18,16 @@ from brproxy.relay.errors import BrokenResponseError, StaleConnectionError, Work
 from brproxy.relay.response import ResponseHead, ResponseParser, broken
 from brproxy.relay.states import Event, State, after
 
+log = logging.getLogger(__name__)
+
 _BODY = State.BODY
+
+STALE_S = 0.2
+"""A kept connection that closes within this time after a request was sent on it had been closed before: the
+worker has not worked on the request (seconds). Later, it may have."""
+
+TUNNEL_CLOSE_S = 5.0
+"""What a tunnel was given has this long to go out once its client has left (seconds)."""
 
 
 class Exchange(ABC):
@@ -25,7 +35,8 @@ class Exchange(ABC):
 
     In this order: any number of ``interim``, then either ``upgraded``, or ``head``, ``receive`` for each read
     that has body bytes (never empty) but the last, ``end``. ``lost`` may come instead of whatever would be
-    next, and is the last. ``receive`` is an attribute, so that what it does can follow from the head.
+    next, and is the last. ``receive`` is an attribute, so that what it does can follow from the head. When
+    one of these raises, ``crashed`` is called, the connection is closed, and nothing else follows.
 
     ``take_chunks``, where an exchange has it, is offered each read that begins where a chunk of a chunked
     body begins. It returns False for anything but whole chunks, which it then takes with their framing.
@@ -51,7 +62,7 @@ class Exchange(ABC):
     def end(self, piece: bytes, trailers: bytes) -> None:
         """Take the last bytes of the body (b"" for none) and ``trailers`` (lines).
 
-        The connection is free already.
+        There is nothing left to abandon: the connection is kept, or closed, once this has returned.
         """
 
     @abstractmethod
@@ -70,15 +81,24 @@ class Exchange(ABC):
     def lost(self, error: WorkerFailedError | BrokenResponseError) -> None:
         """Note that there will be no (more) response."""
 
+    @abstractmethod
+    def crashed(self, error: Exception) -> None:
+        """End, wherever this is: ``error`` was raised by one of the methods above. Must not raise."""
+
 
 class WorkerConnection(asyncio.Protocol):
-    """The protocol of one connection to ``origin``; ``on_idle`` is called when it may be used again."""
+    """The protocol of one connection to ``origin``; ``on_idle`` is called when it may be used again.
+
+    Of ``loop`` it asks the time, timers and futures.
+    """
 
     __slots__ = (
         "_exchange",
         "_heard",
+        "_loop",
         "_on_idle",
         "_parser",
+        "_sent_s",
         "_take_chunks",
         "_transport",
         "_used",
@@ -89,7 +109,15 @@ class WorkerConnection(asyncio.Protocol):
         "state",
     )
 
-    def __init__(self, origin: str, head_bytes_max: int, on_idle: Callable[[WorkerConnection], None]) -> None:
+    def __init__(
+        self,
+        origin: str,
+        head_bytes_max: int,
+        on_idle: Callable[[WorkerConnection], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._loop = loop
+        self._sent_s = 0.0
         self.origin = origin
         self.state = State.IDLE
         self.idle_since_s = 0.0
@@ -110,6 +138,8 @@ class WorkerConnection(asyncio.Protocol):
         self.state = after(self.state, Event.SEND)
         self._exchange = exchange
         self._heard = False
+        if self._used:
+            self._sent_s = self._loop.time()
         self.request_is_whole = whole
         self._parser.expect(bodiless=exchange.bodiless)
         self._transport.write(request)
@@ -139,6 +169,8 @@ class WorkerConnection(asyncio.Protocol):
         self._exchange = self._take_chunks = None
         if self.state is State.TUNNEL:
             self._transport.close()
+            # A worker that does not read would keep the connection for ever.
+            self._loop.call_later(TUNNEL_CLOSE_S, self._transport.abort)
         else:
             self._transport.abort()
         self.state = after(self.state, Event.LOST)
@@ -156,28 +188,33 @@ class WorkerConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol. The ordinary read is whole chunks, else a piece of a body."""
-        take_chunks = self._take_chunks
-        if take_chunks is not None and take_chunks(data):
-            return
         exchange = self._exchange
-        if exchange is None or self.state is not _BODY:
-            self._received_first(exchange, data)
-            return
-        parser = self._parser
         try:
-            parser.feed_body(data)
-        except HttpParserError as error:
-            self._break(broken(error))
-            return
-        piece = parser.take_body()
-        if parser.complete:
-            self._complete(exchange, piece)
-            return
-        if piece:
-            exchange.receive(piece)
-        if exchange is self._exchange:
-            # The exchange may have learnt by now what its chunks look like.
-            self._take_chunks = exchange.take_chunks if parser.is_between_chunks(data) else None
+            take_chunks = self._take_chunks
+            if take_chunks is not None and take_chunks(data):
+                return
+            if exchange is None or self.state is not _BODY:
+                self._received_first(exchange, data)
+                return
+            parser = self._parser
+            try:
+                parser.feed_body(data)
+            except HttpParserError as error:
+                if not parser.complete:
+                    self._break(broken(error))
+                    return
+                parser.overrun()
+            piece = parser.take_body()
+            if parser.complete:
+                self._complete(exchange, piece)
+                return
+            if piece:
+                exchange.receive(piece)
+            if exchange is self._exchange:
+                # The exchange may have learnt by now what its chunks look like.
+                self._take_chunks = exchange.take_chunks if parser.is_between_chunks(data) else None
+        except Exception as error:  # noqa: BLE001 - whatever it is, it concerns one request
+            self._crash(exchange, error)
 
     def _received_first(self, exchange: Exchange | None, data: bytes) -> None:
         """Take a read that is not just more of a body."""
@@ -202,22 +239,33 @@ class WorkerConnection(asyncio.Protocol):
         """See asyncio.Protocol."""
         self._release_writer()
         exchange = self._exchange
-        if exchange is not None and exc is None and self._parser.ends_with_connection():
-            self._complete(exchange, b"")
-            return
-        self._break(BrokenResponseError(f"{self.origin} closed the connection: {exc or 'end of stream'}"))
+        try:
+            if exchange is not None and exc is None and self._parser.ends_with_connection():
+                self._complete(exchange, b"")
+                return
+            self._break(BrokenResponseError(f"{self.origin} closed the connection: {exc or 'end of stream'}"))
+        except Exception as error:  # noqa: BLE001 - as in data_received
+            self._crash(exchange, error)
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
-        self._writable = asyncio.get_running_loop().create_future()
-        if self._exchange is not None:
-            self._exchange.worker_paused()
+        self._writable = self._loop.create_future()
+        exchange = self._exchange
+        if exchange is not None:
+            try:
+                exchange.worker_paused()
+            except Exception as error:  # noqa: BLE001 - as in data_received
+                self._crash(exchange, error)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         self._release_writer()
-        if self._exchange is not None:
-            self._exchange.worker_resumed()
+        exchange = self._exchange
+        if exchange is not None:
+            try:
+                exchange.worker_resumed()
+            except Exception as error:  # noqa: BLE001 - as in data_received
+                self._crash(exchange, error)
 
     # How they lead on.
 
@@ -235,6 +283,9 @@ class WorkerConnection(asyncio.Protocol):
             return
         self.state = after(self.state, Event.HEAD)
         exchange.head(parser.head)
+        if exchange is not self._exchange:
+            # It has seen enough, and has abandoned the connection.
+            return
         if parser.complete:
             self._complete(exchange, piece)
             return
@@ -246,14 +297,17 @@ class WorkerConnection(asyncio.Protocol):
         self._exchange = self._take_chunks = None
         # A worker that has answered before it read the whole request will not read the rest as one.
         if self._parser.keep_alive and self.request_is_whole:
-            self._used = True
             self.state = after(self.state, Event.END_KEEP)
-            self._on_idle(self)
+            # Told first: nobody gets a connection whose last response has not found its end.
+            exchange.end(piece, self._parser.trailers)
+            self._used = True
+            if self.state is State.IDLE:
+                self._on_idle(self)
         else:
             self.state = after(self.state, Event.END_CLOSE)
             # Not close(): that waits until the worker has read the rest of what was written.
             self._transport.abort()
-        exchange.end(piece, self._parser.trailers)
+            exchange.end(piece, self._parser.trailers)
 
     def _break(self, error: BrokenResponseError) -> None:
         exchange, state = self._exchange, self.state
@@ -264,10 +318,19 @@ class WorkerConnection(asyncio.Protocol):
             return
         if state is not State.WAITING:
             exchange.lost(error)
-        elif self._used and not self._heard:
+        elif self._used and not self._heard and self._loop.time() - self._sent_s < STALE_S:
             exchange.lost(StaleConnectionError(str(error)))
         else:
             exchange.lost(WorkerFailedError(f"{self.origin} gave no response: {error}"))
+
+    def _crash(self, exchange: Exchange | None, error: Exception) -> None:
+        """End what was on the connection, and it: a callback has raised what is a bug, not the worker's."""
+        log.error("a response from %s could not be handled: %r", self.origin, error, exc_info=error)
+        self._exchange = self._take_chunks = None
+        self.state = after(self.state, Event.LOST)
+        self._transport.abort()
+        if exchange is not None:
+            exchange.crashed(error)
 
     def _release_writer(self) -> None:
         if self._writable is not None and not self._writable.done():

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from brproxy.types import BrproxyError
+from brproxy.types import BrproxyError, InvalidInputError
 
 
 class WorkerFailedError(BrproxyError):
-    """A worker gave no response; ``unreachable`` when it could not even be connected to."""
+    """A worker gave no response.
 
-    def __init__(self, reason: str, *, unreachable: bool = False) -> None:
+    ``unreachable``: it could not even be connected to; ``refused``: since nobody listens there.
+    """
+
+    def __init__(self, reason: str, *, unreachable: bool = False, refused: bool = False) -> None:
         super().__init__(reason)
         self.unreachable = unreachable
+        self.refused = refused
+
+
+class ShortageError(WorkerFailedError):
+    """This machine is out of files, memory or ports: the worker could not be asked and is not to blame."""
 
 
 class StaleConnectionError(WorkerFailedError):
@@ -19,6 +27,10 @@ class StaleConnectionError(WorkerFailedError):
 
 class BrokenResponseError(BrproxyError):
     """A worker's response is no HTTP, or ended before it was complete."""
+
+
+class BadBodyError(InvalidInputError):
+    """The body of a client's request is no HTTP."""
 
 
 class ClientGoneError(BrproxyError):

@@ -19,15 +19,36 @@ HOP_BY_HOP = frozenset(
 )
 REQUEST_ID = b"x-request-id"
 
-# Host and Content-Length are the upstream connection's own; Expect has been answered by this proxy.
-_NOT_TO_WORKERS = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"trailer"}
+NOT_IN_TRAILERS = HOP_BY_HOP | {
+    b"authorization",
+    b"cache-control",
+    b"content-encoding",
+    b"content-length",
+    b"content-range",
+    b"content-type",
+    b"cookie",
+    b"host",
+    b"location",
+    b"set-cookie",
+    b"trailer",
+    b"vary",
+    b"www-authenticate",
+}
+"""Fields about framing, routing, authentication or the content, which no trailer section may bring in behind
+the head's back (RFC 9110, section 6.5.1)."""
+
+# Host and Content-Length are the upstream connection's own; Expect has been answered by this proxy, which
+# decides on Accept-Encoding as well.
+_NOT_TO_WORKERS = HOP_BY_HOP | {b"accept-encoding", b"host", b"content-length", b"expect", b"trailer"}
 # Content-Length goes with the framing that the client gets.
 _NOT_TO_CLIENTS = HOP_BY_HOP | {b"content-length"}
 # Lists that may come in several fields, all of which count.
-_LISTS = frozenset({b"connection", b"transfer-encoding"})
+_LISTS = frozenset({b"accept-encoding", b"connection", b"transfer-encoding", b"upgrade"})
 _ORDINARY = frozenset({b"keep-alive", b"close", b"upgrade"})
 # What the proxy itself looks at, besides what it drops.
-_LOOKED_AT = frozenset({b"content-type", b"content-encoding", b"content-length", REQUEST_ID})
+_LOOKED_AT = frozenset(
+    {b"content-type", b"content-encoding", b"content-length", b"content-location", b"location", REQUEST_ID}
+)
 
 
 class Fields(NamedTuple):
@@ -78,9 +99,3 @@ def _crossing(fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes]) 
         if len(others) < len(fields):
             return Fields(_crossing(others, dropped).lines, known)
     return Fields(b"".join(parts), known)
-
-
-def crossing_pairs(fields: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Return what a worker gets of a client's header fields as text, for an HTTP client that wants that."""
-    lines = request_fields(fields).lines.decode("utf-8", "surrogateescape").split("\r\n")[:-1]
-    return dict(line.split(": ", 1) for line in lines)

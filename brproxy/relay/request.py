@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from http import HTTPMethod
+from urllib.parse import unquote
 
-from brproxy.relay.fields import Fields
 from brproxy.types import InvalidInputError
 
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -22,8 +22,15 @@ def origin_form(target: str) -> str:
     if not separator or scheme.lower() not in {"http", "https"}:
         msg = f"the request target {target[:80]!r} is no path"
         raise InvalidInputError(msg)
-    slash = rest.find("/")
-    return "/" if slash < 0 else rest[slash:]
+    # The host ends where any of these begins: a query may hold a path, and be the first of them.
+    path_at = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
+    path = rest[path_at:].partition("#")[0]
+    return path if path.startswith("/") else "/" + path
+
+
+def path_of(target: str) -> str:
+    """Return the path of an origin-form target, decoded."""
+    return unquote(target.partition("?")[0])
 
 
 def body_length(method: str, body: bytes | None) -> bytes:
@@ -33,9 +40,8 @@ def body_length(method: str, body: bytes | None) -> bytes:
     return b"Content-Length: 0\r\n" if method in _HAS_BODY else b""
 
 
-def upgrade_lines(fields: Fields) -> bytes:
-    """Return the lines that ask to go on in the protocol that the client named."""
-    return b"Connection: Upgrade\r\nUpgrade: %b\r\n" % fields.known.get(b"upgrade", b"")
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+"""The lines that ask to go on as a WebSocket."""
 
 
 def request_head(method: str, target: str, host: bytes, lines: bytes) -> bytes:

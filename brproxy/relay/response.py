@@ -6,6 +6,7 @@ chunk by chunk; no search for something that looks like an end.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from http import HTTPStatus
 from typing import NamedTuple
@@ -13,12 +14,16 @@ from typing import NamedTuple
 import httptools
 
 from brproxy.relay.errors import BrokenResponseError
-from brproxy.relay.fields import response_fields
+from brproxy.relay.fields import NOT_IN_TRAILERS, response_fields
 
 # As plain numbers: looking a member of an enumeration up costs more than comparing it.
+_INTERIM = int(HTTPStatus.CONTINUE)
 _FINAL = int(HTTPStatus.OK)
 _UPGRADED = int(HTTPStatus.SWITCHING_PROTOCOLS)
 _NO_BODY = frozenset({int(HTTPStatus.NO_CONTENT), int(HTTPStatus.NOT_MODIFIED)})
+
+_CONTROLS = bytes({*range(0x20), 0x7F} - {0x09})
+"""What no reason phrase may hold (RFC 9112, section 4), and parsers let pass."""
 
 _NOTHING_KNOWN: dict[bytes, bytes] = {}
 
@@ -50,9 +55,17 @@ class ResponseHead(NamedTuple):
         """Whether the body is compressed, or otherwise not what its content type says."""
         return self.known.get(b"content-encoding", b"identity").lower() != b"identity"
 
-    def with_length(self, length: int) -> ResponseHead:
-        """Return the head of a response whose body has ``length`` bytes."""
-        return self._replace(length=b"%d" % length, chunked=False)
+    @property
+    def names_place(self) -> bool:
+        """Whether a field says where something is (RFC 9110, sections 8.7 and 10.2.2)."""
+        return b"location" in self.known or b"content-location" in self.known
+
+    def relative_to(self, origin: str) -> ResponseHead:
+        """Return the head with places at ``origin``, the worker's, as paths: clients find them here."""
+        places = re.compile(
+            rb"(?im)^((?:content-)?location: *)%b(?=[/?#\r])/?" % re.escape(origin.encode("latin-1"))
+        )
+        return self._replace(lines=places.sub(rb"\1/", self.lines))
 
     def framing_only(self) -> ResponseHead:
         """Return a head without fields that frames the body in the same way."""
@@ -139,9 +152,11 @@ class ResponseParser:
             self.upgraded_rest = data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
             # After a bodiless response its length may have led the parser on.
-            if not (self._bodiless and self.head is not None):
+            overrun = self._bodiless and self.head is not None
+            if self.complete:
+                self.overrun()
+            elif not overrun:
                 raise broken(error) from error
-            overrun = True
         if self.head is None:
             self._head_bytes += len(data)
             if self._head_bytes > self._head_bytes_max + _READ_BYTES_MAX:
@@ -169,6 +184,10 @@ class ResponseParser:
         # A body without chunks may hold what looks like one.
         head = self.head
         return head is not None and head.chunked and not self._open_chunk and data.endswith(b"\r\n")
+
+    def overrun(self) -> None:
+        """Note that bytes came behind the complete response: it is whole, but no other may follow."""
+        self.keep_alive = False
 
     def ends_with_connection(self) -> bool:
         """Tell whether the end of the connection now is the end of the response."""
@@ -199,7 +218,7 @@ class ResponseParser:
     # What httptools calls.
 
     def on_message_begin(self) -> None:
-        """Refuse a second response: only what follows a 1xx response may begin one more."""
+        """Refuse a second response (see ``overrun``): only behind a 1xx response may one more begin."""
         if self.complete:
             msg = "more bytes than one response came for one request"
             raise BrokenResponseError(msg)
@@ -211,6 +230,8 @@ class ResponseParser:
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a field of the head, or of the trailers."""
         if self._in_trailers:
+            if name.lower() in NOT_IN_TRAILERS:
+                return
             self.trailers += b"%b: %b\r\n" % (name, value)
             if len(self.trailers) > self._head_bytes_max:
                 self._too_long("trailer section")
@@ -220,13 +241,17 @@ class ResponseParser:
     def on_headers_complete(self) -> None:
         """Make the head of what came; what follows as fields are trailers."""
         status = self._parser.get_status_code()
+        if status < _INTERIM:
+            msg = f"there is no status {status:03d}"
+            raise BrokenResponseError(msg)
         lines, known = response_fields(self._fields)
         coding = known.get(b"transfer-encoding")
         if coding is not None and coding.strip().lower() != b"chunked":
             msg = f"transfer coding {coding.decode('latin-1')!r} was not asked for"
             raise BrokenResponseError(msg)
         length = known.get(b"content-length")
-        head = ResponseHead(status, self._reason, lines, known, length, chunked=coding is not None)
+        reason = self._reason.translate(None, _CONTROLS)
+        head = ResponseHead(status, reason, lines, known, length, chunked=coding is not None)
         self._fields, self._reason = [], b""
         if status < _FINAL and status != _UPGRADED:
             self.interim.append(head)

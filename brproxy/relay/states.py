@@ -12,6 +12,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Final
 
+from brproxy.transitions import TransitionTable
 from brproxy.types import BrproxyError
 
 
@@ -58,10 +59,4 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
 }
 
 
-def after(state: State, event: Event) -> State:
-    """Return the state that ``event`` leads to; raises ConnectionStateError when it is not allowed."""
-    try:
-        return TRANSITIONS[state][event]
-    except KeyError:
-        msg = f"a worker connection in state {state.name} cannot {event.name}"
-        raise ConnectionStateError(msg) from None
+after = TransitionTable("a worker connection", TRANSITIONS, ConnectionStateError).after

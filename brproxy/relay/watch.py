@@ -8,8 +8,11 @@ late by up to that, and a read costs one assignment.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 
 class Watched(Protocol):
@@ -22,13 +25,16 @@ class Watched(Protocol):
     def timed_out(self) -> None:
         """Nothing has happened for ``limit_s``."""
 
+    def crashed(self, error: Exception) -> None:
+        """End, wherever this is: ``timed_out`` has raised ``error``. Must not raise."""
+
 
 class Watch:
-    """Looks after everything added to it, every ``interval_s``; ``also`` is called at each look."""
+    """Looks after everything added to it, every ``interval_s``, and calls each of ``also`` at each look."""
 
-    def __init__(self, interval_s: float, also: Callable[[float], None]) -> None:
+    def __init__(self, interval_s: float, *also: Callable[[float], None]) -> None:
         self._interval_s = interval_s
-        self._also = also
+        self._also = list(also)
         # In the order of coming: one of a set would be another in every run.
         self._watched: dict[Watched, None] = {}
         self.loop = asyncio.get_running_loop()
@@ -42,6 +48,14 @@ class Watch:
     def discard(self, watched: Watched) -> None:
         """Forget ``watched``."""
         self._watched.pop(watched, None)
+
+    def watched(self) -> tuple[Watched, ...]:
+        """Return all that is looked after."""
+        return tuple(self._watched)
+
+    def also(self, call: Callable[[float], None]) -> None:
+        """Have ``call(now_s)`` made at each look as well, in seconds of the loop."""
+        self._also.append(call)
 
     def close(self) -> None:
         """Stop looking."""
@@ -58,5 +72,15 @@ class Watch:
             elif now_s >= watched.deadline_s:
                 late.append(watched)
         for watched in late:
-            watched.timed_out()
-        self._also(now_s)
+            try:
+                watched.timed_out()
+            except Exception as error:
+                # It must not keep the others from being looked at.
+                log.exception("a request that timed out could not be ended")
+                watched.crashed(error)
+        for call in self._also:
+            try:
+                call(now_s)
+            except Exception:
+                # As above: what is done now and then must not keep the rest from being done.
+                log.exception("what is looked after now and then failed")

@@ -106,6 +106,8 @@ class BalanceRound:
         self._discount_sum = fscore.discount_sum
         self._discounted_load: FloatArray = self._forecast @ fscore.discounts
         self._prompts: list[int] = view.prompt_tokens.tolist()
+        self._sequences = view.each_sequences()
+        self._sequences_waiting = sum(self._sequences)
         self._prompt_max = max(self._prompts, default=0)
         self._waiting = list(range(view.waiting))
         self._open = view.slots_free > 0
@@ -127,7 +129,9 @@ class BalanceRound:
             if not chosen:
                 self._open[worker] = False
             for request in chosen:
-                self._admit(worker, request)
+                # Several sequences take several slots: the rest of a subset may find none.
+                if self._open[worker]:
+                    self._admit(worker, request)
         return self._decision
 
     def _most_headroom(self, workers: IntArray) -> int | None:
@@ -171,7 +175,7 @@ class BalanceRound:
 
     def _subset_max(self) -> int:
         """Return 1 in stage 1 (slots for everybody who waits), R_max in stage 2."""
-        ample = int(self._slots_free[self._open].sum()) >= len(self._waiting)
+        ample = int(self._slots_free[self._open].sum()) >= self._sequences_waiting
         return 1 if ample else self._params.subset_max
 
     def _overdue(self) -> list[int]:
@@ -206,8 +210,9 @@ class BalanceRound:
         return now >= 0 or drained < 0
 
     def _admit(self, worker: int, request: int) -> None:
-        prompt_tokens = self._prompts[request]
-        self._slots_free[worker] -= 1
+        prompt_tokens, sequences = self._prompts[request], self._sequences[request]
+        self._slots_free[worker] -= sequences
+        self._sequences_waiting -= sequences
         self._kv_free[worker] -= prompt_tokens
         self._open[worker] &= self._slots_free[worker] > 0
         self._forecast[worker] += prompt_tokens

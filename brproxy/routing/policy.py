@@ -110,11 +110,12 @@ class OneByOnePolicy(RoutingPolicy[P]):
         """See RoutingPolicy.route."""
         decision = np.full(view.waiting, NOT_ADMITTED, dtype=np.int64)
         state = RoundState.of(view)
-        for i, prompt_tokens in enumerate(view.prompt_tokens.tolist()):
+        waiting = zip(view.prompt_tokens.tolist(), view.each_sequences(), strict=True)
+        for i, (prompt_tokens, sequences) in enumerate(waiting):
             worker = self.place(state, prompt_tokens, state.kv_tokens, rng)
             if worker == NOT_ADMITTED:
                 break
-            state.admit(worker, prompt_tokens)
+            state.admit(worker, prompt_tokens, sequences)
             decision[i] = worker
         return decision
 

@@ -53,16 +53,21 @@ class RoundState:
             kv_free=view.kv_free.tolist(),
         )
 
+    def only(self, present: Sequence[int]) -> RoundState:
+        """Return the workers that ``present`` (indices) names, in its order."""
+        fields = (self.kv_tokens, self.requests, self.slots, self.slots_free, self.kv_capacity, self.kv_free)
+        return RoundState(*([field[g] for g in present] for field in fields))
+
     def eligible(self, prompt_tokens: int) -> list[int]:
         """Return the workers with a free slot and KV room for a prompt, in index order."""
         free = zip(self.slots_free, self.kv_free, strict=True)
         return [g for g, (slots, kv) in enumerate(free) if slots > 0 and kv >= prompt_tokens]
 
-    def admit(self, worker: int, prompt_tokens: int) -> None:
+    def admit(self, worker: int, prompt_tokens: int, sequences: int = 1) -> None:
         """Book a request, so that the rest of the round sees it."""
         self.kv_tokens[worker] += prompt_tokens
-        self.requests[worker] += 1
-        self.slots_free[worker] -= 1
+        self.requests[worker] += sequences
+        self.slots_free[worker] -= sequences
         self.kv_free[worker] -= prompt_tokens
 
 
@@ -71,12 +76,14 @@ class ClusterView:
     """G workers of one barrier group and N waiting requests, oldest first.
 
     ``kv_tokens[G]``: booked load L_g, the KV tokens of everything bound to the worker.
-    ``requests[G]``: bound requests, running and queued in the worker.
-    ``slots[G]``: most requests the worker runs at once.
-    ``slots_free[G]``: requests that may still be admitted; 0 for a worker that must not be chosen.
+    ``requests[G]``: bound requests, running and queued in the worker; one of n sequences counts as n.
+    ``slots[G]``: most sequences the worker runs at once.
+    ``slots_free[G]``: slots that are left; 0 for a worker that must not be chosen. A request needs one, and
+    takes one for each of its sequences.
     ``kv_capacity[G]``, ``kv_free[G]``: KV tokens in all and left; KV_UNLIMITED_TOKENS where unknown.
     ``prompt_tokens[N]``: s_i of each waiting request.
     ``passed_over[N]``: younger requests that were admitted before it.
+    ``sequences[N]``: how many each decodes side by side; None: each one.
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
     ``turnover_steps``: decode steps between two requests that leave a full worker, mean output / slots.
     ``lookahead_turnovers``: how many of those the forecast is worth looking ahead.
@@ -93,6 +100,7 @@ class ClusterView:
     forecast: FloatArray
     turnover_steps: float = 1.0
     lookahead_turnovers: float = 1.0
+    sequences: IntArray | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays whose shapes do not belong together; every policy relies on that."""
@@ -110,6 +118,9 @@ class ClusterView:
         if self.passed_over.shape != self.prompt_tokens.shape:
             msg = "passed_over and prompt_tokens must have the same shape (N,)"
             raise InvalidInputError(msg)
+        if self.sequences is not None and self.sequences.shape != self.prompt_tokens.shape:
+            msg = "sequences and prompt_tokens must have the same shape (N,)"
+            raise InvalidInputError(msg)
         if self.forecast.ndim != 2 or len(self.forecast) != workers or self.forecast.shape[1] < 1:
             msg = f"forecast must have shape ({workers}, H+1), got {self.forecast.shape}"
             raise InvalidInputError(msg)
@@ -122,6 +133,7 @@ class ClusterView:
         forecast: FloatArray | None = None,
         turnover_steps: float = 1.0,
         lookahead_turnovers: float = 1.0,
+        sequences: Sequence[int] | None = None,
     ) -> ClusterView:
         """Return the view of ``state`` and what waits; without a forecast, the load now is all there is."""
         kv_tokens = np.array(state.kv_tokens, dtype=np.int64)
@@ -137,12 +149,17 @@ class ClusterView:
             forecast=kv_tokens.astype(np.float64)[:, None] if forecast is None else forecast,
             turnover_steps=turnover_steps,
             lookahead_turnovers=lookahead_turnovers,
+            sequences=None if sequences is None else np.array(sequences, dtype=np.int64),
         )
 
     @property
     def workers(self) -> int:
         """G, the workers of the group."""
         return len(self.kv_tokens)
+
+    def each_sequences(self) -> list[int]:
+        """Return how many sequences each of the waiting requests has."""
+        return [1] * self.waiting if self.sequences is None else self.sequences.tolist()
 
     @property
     def waiting(self) -> int:

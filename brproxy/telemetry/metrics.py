@@ -3,7 +3,8 @@
 Counters and histograms hold the first; the second is read from the ledger when somebody scrapes.
 
 Nothing here runs per token, and a request costs a few list appends: values are sorted into their buckets many
-at a time. Label values come from the configuration only, so the number of series is bounded by it.
+at a time. Label values are the names of groups and of the members that are there: the number of series is
+bounded by that.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from brproxy.fleet import Fleet, Group
-from brproxy.ledger import Entry
-from brproxy.lifecycle import State
+from brproxy.happenings import Observer
+from brproxy.lifecycle import Entry, Event, State
+from brproxy.roster import Change, Member, MemberState
 
 _WAIT_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ROUND_S = (50e-6, 100e-6, 150e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3)
@@ -57,31 +59,49 @@ class Histogram:
         self._unsorted.clear()
 
 
-class GroupMetrics:
-    """What has happened in one barrier group."""
+class GroupMetrics(Observer):
+    """What has happened in one barrier group; ``retries`` are by member."""
 
-    def __init__(self, worker_names: Sequence[str]) -> None:
+    def __init__(self, group: Group) -> None:
         self.outcomes: Counter[State] = Counter()
-        self.retries: dict[str, int] = dict.fromkeys(worker_names, 0)
+        self.retries: dict[str, int] = {member.key: 0 for member in group.roster.members}
         self.output_tokens = 0
         self.admitted = 0
         self.wait_s = Histogram(_WAIT_S)
         self.ttft_s = Histogram(_WAIT_S)
         self.round_s = Histogram(_ROUND_S)
+        group.roster.observe(self._member_changed)
+        group.dispatcher.happenings.tell(self)
 
-    def ended(self, entry: Entry) -> None:
-        """Count a request that has ended."""
+    def bound(self, entry: Entry, waited_s: float) -> None:
+        """See Observer.bound."""
+        self.wait_s.observe(waited_s)
+
+    def retried(self, entry: Entry, member: Member) -> None:
+        """See Observer.retried."""
+        if member.state is not MemberState.GONE:
+            self.retries[member.key] += 1
+
+    def ended(self, entry: Entry, event: Event, waited_s: float | None) -> None:
+        """See Observer.ended."""
         self.outcomes[entry.state] += 1
         self.output_tokens += entry.output_tokens
-        if entry.bound_s is not None:
-            self.wait_s.observe(entry.bound_s - entry.arrived_s)
+        if waited_s is not None:
+            self.wait_s.observe(waited_s)
         if entry.first_token_s is not None:
             self.ttft_s.observe(entry.first_token_s - entry.arrived_s)
 
-    def round(self, duration_s: float, admitted: int) -> None:
-        """Count a decision round that admitted something."""
+    def decided(self, duration_s: float, admitted: int) -> None:
+        """See Observer.decided."""
         self.round_s.observe(duration_s)
         self.admitted += admitted
+
+    def _member_changed(self, member: Member, change: Change) -> None:
+        # Names come and go: those that have gone must not stay for ever.
+        if change is Change.ADDED:
+            self.retries[member.key] = 0
+        elif change is Change.GONE:
+            del self.retries[member.key]
 
 
 class Metrics(Collector):
@@ -90,7 +110,7 @@ class Metrics(Collector):
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._rejected: Counter[str] = Counter()
-        self.groups = {group.name: GroupMetrics(group.worker_names) for group in fleet.groups}
+        self.groups = {group.name: GroupMetrics(group) for group in fleet.groups}
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -130,10 +150,18 @@ class Metrics(Collector):
         )
         for status, count in self._rejected.items():
             rejected.add_metric([status], count)
-        yield from (requests, retries, tokens, admitted, rejected)
+        errors = CounterMetricFamily(
+            "brproxy_decision_errors", "Errors in decisions, by what failed", labels=["group", "part"]
+        )
+        for group in self._fleet.groups:
+            for part, count in group.dispatcher.faults.counts.items():
+                errors.add_metric([group.name, part], count)
+        yield from (requests, retries, tokens, admitted, rejected, errors)
 
     def _histograms(self) -> Iterator[Metric]:
-        wait = HistogramMetricFamily("brproxy_wait_seconds", "Time in the pool", labels=["group"])
+        wait = HistogramMetricFamily(
+            "brproxy_wait_seconds", "Each wait for a worker, also those that found none", labels=["group"]
+        )
         ttft = HistogramMetricFamily("brproxy_ttft_seconds", "Arrival to first token", labels=["group"])
         rounds = HistogramMetricFamily(
             "brproxy_round_seconds", "One decision round that admits", labels=["group"]
@@ -183,22 +211,25 @@ class Metrics(Collector):
     def _per_worker(self, name: str, text: str, values: _WorkerValues) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=["group", "worker"])
         for group in self._fleet.groups:
-            for worker, value in zip(group.worker_names, values(group), strict=True):
-                family.add_metric([group.name, worker], value)
+            by_index = values(group)
+            for member in group.roster.members:
+                family.add_metric([group.name, member.key], by_index[member.index])
         return family
 
 
 def _pending(group: Group) -> float:
-    return group.dispatcher.ledger.pending
+    return len(group.dispatcher.waiting)
 
 
 def _imbalance(group: Group) -> float:
-    kv_tokens = group.dispatcher.ledger.kv_tokens
-    return max(kv_tokens) - min(kv_tokens)
+    kv_tokens = _kv_tokens(group)
+    # A gap holds nothing, and is no worker.
+    present = [kv_tokens[member.index] for member in group.roster.members]
+    return max(present, default=0) - min(present, default=0)
 
 
 def _envelope(group: Group) -> float:
-    return max(group.dispatcher.ledger.kv_tokens)
+    return max(_kv_tokens(group), default=0)
 
 
 def _kv_tokens(group: Group) -> Sequence[float]:
@@ -210,4 +241,4 @@ def _requests(group: Group) -> Sequence[float]:
 
 
 def _routable(group: Group) -> Sequence[float]:
-    return group.health.routable()
+    return group.roster.routable()

@@ -19,9 +19,10 @@ from rich import box
 from rich.table import Table
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
-from brproxy.ledger import BoolArray, Ledger, WorkerLimits
+from brproxy.ledger import BoolArray, Ledger
 from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import make_predictor
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.types import PendingRequest, RequestId, WorkerIndex
 from loadgen.traces.synthetic import SYNTHETIC
@@ -127,7 +128,7 @@ class _SteadyState:
         )
         self._predictor = make_predictor("survival")
         self._dispatcher = Dispatcher(
-            Ledger([WorkerLimits(case.slots + case.slots_free)] * case.workers),
+            Ledger(Roster.of([WorkerLimits(case.slots + case.slots_free)] * case.workers)),
             make_policy(name, POLICIES.get(name).Params(**params)),
             self._predictor,
             rng,
@@ -154,7 +155,7 @@ class _SteadyState:
         ledger = self._dispatcher.ledger
         for slot in range(self._case.workers * self._case.slots):
             request_id = self._dispatcher.arrive(PendingRequest(next(self._prompts)), 0.0)
-            ledger.bind(request_id, WorkerIndex(slot % self._case.workers), 0.0)
+            self._dispatcher.bind(request_id, WorkerIndex(slot % self._case.workers), 0.0)
             ledger.first_token(request_id, 0.0)
             ledger.grow(request_id, int(self._rng.integers(next(self._lengths))))
 
@@ -165,7 +166,7 @@ class _SteadyState:
         ledger.grow_rows(np.ones(len(ids), dtype=bool))
         for request_id in ids[self._leaving(len(ids))].tolist():
             self._dispatcher.end(RequestId(request_id), Event.FINISH)
-        while ledger.pending < self._case.waiting:
+        while len(self._dispatcher.waiting) < self._case.waiting:
             self._dispatcher.arrive(PendingRequest(next(self._prompts)), 0.0)
         started_cpu_s, started_s = time.thread_time(), time.perf_counter()
         assignments = self._dispatcher.decide(0.0, self._routable)

@@ -34,7 +34,7 @@ DIRECT = Proxy("direct")
 """No proxy: the CPU time that is counted is the load's own, workers and client together."""
 
 OWN_SLOTS = 4096
-CLIENT_START_S_MAX = 30.0
+CLIENT_START_S_MAX = 120.0
 OPEN_FILES_SPARE = 256
 """Beside a proxy's two connections for each of the client's."""
 

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 from brproxy.types import BrproxyError
 
-START_S_MAX = 30.0
+START_S_MAX = 120.0
 STOP_S_MAX = 10.0
 LINES_KEPT = 20
 _LINE_BYTES_MAX = 1 << 16

@@ -95,5 +95,5 @@ class ScenarioFile(Section):
 
 
 def load_scenario(path: Path) -> ScenarioFile:
-    """Read and check a scenario file; raises ConfigError, whose text is one line."""
+    """Read and check a scenario file; raises ConfigError, a line for each mistake."""
     return validate(ScenarioFile, load_toml(path), str(path))

@@ -1,7 +1,6 @@
 """Event loops and real sockets: emulated and scripted workers, and a proxy in front of them."""
 
 import asyncio
-import time
 from contextlib import AsyncExitStack
 
 import aiohttp
@@ -12,6 +11,10 @@ from brproxy.app import running_proxy
 from brproxy.config import parse_config
 from loadgen.cluster import ClusterSettings
 from loadgen.emulator.server import EmulatorSettings, running_emulator
+
+HANG_S = 60.0
+"""What takes longer hangs (seconds); less than the time-outs below, so that none of them brings it about."""
+PATIENT = {"connect_s": 600, "first_byte_s": 600, "stall_s": 600, "keepalive_s": 600}
 
 
 def pytest_asyncio_loop_factories(config, item):
@@ -60,23 +63,25 @@ class Proxy:
     def ledger(self):
         return self.groups[0].dispatcher.ledger
 
+    @property
+    def waiting(self):
+        return len(self.groups[0].dispatcher.waiting)
+
     async def idle(self):
         """Wait until nothing is booked anywhere; fails by timeout if that never comes."""
         await until(
-            lambda: not any(g.dispatcher.ledger.bound + g.dispatcher.ledger.pending for g in self.groups)
+            lambda: not any(g.dispatcher.ledger.bound + len(g.dispatcher.waiting) for g in self.groups)
         )
         for group in self.groups:
             assert not any(group.dispatcher.ledger.kv_tokens)
             assert not any(group.dispatcher.ledger.requests)
 
 
-async def until(condition, limit_s=5.0):
-    """Wait for a condition and return how long it took (seconds)."""
-    started_s = time.perf_counter()
-    async with asyncio.timeout(limit_s):
+async def until(condition):
+    """Wait for a condition; it takes as long as it takes, and only what never comes fails."""
+    async with asyncio.timeout(HANG_S):
         while not condition():
             await asyncio.sleep(0.001)
-    return time.perf_counter() - started_s
 
 
 @pytest.fixture(name="until")
@@ -84,15 +89,36 @@ def until_fixture():
     return until
 
 
+async def settled(value, turns=100):
+    """Wait until ``value()`` stays the same for so many turns of the loop, and return it.
+
+    Whoever could change it lives in this loop too: a slow machine makes the turns longer, not fewer.
+    """
+    last, same = value(), 0
+    while same < turns:
+        await asyncio.sleep(0.001)
+        now = value()
+        last, same = now, same + 1 if now == last else 0
+    return last
+
+
+@pytest.fixture(name="settled")
+def settled_fixture():
+    return settled
+
+
 @pytest.fixture
 def start_proxy(stack):
     async def start(urls, *, health=False, worker=None, health_table=None, workers=None, **tables):
         document = {
             "listen": {"port": 0},
-            "health": {"enabled": health, "interval_s": 0.05, "timeout_s": 0.5} | (health_table or {}),
+            "health": {"enabled": health, "interval_s": 0.05, "timeout_s": HANG_S} | (health_table or {}),
             "worker": workers or [{"url": url} | (worker or {}) for url in urls],
         }
         document |= tables
+        # Of the time-outs only those pass that a test is about: a slow machine is no slow worker.
+        document["timeouts"] = PATIENT | document.get("timeouts", {})
+        document["limits"] = {"pool_wait_s_max": 600} | document.get("limits", {})
         return Proxy(await stack.enter_async_context(running_proxy(parse_config(document, "test"))))
 
     return start

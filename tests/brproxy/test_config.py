@@ -1,13 +1,16 @@
 """The configuration: what is taken, what is refused, and in which words."""
 
 import tomllib
+from datetime import date
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from brproxy.config import load_config, parse_config
 from brproxy.config_reference import reference_rows, reference_table
-from brproxy.validation import ConfigError
+from brproxy.validation import MISTAKES_SHOWN_MAX, ConfigError
 
 CONFIG_FOLDER = Path(__file__).parents[2] / "config"
 WORKER = '[[worker]]\nurl = "http://127.0.0.1:8001"\n'
@@ -17,11 +20,15 @@ def parse(text):
     return parse_config(tomllib.loads(text), "x.toml")
 
 
-def message(text):
+def messages(document):
     with pytest.raises(ConfigError) as caught:
-        parse(text)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+        parse_config(document, "x.toml")
+    return str(caught.value).split("\n")
+
+
+def message(text):
+    (line,) = messages(tomllib.loads(text))
+    return line
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.toml")), ids=lambda path: path.name)
@@ -86,8 +93,12 @@ def test_each_policy_has_its_own_table():
         (WORKER + "slots = 0", "x.toml: worker[0].slots: must be at least 1, got 0"),
         (WORKER + 'slots = "4"', "x.toml: worker[0].slots: must be an integer, got '4'"),
         (WORKER + "slotz = 4", "x.toml: worker[0].slotz: unknown key; did you mean 'slots'?"),
+        (WORKER + 'model = ["a", 3]', "x.toml: worker[0].model[1]: must be a string, got 3"),
+        (WORKER + 'slots = "' + "4" * 999 + '"', "x.toml: worker[0].slots: must be an integer, got '444444"),
+        (WORKER + '"a\\n\\u2028b" = 4', 'x.toml: worker[0]."a\\n\\u2028b": unknown key; allowed: url,'),
+        (WORKER + "str = 4", "x.toml: worker[0].str: unknown key; allowed: url, name"),
         (WORKER + "model = 3", "x.toml: worker[0].model: must be a string or a list of strings, got 3"),
-        (WORKER + WORKER, "x.toml: worker[0], worker[1]: the same url 'http://127.0.0.1:8001'; each"),
+        (WORKER + WORKER, "x.toml: worker[1].url: 'http://127.0.0.1:8001' is worker[0]'s already; each"),
         (
             WORKER + '[routing]\npolicy = "br0"',
             "x.toml: routing.policy: unknown policy 'br0'; allowed: br-0, br-h,",
@@ -116,7 +127,7 @@ def test_each_policy_has_its_own_table():
         ),
         (
             WORKER + 'name="a"\n[[worker]]\nurl="http://h:1"\nname="a"',
-            "x.toml: worker[0], worker[1]: the same name 'a'",
+            "x.toml: worker[1].name: 'a' is worker[0]'s already; each",
         ),
         (
             WORKER + '[[worker]]\nurl="http://h:1"\nmodel="m"',
@@ -128,8 +139,69 @@ def test_messages(text, expected):
     assert message(text).startswith(expected)
 
 
-def test_several_mistakes_are_counted():
-    assert message(WORKER + "slots = 0\nmodel = 3\nkv_capacity_tokens = 0\n").endswith("(and 3 more)")
+def test_workers_that_disagree_are_all_told_beside_other_mistakes():
+    workers = [
+        {"url": "http://a:1", "name": "x"},
+        {"url": "http://a:1"},
+        {"url": "https://a:1"},
+        {"url": "http://b:1", "name": "x", "engine": "sglang"},
+        {"url": "http://b:2", "model": "m"},
+    ]
+    lines = messages({"worker": workers, "log": {"level": "loud"}})
+    assert [line.removeprefix("x.toml: ").partition(": ")[0] for line in lines] == [
+        "worker[1].url",
+        "worker[2].name",
+        "worker[3].name",
+        "worker[3]",
+        "worker[4]",
+        "log.level",
+    ]
+    assert "worker[1]'s already" in lines[1], "without a name it is host and port"
+
+
+def test_mistakes_beyond_the_most_that_are_told_are_counted():
+    workers = [{"url": f"http://h:{i + 1}", "slots": 0} for i in range(MISTAKES_SHOWN_MAX + 2)]
+    *lines, last = messages({"worker": workers})
+    assert len(lines) == MISTAKES_SHOWN_MAX
+    assert last == "x.toml: and 2 more mistakes"
+
+
+# Every key of the reference, as a path from the document with two workers in it.
+KEYS = [
+    keys
+    for key, _, _ in reference_rows()
+    for keys in (
+        [("worker", 0, key.split()[1]), ("worker", 1, key.split()[1])]
+        if key.startswith("[[worker]]")
+        else [tuple(key.split("."))]
+    )
+]
+
+
+@given(
+    wrong=st.dictionaries(
+        st.sampled_from(KEYS), st.sampled_from([{}, {"a": 1}, date(2026, 1, 1), -1]), max_size=20
+    ),
+    unknown=st.lists(
+        st.tuples(
+            st.sampled_from(KEYS).map(lambda keys: keys[:-1]), st.from_regex(r"[a-z]{1,9}_", fullmatch=True)
+        ),
+        max_size=20,
+        unique=True,
+    ),
+)
+def test_every_mistake_is_told_in_a_line_of_its_own(wrong, unknown):
+    document = {"worker": [{"url": f"http://h:{port}"} for port in (1, 2)]}
+    mistakes = wrong | {(*keys, key): 1 for keys, key in unknown}
+    for keys, value in mistakes.items():
+        table = document
+        for key in keys[:-1]:
+            table = table[key] if isinstance(key, int) else table.setdefault(key, {})
+        table[keys[-1]] = value
+    expected = [".".join(map(str, keys)).replace(".0.", "[0].").replace(".1.", "[1].") for keys in mistakes]
+    lines = messages(document) if mistakes else []
+    assert all(line.startswith("x.toml: ") for line in lines)
+    assert sorted(line.split(": ")[1] for line in lines) == sorted(expected)
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -138,6 +210,12 @@ def test_files_that_cannot_be_read(tmp_path):
     broken = tmp_path / "broken.toml"
     broken.write_text("[listen\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"broken.toml: not valid TOML: .*line 1"):
+        load_config(broken)
+    broken.write_text("x = " + "1" * 5000, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"broken.toml: not valid TOML: Exceeds the limit .*digits"):
+        load_config(broken)
+    broken.write_text("x = " + "[" * 5000, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"broken.toml: not valid TOML: maximum recursion depth"):
         load_config(broken)
     broken.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"broken.toml: must be UTF-8 text: byte 0 is not"):

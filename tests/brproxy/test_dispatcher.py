@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolFullError, PoolLimits, PromptTooLongError
-from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.ledger import Ledger
 from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import make_predictor
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED, ClusterView
 from brproxy.types import PendingRequest, WorkerIndex
@@ -17,12 +18,12 @@ POOL = PoolLimits(100, 10.0)
 
 
 def dispatcher_of(policy="br-0", slots=(2, 2), capacity=None, pool=POOL):
-    ledger = Ledger([WorkerLimits(n, capacity) for n in slots])
+    ledger = Ledger(Roster.of([WorkerLimits(n, capacity) for n in slots]))
     return Dispatcher(ledger, make_policy(policy), make_predictor("survival"), np.random.default_rng(0), pool)
 
 
 def routable(dispatcher, *down):
-    return [worker not in down for worker in range(dispatcher.ledger.workers)]
+    return [worker not in down for worker in range(len(dispatcher.roster))]
 
 
 @pytest.mark.parametrize("policy", POLICIES.names())
@@ -82,19 +83,22 @@ def test_a_retry_goes_elsewhere_and_first():
     dispatcher = dispatcher_of(slots=(1, 1))
     failed = dispatcher.arrive(PendingRequest(10), 0.0)
     (bound,) = dispatcher.decide(0.0, routable(dispatcher))
-    dispatcher.ledger.retry(failed, 1.0)
+    dispatcher.retry(failed, 1.0)
     dispatcher.arrive(PendingRequest(10), 1.0)
     again = dispatcher.decide(1.0, routable(dispatcher))
     assert again[0].request_id == failed
     assert again[0].worker != bound.worker
 
 
-def test_a_retry_returns_to_the_same_worker_when_there_is_no_other():
+def test_a_retry_returns_to_the_same_worker_only_when_that_has_come_back():
     dispatcher = dispatcher_of(slots=(1,))
     failed = dispatcher.arrive(PendingRequest(10), 0.0)
     dispatcher.decide(0.0, routable(dispatcher))
-    dispatcher.ledger.retry(failed, 1.0)
-    assert [a.worker for a in dispatcher.decide(1.0, routable(dispatcher))] == [0]
+    dispatcher.retry(failed, 1.0)
+    assert dispatcher.decide(1.0, routable(dispatcher)) == []
+    for ok in (False, False, False, True):
+        dispatcher.roster.record(0, ok=ok, reason="", now_s=2.0)
+    assert [a.worker for a in dispatcher.decide(3.0, routable(dispatcher))] == [0]
 
 
 def test_expiry_counts_from_when_the_request_entered_the_pool():
@@ -102,7 +106,7 @@ def test_expiry_counts_from_when_the_request_entered_the_pool():
     failed = dispatcher.arrive(PendingRequest(10), 0.0)
     dispatcher.decide(0.0, routable(dispatcher))
     waiting = dispatcher.arrive(PendingRequest(10), 5.0)
-    dispatcher.ledger.retry(failed, 100.0)
+    dispatcher.retry(failed, 100.0)
     assert dispatcher.expired(15.0) == []
     assert dispatcher.expired(100.0) == [waiting]
     assert sorted(dispatcher.expired(111.0)) == [failed, waiting]
@@ -118,8 +122,15 @@ def test_the_pool_is_bounded():
 
 def test_a_prompt_that_never_fits_is_refused_at_once():
     dispatcher = dispatcher_of(capacity=100)
-    with pytest.raises(PromptTooLongError, match=r"about 101 tokens.*\(100 tokens\)"):
-        dispatcher.arrive(PendingRequest(101), 0.0)
+    with pytest.raises(PromptTooLongError, match=r"has 101 tokens.*\(100 tokens\)"):
+        dispatcher.arrive(PendingRequest(101, prompt_is_exact=True), 0.0)
+
+
+def test_a_guess_that_never_fits_is_placed_all_the_same():
+    dispatcher = dispatcher_of(capacity=100)
+    dispatcher.arrive(PendingRequest(10**6), 0.0)
+    assert len(dispatcher.decide(0.0, routable(dispatcher))) == 1
+    assert sum(dispatcher.ledger.kv_tokens) == 100
 
 
 def test_only_natural_ends_teach_the_predictor():
@@ -135,11 +146,11 @@ def test_only_natural_ends_teach_the_predictor():
 def test_every_request_that_overtakes_is_counted():
     dispatcher = dispatcher_of(slots=(1, 3))
     heavy = dispatcher.arrive(PendingRequest(1000), 0.0)
-    dispatcher.ledger.bind(heavy, WorkerIndex(0), 0.0)
+    dispatcher.bind(heavy, WorkerIndex(0), 0.0)
     waiting = [dispatcher.arrive(PendingRequest(prompt), 0.0) for prompt in (3000, 500, 2000, 300, 200, 4000)]
     admitted = {assignment.request_id for assignment in dispatcher.decide(0.0, routable(dispatcher))}
     assert admitted == {waiting[1], waiting[3], waiting[4]}, "together they fill the margin"
-    counts = [dispatcher.ledger.entry(request).passed_over for request in waiting]
+    counts = [dispatcher.entry(request).passed_over for request in waiting]
     assert counts == [3, 0, 2, 0, 0, 0]
 
 
@@ -161,7 +172,7 @@ def decided_by_a_round(dispatcher, entry, mask, seed):
     ledger, policy, predictor = dispatcher.ledger, dispatcher.policy, dispatcher.predictor
     turnover = ledger.turnover_steps(predictor.mean_output_tokens)
     discounts = policy.discounts(turnover, predictor.LOOKAHEAD_TURNOVERS)
-    forecast = predictor.forecast(ledger.active(), ledger.workers, len(discounts) - 1)
+    forecast = predictor.forecast(ledger.active(), len(ledger.roster), len(discounts) - 1)
     view = ClusterView.of(
         ledger.state(mask, late_binding=policy.params.late_binding),
         [entry.prompt_tokens],
@@ -191,7 +202,7 @@ def decided_by_a_round(dispatcher, entry, mask, seed):
 def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
     policy, predictor, bound, limits, mask, prompt, passed_over, seed
 ):
-    ledger = Ledger(limits)
+    ledger = Ledger(Roster.of(limits))
     rng = np.random.default_rng(seed)
     dispatcher = Dispatcher(ledger, make_policy(policy), make_predictor(predictor), rng, POOL)
     for i in range(40):
@@ -201,9 +212,9 @@ def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
             prompt_tokens, output_tokens_max=limit, runs_to_max=certain, prompt_hash=i % 5
         )
         request_id = dispatcher.arrive(request, 0.0)
-        ledger.bind(request_id, WorkerIndex(worker), 0.0, dispatcher.predictor.prospect(request))
+        dispatcher.bind(request_id, WorkerIndex(worker), 0.0, dispatcher.predictor.prospect(request))
         ledger.grow(request_id, output)
-    entry = ledger.entry(dispatcher.arrive(PendingRequest(prompt), 0.0))
+    entry = dispatcher.entry(dispatcher.arrive(PendingRequest(prompt), 0.0))
     entry.passed_over = passed_over
     expected, load = decided_by_a_round(dispatcher, entry, mask, seed)
     assignments = dispatcher.decide(0.0, mask)
@@ -213,3 +224,106 @@ def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
         load[expected], rel=1e-5
     )
     assert worker == expected or (policy == "br-h" and as_good)
+
+
+def full_dispatcher(policy="br-h"):
+    """All slots and the KV room of two workers are taken, the second has less."""
+    dispatcher = dispatcher_of(policy, slots=(1, 1), capacity=100)
+    for worker, prompt in ((0, 100), (1, 90)):
+        request_id = dispatcher.arrive(PendingRequest(prompt), 0.0)
+        dispatcher.bind(request_id, WorkerIndex(worker), 0.0)
+    return dispatcher
+
+
+@pytest.mark.parametrize("policy", POLICIES.names())
+def test_what_takes_no_slot_is_bound_whatever_is_full(policy):
+    dispatcher = full_dispatcher(policy)
+    waiting = dispatcher.arrive(PendingRequest(50, prompt_is_exact=True), 0.0)
+    free = [dispatcher.arrive(PendingRequest(20, sequences=0), 0.0) for _ in range(2)]
+    decided = dispatcher.decide(0.0, routable(dispatcher))
+    late = dispatcher.policy.params.late_binding
+    assert [a.request_id for a in decided][:2] == free
+    assert decided[0].worker == 1, "the one with the least load"
+    assert len(decided) == 2 + (not late)
+    assert [e.id for e in dispatcher.waiting.in_turn()] == ([waiting] if late else [])
+    assert sum(dispatcher.ledger.requests) == 4 + (not late), "and counted all the same"
+    for request_id in free:
+        dispatcher.end(request_id, Event.FINISH)
+    assert sum(dispatcher.ledger.kv_tokens) == 190 + 50 * (not late)
+
+
+def test_what_takes_no_slot_waits_only_for_a_worker_that_may_be_chosen():
+    dispatcher = full_dispatcher()
+    free = dispatcher.arrive(PendingRequest(20, sequences=0), 0.0)
+    assert dispatcher.decide(0.0, routable(dispatcher, 0, 1)) == []
+    assert [a.worker for a in dispatcher.decide(0.0, routable(dispatcher, 1))] == [0]
+    dispatcher.retry(free, 1.0)
+    assert [a.worker for a in dispatcher.decide(1.0, routable(dispatcher))] == [1], "away from who failed it"
+
+
+def test_what_takes_no_slot_is_refused_for_no_lack_of_room():
+    dispatcher = dispatcher_of(capacity=100, pool=PoolLimits(0, 10.0))
+    dispatcher.arrive(PendingRequest(1000, prompt_is_exact=True, sequences=0), 0.0)
+    assert len(dispatcher.decide(0.0, routable(dispatcher))) == 1
+
+
+def test_sequences_take_slots():
+    dispatcher = dispatcher_of(slots=(4,))
+    first = dispatcher.arrive(PendingRequest(10, sequences=3), 0.0)
+    second = dispatcher.arrive(PendingRequest(10, sequences=8), 0.0)
+    third = dispatcher.arrive(PendingRequest(10), 0.0)
+    decided = [a.request_id for a in dispatcher.decide(0.0, routable(dispatcher))]
+    assert decided[:1] == [first]
+    # The last slot goes to one of them, and with the eight sequences there is none for a while.
+    for request_id in decided:
+        dispatcher.end(request_id, Event.CANCEL)
+    for _ in range(2):
+        for assignment in dispatcher.decide(1.0, routable(dispatcher)):
+            decided.append(assignment.request_id)
+            dispatcher.end(assignment.request_id, Event.CANCEL)
+    assert sorted(decided) == [first, second, third]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    bound=bound_requests,
+    gone=st.sets(st.integers(0, 3), max_size=3),
+    draining=st.sets(st.integers(0, 3), max_size=2),
+    prompts=st.lists(st.sampled_from([10, 70, 800]), min_size=1, max_size=5),
+    policy=st.sampled_from(["br-0", "br-h", "least-kv", "join-shortest-queue"]),
+    seed=st.integers(0, 3),
+)
+def test_a_group_with_gaps_decides_as_one_that_never_had_who_is_gone(
+    bound, gone, draining, prompts, policy, seed
+):
+    def decided(limits, absent):
+        """Decide with the workers ``absent`` removed, or as if they had never been there."""
+        index = {worker: place for place, worker in enumerate(w for w in range(4) if w in limits)}
+        roster = Roster.of([WorkerLimits(3, 2000) for _ in limits])
+        dispatcher = Dispatcher(
+            Ledger(roster), make_policy(policy), make_predictor("survival"), np.random.default_rng(seed), POOL
+        )
+        for worker, prompt_tokens, output, limit, certain in bound:
+            if worker in gone:
+                continue
+            request = PendingRequest(prompt_tokens, output_tokens_max=limit, runs_to_max=certain)
+            request_id = dispatcher.arrive(request, 0.0)
+            prospect = dispatcher.predictor.prospect(request)
+            dispatcher.bind(request_id, WorkerIndex(index[worker]), 0.0, prospect)
+            dispatcher.ledger.grow(request_id, output)
+        for worker in draining - gone:
+            roster.drain(str(index[worker]))
+        for worker in absent:
+            roster.remove(str(index[worker]), 0)
+        for prompt_tokens in prompts:
+            dispatcher.arrive(PendingRequest(prompt_tokens), 0.0)
+        back = {place: worker for worker, place in index.items()}
+        assignments = dispatcher.decide(0.0, roster.routable())
+        assert not dispatcher.faults.counts
+        return [(a.request_id, back[a.worker]) for a in assignments], dispatcher
+
+    with_gaps, dispatcher = decided(range(4), gone)
+    never_there, _ = decided([w for w in range(4) if w not in gone], ())
+    assert with_gaps == never_there
+    assert not {worker for _, worker in with_gaps} & (gone | draining)
+    assert dispatcher.ledger.active().worker.max(initial=-1) < max(len(dispatcher.roster), 1)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.estimate import BYTES_PER_TOKEN, LearntRatio, RatioLimits, StreamCounter, TokenEstimator
+from brproxy.types import TOKENS_MAX
 
 
 def test_the_initial_ratio_holds_until_a_report():
@@ -35,15 +36,40 @@ def test_follows_a_change():
     assert learnt.value("m") == pytest.approx(6.0, rel=0.01)
 
 
-def test_nonsense_stays_within_limits():
-    learnt = LearntRatio(RatioLimits(4.0, 0.5, 16.0), keys_max=4)
-    learnt.learn("m", 10**9, 1)
-    assert learnt.value("m") == 16.0
-    learnt.learn("n", 1, 10**9)
-    assert learnt.value("n") == 0.5
+LIMITS = RatioLimits(4.0, 0.5, 16.0)
+counts = st.integers(0, 1 << 70) | st.floats(0, allow_infinity=False)
 
 
-@pytest.mark.parametrize(("above", "below"), [(0, 5), (5, 0), (-1, 5), (5, -1)])
+@given(st.lists(st.tuples(counts, counts), max_size=20))
+def test_a_ratio_stays_within_its_limits_and_what_cannot_be_true_teaches_nothing(reports):
+    learnt, of_the_true = LearntRatio(LIMITS, keys_max=4), LearntRatio(LIMITS, keys_max=4)
+    for above, below in reports:
+        learnt.learn("m", above, below)
+        if below and 0.5 <= above / below <= 16:
+            of_the_true.learn("m", above, below)
+    assert learnt.value("m") == of_the_true.value("m")
+    assert 0.499 < learnt.value("m") < 16.001
+
+
+def test_one_report_does_not_move_what_many_have_taught():
+    estimator = TokenEstimator(4.0, 4)
+    for _ in range(50):
+        estimator.learn_prompt("m", 400, 100)
+    estimator.learn_prompt("m", 560_000, 40_000)
+    assert estimator.prompt_tokens("m", 4000) > 600, "some half a megabyte of spaces"
+    for _ in range(50):
+        estimator.learn_prompt("m", 400, 100)
+    assert 800 < estimator.prompt_tokens("m", 4000) <= 1000
+
+
+@given(st.integers(0, 1 << 70), st.integers(0, 1 << 40))
+def test_a_guess_is_never_more_than_a_worker_holds(prompt_bytes, tokens_max):
+    estimator = TokenEstimator(4.0, 4)
+    assert 0 <= estimator.prompt_tokens("m", prompt_bytes, tokens_max) <= tokens_max
+    assert estimator.prompt_tokens("m", prompt_bytes) <= TOKENS_MAX
+
+
+@pytest.mark.parametrize(("above", "below"), [(0, 5), (5, 0), (-1, 5), (5, -1), (1000, 10), (1, 1000)])
 def test_a_report_that_says_nothing_changes_nothing(above, below):
     learnt = LearntRatio(BYTES_PER_TOKEN, keys_max=4)
     learnt.learn("m", above, below)

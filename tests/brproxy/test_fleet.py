@@ -5,24 +5,26 @@ import pytest
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.fleet import Fleet, Group, UnknownModelError
-from brproxy.health import GroupHealth, HealthThresholds
-from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.health import HealthThresholds
+from brproxy.ledger import Ledger
 from brproxy.prediction.predictor import make_predictor
+from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.types import PendingRequest, WorkerIndex
 
 
 def group(name, *models, slots=4, healthy=True):
+    roster = Roster(HealthThresholds(1, 1))
+    roster.add(f"{name}-0", WorkerLimits(slots))
     dispatcher = Dispatcher(
-        Ledger([WorkerLimits(slots)]),
+        Ledger(roster),
         make_policy("br-0"),
         make_predictor("survival"),
         np.random.default_rng(0),
         PoolLimits(),
     )
-    health = GroupHealth(1, HealthThresholds(1, 1))
-    health.record(WorkerIndex(0), ok=healthy, reason="", now_s=0.0)
-    return Group(name, (f"{name}-0",), frozenset(models), dispatcher, health)
+    roster.record(WorkerIndex(0), ok=healthy, reason="", now_s=0.0)
+    return Group(name, frozenset(models), dispatcher)
 
 
 def test_the_model_picks_the_group():

@@ -2,8 +2,7 @@
 
 import pytest
 
-from brproxy.health import GroupHealth, Health, HealthThresholds, HealthTracker
-from brproxy.types import WorkerIndex
+from brproxy.health import Health, HealthThresholds, HealthTracker
 
 
 @pytest.mark.parametrize(
@@ -38,16 +37,3 @@ def test_a_change_is_reported_with_time_and_reason():
     assert (tracker.since_s, tracker.reason) == (1.0, "answers")
     assert tracker.record(ok=False, reason="refused", now_s=3.0)
     assert (tracker.since_s, tracker.reason) == (3.0, "refused")
-
-
-def test_group_mask():
-    health = GroupHealth(2, HealthThresholds(1, 1))
-    assert health.routable() == (False, False), "nobody is chosen before its first success"
-    health.record(WorkerIndex(1), ok=True, reason="", now_s=0.0)
-    assert health.routable() == (False, True)
-    health.record(WorkerIndex(1), ok=False, reason="", now_s=1.0)
-    assert health.routable() == (False, False)
-
-
-def test_without_checks_everybody_is_healthy():
-    assert GroupHealth(3, HealthThresholds(), checked=False).routable() == (True, True, True)

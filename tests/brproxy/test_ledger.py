@@ -1,54 +1,110 @@
-"""The ledger as a state machine: whatever happens, the books balance."""
+"""The ledger and the waiting room as a state machine: whatever happens, the books balance."""
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from brproxy.ledger import Ledger, WorkerLimits
+from brproxy.dispatcher import Dispatcher, PoolLimits
+from brproxy.ledger import Ledger
 from brproxy.lifecycle import Event, LifecycleError, State
+from brproxy.prediction.predictor import LENGTH_UNLIMITED, make_predictor
+from brproxy.roster import MemberState, Roster, RosterError, WorkerLimits
+from brproxy.routing.policy import make_policy
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED
-from brproxy.types import InvalidInputError, PendingRequest, RequestId, WorkerIndex
+from brproxy.types import SEQUENCES_MAX, TOKENS_MAX, InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
-WORKERS = 3
+HUGE = 1 << 70
+
+numbers = st.one_of(st.integers(-50, 6000), st.integers(-HUGE, HUGE))
+"""What may come in wherever a number does."""
+
+prospects = st.one_of(
+    st.none(),
+    st.tuples(numbers, numbers, st.booleans()),
+    st.tuples(st.sampled_from([1.5, float("nan"), None, "7"]), numbers, st.booleans()),
+    st.tuples(numbers, st.sampled_from([float("inf"), None, ""]), st.booleans()),
+    st.just((1, 2)),
+)
+"""What a predictor may say of a request, absurd or not."""
+
+
+def within(value, highest=TOKENS_MAX):
+    return min(max(value, 0), highest)
+
+
+def dispatcher_of(limits):
+    return Dispatcher(
+        Ledger(Roster.of(limits)),
+        make_policy("least-kv"),
+        make_predictor("survival"),
+        np.random.default_rng(0),
+        PoolLimits(10_000, 10.0),
+    )
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Random lives of requests beside a model of plain dictionaries."""
+    """Random lives of requests and of workers beside a model of plain dictionaries."""
 
     waiting = Bundle("waiting")
     running = Bundle("running")
 
     def __init__(self):
         super().__init__()
-        self.ledger = Ledger([WorkerLimits(4, 10_000), WorkerLimits(2), WorkerLimits(1, 500)])
+        self.dispatcher = dispatcher_of([WorkerLimits(4, 10_000), WorkerLimits(2), WorkerLimits(1, 500)])
+        self.ledger = self.dispatcher.ledger
+        self.roster = self.dispatcher.roster
         self.model = {}
+        self.leaving = set()
+        self.names = 0
         self.now_s = 0.0
 
-    @rule(target=waiting, prompt=st.integers(0, 5000))
-    def arrive(self, prompt):
+    @rule(target=waiting, prompt=numbers, output_tokens_max=numbers, sequences=numbers)
+    def arrive(self, prompt, output_tokens_max, sequences):
         self.now_s += 1
-        request_id = self.ledger.arrive(PendingRequest(prompt), self.now_s)
+        request = PendingRequest(prompt, output_tokens_max=output_tokens_max, sequences=sequences)
+        if prompt < 0:
+            with pytest.raises(InvalidInputError):
+                self.dispatcher.arrive(request, self.now_s)
+            return multiple()
+        longest = min(self.ledger.kv_capacity_tokens_max, TOKENS_MAX)
+        request_id = self.dispatcher.arrive(request, self.now_s)
         assert request_id not in self.model, "ids are never reused"
-        self.model[request_id] = {"worker": None, "prompt": prompt, "output": 0}
+        self.model[request_id] = {
+            "worker": None,
+            "prompt": within(prompt, longest),
+            "output": 0,
+            "sequences": within(sequences, SEQUENCES_MAX),
+        }
         return request_id
 
-    @rule(target=running, request_id=consumes(waiting), worker=st.integers(0, WORKERS - 1))
-    def bind(self, request_id, worker):
-        self.ledger.bind(request_id, WorkerIndex(worker), self.now_s)
+    @rule(target=running, request_id=consumes(waiting), worker=st.integers(0, 5), prospect=prospects)
+    def bind(self, request_id, worker, prospect):
+        if worker >= self.roster.columns or self.roster._members[worker].state is MemberState.GONE:
+            with pytest.raises(RosterError):
+                self.dispatcher.bind(request_id, WorkerIndex(worker), self.now_s, prospect)
+            worker = self.roster.members[0].index if self.roster.members else self.add()
+        try:
+            self.dispatcher.bind(request_id, WorkerIndex(worker), self.now_s, prospect)
+        except (TypeError, ValueError):
+            assert self.dispatcher.entry(request_id).state is State.PENDING
+            self.books_balance()
+            self.rows_are_the_entries()
+            self.dispatcher.bind(request_id, WorkerIndex(worker), self.now_s)
         self.model[request_id]["worker"] = worker
         return request_id
 
-    @rule(request_id=running, tokens=st.integers(-20, 50))
+    @rule(request_id=running, tokens=numbers)
     def grow(self, request_id, tokens):
         self.ledger.grow(request_id, tokens)
         entry = self.model[request_id]
-        entry["output"] = max(0, entry["output"] + tokens)
+        entry["output"] = within(entry["output"] + tokens)
 
-    @rule(request_id=running, prompt=st.integers(-5, 9000))
+    @rule(request_id=running, prompt=numbers)
     def correct(self, request_id, prompt):
         self.ledger.correct_prompt(request_id, prompt)
-        self.model[request_id]["prompt"] = max(0, prompt)
+        self.model[request_id]["prompt"] = within(prompt)
 
     @rule(request_id=running)
     def first_token(self, request_id):
@@ -59,62 +115,115 @@ class LedgerMachine(RuleBasedStateMachine):
     def retry_or_end(self, request_id):
         if self.ledger.entry(request_id).state is not State.PREFILL:
             with pytest.raises(LifecycleError):
-                self.ledger.retry(request_id, self.now_s)
+                self.dispatcher.retry(request_id, self.now_s)
             # Once a token was seen there is no way back: the request ends, and another takes its place here.
-            self.ledger.end(request_id, Event.FAIL)
+            self.dispatcher.end(request_id, Event.FAIL)
             del self.model[request_id]
-            return self.arrive(1)
-        self.ledger.retry(request_id, self.now_s)
+            return self.arrive(1, 1, 1)
+        self.dispatcher.retry(request_id, self.now_s)
         self.model[request_id] |= {"worker": None, "output": 0}
         return request_id
 
     @rule(request_id=consumes(running), event=st.sampled_from([Event.FINISH, Event.FAIL, Event.CANCEL]))
     def end_running(self, request_id, event):
+        with pytest.raises(LifecycleError):
+            self.dispatcher.end(request_id, Event.EXPIRE)
         self.end(request_id, event)
 
     @rule(request_id=consumes(waiting), event=st.sampled_from([Event.FAIL, Event.CANCEL, Event.EXPIRE]))
     def end_waiting(self, request_id, event):
+        with pytest.raises(LifecycleError):
+            self.dispatcher.end(request_id, Event.FINISH)
         self.end(request_id, event)
 
     def end(self, request_id, event):
-        entry = self.ledger.end(request_id, event)
+        entry = self.dispatcher.end(request_id, event)
         model = self.model.pop(request_id)
         assert (entry.prompt_tokens, entry.output_tokens) == (model["prompt"], model["output"])
         with pytest.raises(LifecycleError):
-            self.ledger.end(request_id, event)
+            self.dispatcher.end(request_id, event)
+
+    @rule()
+    def come(self):
+        self.add()
+
+    def add(self):
+        self.names += 1
+        return self.roster.add(f"added-{self.names}", WorkerLimits(2, 700)).index
+
+    @rule(position=st.integers(0, 5))
+    def remove(self, position):
+        members = self.roster.members
+        if position < len(members):
+            member = members[position]
+            self.roster.remove(member.key, self.ledger.requests[member.index])
+            self.leaving.add(member)
+
+    def bound(self):
+        return [entry for entry in self.model.values() if entry["worker"] is not None]
 
     @invariant()
     def books_balance(self):
-        bound = [entry for entry in self.model.values() if entry["worker"] is not None]
-        kv = [sum(e["prompt"] + e["output"] for e in bound if e["worker"] == g) for g in range(WORKERS)]
+        bound = self.bound()
+        columns = range(self.roster.columns)
+        kv = [sum(e["prompt"] + e["output"] for e in bound if e["worker"] == g) for g in columns]
         assert list(self.ledger.kv_tokens) == kv
-        assert list(self.ledger.requests) == [sum(e["worker"] == g for e in bound) for g in range(WORKERS)]
+        assert list(self.ledger.requests) == [sum(e["worker"] == g for e in bound) for g in columns]
+        sequences = [sum(e["sequences"] for e in bound if e["worker"] == g) for g in columns]
+        assert self.ledger._sequences == sequences
         assert self.ledger.bound == len(bound)
-        assert self.ledger.pending == len(self.model) - len(bound)
+        assert len(self.dispatcher.waiting) == len(self.model) - len(bound)
+        unusual = sum(e["sequences"] != 1 for e in bound)
+        assert self.ledger._unusual_rows == unusual
 
     @invariant()
     def rows_are_the_entries(self):
         active = self.ledger.active()
+        place = {member.index: place for place, member in enumerate(self.roster.members)}
         rows = sorted(zip(active.worker, active.kv_tokens, active.output_tokens, strict=True))
-        bound = [e for e in self.model.values() if e["worker"] is not None]
-        assert rows == sorted((e["worker"], e["prompt"] + e["output"], e["output"]) for e in bound)
+        assert rows == sorted(
+            (place[e["worker"]], e["prompt"] + e["output"], e["output"] // max(e["sequences"], 1))
+            for e in self.bound()
+        )
+        for column in (active.curve, active.length_max, active.certain, self.ledger.row_ids()):
+            assert len(column) == len(rows)
+        assert all(0 <= length <= LENGTH_UNLIMITED for length in active.length_max.tolist())
+
+    @invariant()
+    def who_leaves_is_gone_when_nothing_is_bound(self):
+        for member in self.leaving:
+            held = any(e["worker"] == member.index for e in self.bound())
+            gone = member.state is MemberState.GONE
+            assert gone or held
+            assert gone or member in self.roster.members
+
+    @invariant()
+    def a_round_sees_who_is_there(self):
+        members = self.roster.members
+        if members:
+            mask = [True] * self.roster.columns
+            state = self.ledger.state(mask, late_binding=True)
+            assert state.slots == [member.limits.slots for member in members]
+            assert state.kv_tokens == [self.ledger.kv_tokens[member.index] for member in members]
+            assert min(state.slots_free + state.kv_free) >= 0
 
     def teardown(self):
         for request_id in list(self.model):
-            self.ledger.end(request_id, Event.CANCEL)
-        assert self.ledger.kv_tokens == self.ledger.requests == (0,) * WORKERS
+            self.dispatcher.end(request_id, Event.CANCEL)
+        assert not any(self.ledger.kv_tokens + self.ledger.requests)
+        assert {m for m in self.leaving if m.state is not MemberState.GONE} == set()
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestLedgerMachine = LedgerMachine.TestCase
 
 
 def bound_ledger(limits, loads):
-    ledger = Ledger(limits)
+    dispatcher = dispatcher_of(limits)
     for worker, prompt in loads:
-        request_id = ledger.arrive(PendingRequest(prompt), 0.0)
-        ledger.bind(request_id, WorkerIndex(worker), 0.0)
-    return ledger
+        request_id = dispatcher.arrive(PendingRequest(prompt), 0.0)
+        dispatcher.bind(request_id, WorkerIndex(worker), 0.0)
+    return dispatcher.ledger
 
 
 def test_state_shows_what_is_free():
@@ -147,26 +256,92 @@ def test_a_round_that_changes_its_state_changes_no_books():
     assert (ledger.kv_tokens, ledger.requests) == ((5,), (1,))
 
 
+def test_a_worker_that_drains_keeps_its_load_in_the_barrier_and_one_that_has_gone_is_not_seen():
+    ledger = bound_ledger([WorkerLimits(4, 900), WorkerLimits(4), WorkerLimits(4)], [(0, 500), (2, 70)])
+    roster = ledger.roster
+    roster.drain("0")
+    roster.remove("1", 0)
+    state = ledger.state(roster.routable(), late_binding=True)
+    assert (state.kv_tokens, state.slots_free) == ([500, 70], [0, 3])
+    assert ledger.active().worker.tolist() == [0, 1], "by place"
+    assert (ledger.slots_total, ledger.kv_tokens) == (8, (500, 0, 70))
+    roster.add("new", WorkerLimits(1, 80))
+    state = ledger.state(roster.routable(), late_binding=True)
+    assert (state.kv_tokens, state.slots_free) == ([500, 0, 70], [0, 1, 3])
+    assert (state.kv_free[1], ledger.active().worker.tolist()) == (80, [0, 2])
+
+
+@pytest.mark.parametrize("ends", ["end", "retry"])
+def test_one_that_leaves_goes_with_its_last_request(ends):
+    dispatcher = dispatcher_of([WorkerLimits(4), WorkerLimits(4)])
+    requests = [dispatcher.arrive(PendingRequest(5), 0.0) for _ in range(2)]
+    for request_id in requests:
+        dispatcher.bind(request_id, WorkerIndex(0), 0.0)
+    member = dispatcher.roster.remove("0", dispatcher.ledger.requests[0])
+    for request_id in requests:
+        assert member.state is MemberState.DRAINING
+        if ends == "end":
+            dispatcher.end(request_id, Event.FINISH)
+        else:
+            dispatcher.retry(request_id, 1.0)
+    assert member.state is MemberState.GONE
+    assert dispatcher.ledger.kv_tokens == (0, 0)
+
+
+def test_sequences_take_slots_and_requests_are_counted():
+    dispatcher = dispatcher_of([WorkerLimits(6), WorkerLimits(6)])
+    for worker, sequences in ((0, 4), (0, 0), (1, 1)):
+        request_id = dispatcher.arrive(PendingRequest(10, sequences=sequences), 0.0)
+        dispatcher.bind(request_id, WorkerIndex(worker), 0.0)
+        dispatcher.ledger.grow(request_id, 40)
+    state = dispatcher.ledger.state([True, True], late_binding=True)
+    assert (state.slots_free, state.requests) == ([2, 5], [4, 1])
+    assert dispatcher.ledger.requests == (2, 1)
+    active = dispatcher.ledger.active()
+    assert active.sequences.tolist() == [4, 0, 1]
+    assert active.output_tokens.tolist() == [10, 40, 40], "the age of each sequence"
+    assert active.kv_tokens.tolist() == [50, 50, 50]
+
+
 def test_impossible_calls_are_refused():
-    ledger = Ledger([WorkerLimits(1)])
-    request_id = ledger.arrive(PendingRequest(1), 0.0)
-    with pytest.raises(LifecycleError, match="no worker 5 among 1"):
-        ledger.bind(request_id, WorkerIndex(5), 0.0)
+    dispatcher = dispatcher_of([WorkerLimits(1)])
+    ledger = dispatcher.ledger
+    request_id = dispatcher.arrive(PendingRequest(1), 0.0)
+    with pytest.raises(RosterError, match="no worker 5 among 1"):
+        dispatcher.bind(request_id, WorkerIndex(5), 0.0)
     with pytest.raises(LifecycleError, match="not bound"):
         ledger.grow(request_id, 1)
     with pytest.raises(LifecycleError, match="not bound"):
         ledger.correct_prompt(request_id, 1)
-    with pytest.raises(LifecycleError, match="not in the ledger"):
-        ledger.entry(RequestId(99))
-    ledger.bind(request_id, WorkerIndex(0), 0.0)
+    with pytest.raises(LifecycleError, match="is not here"):
+        dispatcher.entry(RequestId(99))
+    dispatcher.bind(request_id, WorkerIndex(0), 0.0)
+    with pytest.raises(LifecycleError, match="cannot BIND"):
+        dispatcher.bind(request_id, WorkerIndex(0), 0.0)
     with pytest.raises(LifecycleError, match="does not end"):
-        ledger.end(request_id, Event.FIRST_TOKEN)
-    with pytest.raises(InvalidInputError, match="at least one worker"):
-        Ledger([])
+        dispatcher.end(request_id, Event.FIRST_TOKEN)
     with pytest.raises(InvalidInputError, match="at least 0, got -1"):
-        ledger.arrive(PendingRequest(-1), 0.0)
+        dispatcher.arrive(PendingRequest(-1), 0.0)
+    assert dispatcher.ledger.requests == (1,)
 
 
 def test_repr_is_the_state_in_a_line():
     ledger = bound_ledger([WorkerLimits(1), WorkerLimits(1)], [(1, 30)])
-    assert repr(ledger) == "<Ledger pending=0 bound=1 kv_tokens=[0, 30] requests=[0, 1]>"
+    assert repr(ledger) == "<Ledger bound=1 kv_tokens=[0, 30] requests=[0, 1]>"
+
+
+def test_no_number_leaves_its_bounds():
+    dispatcher = dispatcher_of([WorkerLimits(1)])
+    ledger = dispatcher.ledger
+    request_id = dispatcher.arrive(PendingRequest(HUGE, sequences=HUGE), 0.0)
+    dispatcher.bind(request_id, WorkerIndex(0), 0.0, (HUGE, HUGE, True))
+    assert ledger.kv_tokens == (TOKENS_MAX,)
+    assert ledger.active().length_max.tolist() == [LENGTH_UNLIMITED]
+    for tokens, booked in ((HUGE, TOKENS_MAX), (HUGE, TOKENS_MAX), (-HUGE, 0), (7, 7)):
+        ledger.grow(request_id, tokens)
+        assert ledger.kv_tokens == (TOKENS_MAX + booked,)
+    for prompt_tokens, booked in ((-HUGE, 0), (HUGE, TOKENS_MAX), (3, 3)):
+        ledger.correct_prompt(request_id, prompt_tokens)
+        assert ledger.kv_tokens == (booked + 7,)
+    assert dispatcher.end(request_id, Event.FINISH).sequences == SEQUENCES_MAX
+    assert (ledger.kv_tokens, ledger.requests, ledger.bound) == ((0,), (0,), 0)

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from aiohttp.client_proto import ResponseHandler
-
 from brproxy.app import RunningProxy
+from brproxy.happenings import Observer
+from brproxy.lifecycle import Entry, Event
 from brproxy.proxy.service import GroupService
 from brproxy.relay.states import State
 from tests.simulation.loop import VirtualLoop
@@ -22,7 +22,7 @@ PERIODIC_MAX = 8
 """Timers that a proxy without requests may have, for each worker and altogether."""
 
 
-_CHANGES = ("arrive", "bind", "first_token", "grow", "correct_prompt", "pass_over", "retry", "end")
+_CHANGES = ("bind", "first_token", "grow", "correct_prompt", "take_back", "end")
 """The methods of the ledger that change it."""
 
 
@@ -34,7 +34,7 @@ class Violation(Exception):  # noqa: N818 - a promise that is broken, of the pro
         self.promise = promise
 
 
-class GroupChecks:
+class GroupChecks(Observer):
     """The books and connections of one group."""
 
     def __init__(self, service: GroupService) -> None:
@@ -51,44 +51,43 @@ class GroupChecks:
 
     def _watch(self) -> None:
         """Note what arrives and ends, and when the books have to be looked at again."""
-        ledger, on_end = self._ledger, self._driver._on_end
-
-        def noted(entry):
-            if entry.id in self._ended:
-                self._twice = entry.id
-            self._ended.add(entry.id)
-            on_end(entry)
-
-        self._driver._on_end = noted
+        self._dispatcher.happenings.tell(self)
         for name in _CHANGES:
-            setattr(ledger, name, self._noting(getattr(ledger, name)))
+            setattr(self._ledger, name, self._noting(getattr(self._ledger, name)))
 
     def _noting(self, change: Callable[..., Any]) -> Callable[..., Any]:
-        arrives = change.__name__ == "arrive"
-
-        def noted(*arguments):
+        def noted(*arguments, **named):
             self._changed = True
-            result = change(*arguments)
-            if arrives:
-                self._arrived += 1
-                # Those that a worker failed come back, whoever waits.
-                self._waited_most = max(self._waited_most, len(self._ledger._pending))
-            return result
+            return change(*arguments, **named)
 
         return noted
 
+    def arrived(self, entry: Entry) -> None:
+        """See Observer.arrived."""
+        self._changed = True
+        self._arrived += 1
+        if entry.sequences:
+            # Those that a worker failed come back, whoever waits; others take no place.
+            in_turn = sum(1 for _ in self._dispatcher.waiting.in_turn())
+            self._waited_most = max(self._waited_most, in_turn)
+
+    def ended(self, entry: Entry, event: Event, waited_s: float | None) -> None:
+        """See Observer.ended."""
+        self._changed = True
+        if entry.id in self._ended:
+            self._twice = entry.id
+        self._ended.add(entry.id)
+
     def check(self, loop: VirtualLoop) -> None:
         """Raise Violation if the books are wrong, or somebody waits for nothing."""
-        ledger, driver = self._ledger, self._driver
+        driver, waiting = self._driver, len(self._dispatcher.waiting)
         if self._changed:
             self._changed = False
             self._check_books()
             self._check_ends()
-        if ledger._pending or ledger._retrying:
-            due = _due(loop, driver)
-            if not any(getattr(timer._callback, "__self__", None) is driver for timer in due):
-                raise Violation("round-due", f"{ledger.pending} wait, and no decision round is due")
-        for pool in self._service.pools:
+        if waiting and (driver._timer is None or driver._timer.cancelled()):
+            raise Violation("round-due", f"{waiting} wait, and no decision round is due")
+        for pool in self._service.endpoints:
             idle = pool._idle
             if idle:
                 self._check_pool(pool, idle)
@@ -97,8 +96,9 @@ class GroupChecks:
         ledger = self._ledger
         if self._twice is not None:
             raise Violation("ends-once", f"request {self._twice} ended twice")
-        if self._arrived != len(self._ended) + len(ledger._entries):
-            raise Violation("ends-once", f"{self._arrived} came, {len(self._ended)} ended, {ledger!r}")
+        here = len(ledger._entries) + len(self._dispatcher.waiting)
+        if self._arrived != len(self._ended) + here:
+            raise Violation("ends-once", f"{self._arrived} came, {len(self._ended)} ended, {here} are here")
         if self._waited_most > self._dispatcher.limits.requests_max:
             raise Violation("limits", f"{self._waited_most} wait")
 
@@ -110,11 +110,13 @@ class GroupChecks:
                 raise Violation(
                     "books", f"columns of {[len(c) for c in ledger._columns]} for {len(rows)} rows"
                 )
-        load, requests = [0] * ledger.workers, [0] * ledger.workers
+        columns = ledger.roster.columns
+        load, requests, takers = [0] * columns, [0] * columns, [0] * columns
         for row, entry in enumerate(rows):
             worker = workers[row]
             load[worker] += kv_tokens[row]
             requests[worker] += 1
+            takers[worker] += entry.sequences > 0
             if (
                 entry.row != row
                 or entry.worker != worker
@@ -124,8 +126,8 @@ class GroupChecks:
                 raise Violation("books", f"row {row} is not that of {entry}")
         if load != ledger._kv_tokens or requests != ledger._requests:
             raise Violation("books", f"rows say {load} KV tokens, {requests} requests, the ledger {ledger!r}")
-        if self._late_binding and any(n > slots for n, slots in zip(requests, ledger._slots, strict=True)):
-            raise Violation("limits", f"{requests} requests in {ledger._slots} slots")
+        if self._late_binding and any(n > slots for n, slots in zip(takers, ledger._slots, strict=True)):
+            raise Violation("limits", f"{takers} requests in {ledger._slots} slots")
 
     @staticmethod
     def _check_pool(pool: Any, idle: Any) -> None:
@@ -139,10 +141,10 @@ class GroupChecks:
 
     def check_idle(self) -> None:
         """Raise Violation if anything of a request is left."""
-        ledger, driver = self._ledger, self._driver
-        if ledger.bound or ledger.pending or ledger._entries or any(ledger.kv_tokens) or any(ledger.requests):
-            raise Violation("returns-to-zero", f"with no request in the proxy {ledger!r}")
-        left = {"waiters": len(driver._waiters), "bookings": len(driver._growth), "tick": driver._tick}
+        ledger, driver, waiting = self._ledger, self._driver, self._dispatcher.waiting
+        if ledger.bound or len(waiting) or ledger._entries or any(ledger.kv_tokens) or any(ledger.requests):
+            raise Violation("returns-to-zero", f"with no request in the proxy {ledger!r} {waiting!r}")
+        left = {"waiters": len(driver._waiters), "bookings": len(driver._growth), "tick": driver._timer}
         if any(left.values()):
             raise Violation("returns-to-zero", f"with no request in the proxy {left}")
 
@@ -217,9 +219,9 @@ class Checks:
         tasks = self._tasks_since_start()
         if tasks:
             raise Violation("nothing-left", f"tasks: {tasks}")
-        open_ = [t for t in self._loop.network.open if t.is_proxys and not _is_own(t)]
-        workers = sum(len(service.pools) for service in self._proxy.service.groups.values())
-        if any(t.is_clients for t in open_) or len(open_) > workers:
+        open_ = [t for t in self._loop.network.open if t.is_proxys]
+        workers = sum(len(service.endpoints) for service in self._proxy.service.groups.values())
+        if any(t.is_clients for t in open_) or len(open_) > 2 * workers:
             raise Violation("nothing-left", f"connections: {open_}")
         timers = self._loop.timers()
         if len(timers) > PERIODIC_MAX + 4 * workers:
@@ -240,14 +242,3 @@ class Checks:
         mine = asyncio.current_task()
         tasks = asyncio.all_tasks(self._loop) - self._tasks
         return sorted(str(task) for task in tasks if task is not mine and task.get_name() != SCRIPT)
-
-
-def _is_own(transport: Any) -> bool:
-    """Tell whether a connection is aiohttp's client's, with which the proxy itself asks again and again."""
-    return isinstance(transport.get_protocol(), ResponseHandler)
-
-
-def _due(loop: VirtualLoop, driver: Any) -> list[Any]:
-    """Return what is going to be called that may be a round of ``driver``: its own tick, or any timer."""
-    tick = getattr(driver, "_tick", None)
-    return [tick] if tick is not None and not tick.cancelled() else [*loop.timers(), *loop._ready]

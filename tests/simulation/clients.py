@@ -298,4 +298,5 @@ def _keeps(ask: Ask, answer: Received) -> bool:
     connection = (answer.one(b"connection") or b"").lower()
     if answer.status == 101 or answer.framing == "close" or connection == b"close":
         return False
-    return not ask.closes and (not ask.http10 or connection == b"keep-alive")
+    is_old = ask.http10 or answer.version == b"HTTP/1.0"
+    return not ask.closes and (not is_old or connection == b"keep-alive")

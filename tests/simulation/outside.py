@@ -11,28 +11,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-import aiohttp
 from aiohttp import web_response
 
 from tests.simulation.loop import VirtualLoop
 
 ON_PURPOSE = "raised on purpose"
 """In the text of what the simulation itself raises inside the proxy."""
-
-
-class MemoryConnector(aiohttp.BaseConnector):
-    """Connects aiohttp's client within the simulated network."""
-
-    async def _create_connection(self, req, traces, timeout):  # noqa: ASYNC109 - as in aiohttp
-        try:
-            _, protocol = await self._loop.create_connection(self._factory, req.url.host, req.url.port)
-        except OSError as error:
-            raise aiohttp.ClientConnectorError(req.connection_key, error) from error
-        return protocol
-
-
-def _connector(*, limit: int, keepalive_timeout: float) -> MemoryConnector:
-    return MemoryConnector(limit=limit, keepalive_timeout=keepalive_timeout)
 
 
 class ErrorLog(logging.Handler):
@@ -61,7 +45,6 @@ def cut_off(loop: VirtualLoop, seed: int) -> Iterator[ErrorLog]:
     try:
         with ExitStack() as stack:
             for change in (
-                patch.object(aiohttp, "TCPConnector", _connector),
                 patch.object(secrets, "token_hex", lambda size: rng.randbytes(size).hex()),
                 patch.object(time, "perf_counter", loop.time),
                 patch.object(web_response, "rfc822_formatted_time", lambda: "Thu, 01 Jan 1970 00:00:00 GMT"),

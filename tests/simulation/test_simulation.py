@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from brproxy.proxy.forwarding import Forwarding
+from brproxy.proxy.exchange.client_sink import ClientSink
 from tests.simulation.actions import Answer, Ask, Scenario, Trouble, Visit
 from tests.simulation.runs import HELD, explain, reports, run
 from tests.simulation.scenario import FAULTS, draw
@@ -69,13 +69,13 @@ def test_a_script_is_shrunk_to_what_breaks():
 
 
 def test_a_proxy_that_loses_a_byte_is_found(monkeypatch):
-    flush = Forwarding._flush
+    flush = ClientSink.flush
 
     def lossy(self):
         self._unsent = self._unsent.replace(b".1 ", b" ")
         flush(self)
 
-    monkeypatch.setattr(Forwarding, "_flush", lossy)
+    monkeypatch.setattr(ClientSink, "flush", lossy)
     violations = [report.violation for _, report in reports(range(10))]
     assert any(violations)
 

@@ -15,8 +15,8 @@ from tests.simulation.wire import Wire
 PORT = 9000
 SCRIPT = "script of a worker"
 """What its task is called: it is no task of the proxy."""
-OWN_BYTES_MAX = 4 << 20
-"""More than the proxy itself may read of what it asks a worker."""
+OWN_BYTES_MAX = 8 << 20
+"""More than the proxy itself may read of what it asks a worker, and what is under way when it stops."""
 
 _ENDLESS = bytes(1 << 16)
 _NUMBER = re.compile(rb"x-sim: (\d+)")

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from brproxy.app import RunningProxy, running_proxy
 from brproxy.config import Config, Listen, parse_config
+from brproxy.learning import Learner
 from tests.simulation.actions import Ask, Scenario, Trouble, Visit
 from tests.simulation.checks import Checks, Violation
 from tests.simulation.clients import OWN_STATUS, Client
@@ -118,8 +119,13 @@ class World:
     def _follow(self, proxy: RunningProxy) -> None:
         for group in proxy.service.fleet.groups:
             dispatcher: Any = group.dispatcher
-            for part in ("policy", "predictor"):
-                setattr(dispatcher, part, _Moody(getattr(dispatcher, part), part, self._raising))
+            policy = _Moody(dispatcher.policy, "policy", self._raising)
+            predictor = _Moody(dispatcher.predictor, "predictor", self._raising)
+            dispatcher.policy = dispatcher._foresight._policy = policy
+            dispatcher.predictor = dispatcher._foresight._predictor = predictor
+            for ended in dispatcher.happenings._ended:
+                if isinstance(ended.__self__, Learner):
+                    ended.__self__.predictor = predictor
         self._checks.follow(proxy)
 
     def _look(self, proxy: RunningProxy, out_s: dict[Worker, int]) -> None:

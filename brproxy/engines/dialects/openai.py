@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import orjson
 
+from brproxy.engines.counts import first_count
 from brproxy.engines.dialect import (
     PLAIN_TOKENS,
     Dialect,
@@ -15,25 +16,28 @@ from brproxy.engines.dialect import (
     Usage,
     register_dialect,
 )
-from brproxy.engines.prompt import prompt_hashes, prompt_size
+from brproxy.engines.paths import path_kind
+from brproxy.engines.request import read_request
+from brproxy.engines.rewrite import insert_member
 from brproxy.types import SEQUENCES_MAX, TOKENS_MAX
 
 _DONE = b"[DONE]"
 _DONE_FACTS = EventFacts(done=True)
 _SILENT = EventFacts()
-_ASKING_FOR_USAGE = b'"stream_options":{"include_usage":true},'
-_STREAMS_WITH_DONE = ("/chat/completions", "/completions")
-_OUTPUT_LIMIT_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_ASKING_FOR_USAGE = b'"stream_options":{"include_usage":true}'
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
 _USAGE_KEY = b'"usage"'
 # Possessive: a reply that ends in the middle must not be tried in every possible way.
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]++|\{[^{}]*+\})*+\})')
+# Up to 20 digits: any that 64 bits hold.
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,20})\b(?![.eE])')
+_PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,20})\b(?![.eE])')
+_META_KEY = b'"meta_info"'
+_CACHED_KEYS = ("cache_read_input_tokens", "cache_creation_input_tokens")
+_ERROR_BYTES_MAX = 1 << 16
 _USAGE_HOLDERS = (None, "response", "message")
 # Events of the newer APIs name their type, and most of those carry no output.
-_NOT_PLAIN = re.compile(rb'"(?:error"|type"|role":"|usage"(?!:null))')
-_FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
-_FORM_BYTES_MAX = 1 << 16
-_USER_CHARS_MAX = 256
+_NOT_PLAIN = re.compile(rb'"(?:error"|type"|role":"|usage"(?!:null)|meta_info"|finish_reason": ?")')
 
 
 @register_dialect("openai")
@@ -43,42 +47,18 @@ class OpenAIDialect(Dialect):
     HEALTH_PATH: ClassVar[str] = "/v1/models"
 
     def read_request(
-        self, path: str, content_type: str, body: bytes, *, hashes: bool = False
+        self, path: str, method: str, content_type: str, body: bytes, *, hashes: bool = False
     ) -> RequestFacts:
         """See Dialect.read_request."""
-        if content_type == "multipart/form-data":
-            return RequestFacts(model=_form_model(body))
-        document = _parse(body)
-        if document is None:
-            return RequestFacts()
-        size = prompt_size(document)
-        stream = document.get("stream") is True
-        choices = _first_count(document, "n") or 1
-        prompt_hash, prefix_hash = prompt_hashes(document) if hashes else (None, None)
-        usage_can_be_asked = stream and "stream_options" not in document and self.ends_with_done(path)
-        # By position, in the order of RequestFacts: names would cost as much as the tuple.
-        return RequestFacts(
-            _text(document.get("model")),
-            stream,
-            size.tokens if size.tokens and not size.text_bytes else None,
-            size.text_bytes,
-            min(size.prompts * choices, SEQUENCES_MAX),
-            _first_count(document, *_OUTPUT_LIMIT_KEYS),
-            document.get("ignore_eos") is True,
-            prompt_hash,
-            prefix_hash,
-            _text(document.get("user"))[:_USER_CHARS_MAX],
-            usage_can_be_asked,
-        )
+        return read_request(path, method, content_type, body, hashes=hashes)
 
     def ask_usage(self, body: bytes) -> bytes:
         """See Dialect.ask_usage. Adds one key and leaves every other byte as the client wrote it."""
-        after_brace = body.index(b"{") + 1
-        return body[:after_brace] + _ASKING_FOR_USAGE + body[after_brace:]
+        return insert_member(body, _ASKING_FOR_USAGE)
 
     def ends_with_done(self, path: str) -> bool:
         """See Dialect.ends_with_done."""
-        return path.endswith(_STREAMS_WITH_DONE)
+        return path_kind(path).ends_with_done
 
     def read_event(self, data: bytes) -> EventFacts:
         """See Dialect.read_event.
@@ -94,9 +74,11 @@ class OpenAIDialect(Dialect):
         return _SILENT if document is None else self._read_document(document)
 
     def _read_document(self, document: dict[str, Any]) -> EventFacts:
-        error = document.get("error")
+        error = _error_in(document)
         if error is not None:
-            return EventFacts(error=True, refused=self.is_refusal_error(error))
+            return EventFacts(
+                error=True, refused=self.is_refusal_error(error), died=self.is_death_error(error)
+            )
         choices = document.get("choices")
         if isinstance(choices, list):
             usage = _usage_in(document)
@@ -104,17 +86,38 @@ class OpenAIDialect(Dialect):
                 has_tokens=any(_has_output(choice) for choice in choices),
                 usage=usage,
                 usage_only=not choices and usage is not None,
+                finishes=any(_is_finished(choice) for choice in choices),
+                sequence=_sequence(choices[0]) if usage is not None and choices else None,
             )
+        meta = document.get("meta_info")
+        if isinstance(meta, dict):
+            return self._read_native(document, meta)
         kind = _text(document.get("type"))
         has_tokens = kind.endswith("delta") and "delta" in document
         return EventFacts(has_tokens=has_tokens, usage=_find_usage(document))
+
+    def _read_native(self, document: dict[str, Any], meta: dict[str, Any]) -> EventFacts:
+        """Return what an event of SGLang's own API says: each holds its sequence from the beginning."""
+        finish = meta.get("finish_reason")
+        if isinstance(finish, dict) and finish.get("type") == "abort" and "status_code" in finish:
+            error = {"code": finish["status_code"], "message": finish.get("message")}
+            return EventFacts(error=True, refused=self.is_refusal_error(error))
+        usage = _usage(meta)
+        return EventFacts(
+            has_tokens=bool(usage.completion_tokens),
+            usage=usage,
+            finishes=finish is not None,
+            sequence=_sequence(document),
+        )
 
     def read_reply(self, body: bytes) -> Usage | None:
         """See Dialect.read_reply.
 
         Reads the last usage object only: the rest of a reply may be megabytes of embeddings. Text inside JSON
-        cannot hold its unescaped name.
+        cannot hold its unescaped name. SGLang's own API counts each sequence for itself.
         """
+        if _META_KEY in body:
+            return _meta_usage(body)
         start = body.rfind(_USAGE_KEY)
         found = _USAGE.match(body, start) if start >= 0 else None
         usage = None if found is None else _parse(found[1])
@@ -127,6 +130,17 @@ class OpenAIDialect(Dialect):
     def is_refusal_error(self, error: object) -> bool:
         """Tell whether an error object in an event says that the engine's queue is full."""
         return isinstance(error, dict) and error.get("code") in (503, "503")
+
+    def is_death(self, status: int, body: bytes) -> bool:
+        """See Dialect.is_death."""
+        if not self.may_tell_death(status) or len(body) > _ERROR_BYTES_MAX:
+            return False
+        document = _parse(body)
+        return document is not None and self.is_death_error(document.get("error", document))
+
+    def is_death_error(self, error: object) -> bool:
+        """Tell whether an error object says that the engine is dead; unknown of any server."""
+        return False
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:
@@ -145,10 +159,34 @@ def _has_output(choice: object) -> bool:
     """Tell whether a choice of a chunk carries output: not the first one, which only names the role."""
     if not isinstance(choice, dict):
         return False
-    if choice.get("text") or choice.get("finish_reason"):
+    if choice.get("text") or choice.get("finish_reason") or choice.get("token_ids"):
         return True
     delta = choice.get("delta")
     return isinstance(delta, dict) and any(delta.get(key) for key in _TEXT_KEYS)
+
+
+def _is_finished(choice: object) -> bool:
+    return isinstance(choice, dict) and choice.get("finish_reason") is not None
+
+
+def _sequence(holder: object) -> int:
+    """Return the number of the sequence that a choice is about."""
+    index = first_count(holder, ("index",)) if isinstance(holder, dict) else None
+    return min(index or 0, SEQUENCES_MAX)
+
+
+def _error_in(document: dict[str, Any]) -> object:
+    """Return the error that an event is or holds, None without one."""
+    error = document.get("error")
+    if error is not None:
+        return error
+    kind = document.get("type")
+    if kind == "error":
+        return document
+    response = document.get("response")
+    if kind == "response.failed" and isinstance(response, dict):
+        return response.get("error") or document
+    return None
 
 
 def _find_usage(document: dict[str, Any]) -> Usage | None:
@@ -167,25 +205,26 @@ def _usage_in(holder: dict[str, Any]) -> Usage | None:
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
+    prompt_tokens = first_count(usage, ("prompt_tokens",))
+    if prompt_tokens is None:
+        prompt_tokens = first_count(usage, ("input_tokens",))
+        if prompt_tokens is not None:
+            # Anthropic's API counts what its cache held apart.
+            cached_tokens = sum(first_count(usage, (key,)) or 0 for key in _CACHED_KEYS)
+            prompt_tokens = min(prompt_tokens + cached_tokens, TOKENS_MAX)
+    return Usage(prompt_tokens, first_count(usage, ("completion_tokens", "output_tokens")))
+
+
+def _meta_usage(body: bytes) -> Usage | None:
+    """Return the usage in a reply of SGLang's own API: one object, or one for each sequence.
+
+    Of several only the output is told: whether they are of one prompt or of many is not said.
+    """
+    outputs = _COMPLETION_TOKENS.findall(body)
+    if not outputs:
+        return None
+    prompts = _PROMPT_TOKENS.findall(body)
     return Usage(
-        _first_count(usage, "prompt_tokens", "input_tokens"),
-        _first_count(usage, "completion_tokens", "output_tokens"),
+        min(int(prompts[0]), TOKENS_MAX) if len(prompts) == 1 else None,
+        min(sum(int(output) for output in outputs[:SEQUENCES_MAX]), TOKENS_MAX),
     )
-
-
-def _first_count(holder: dict[str, Any], *keys: str) -> int | None:
-    """Return the first of ``keys`` whose value is a count, at most TOKENS_MAX; None if none is."""
-    for key in keys:
-        value = holder.get(key)
-        if type(value) is int and value >= 0:
-            return min(value, TOKENS_MAX)
-    return None
-
-
-def _form_model(body: bytes) -> str:
-    """Return the ``model`` field of a form (audio uploads name it there), "" without one."""
-    for part in (body[:_FORM_BYTES_MAX], body[-_FORM_BYTES_MAX:]):
-        found = _FORM_MODEL.search(part)
-        if found is not None:
-            return found[1].decode("utf-8", "replace").strip()
-    return ""

@@ -7,6 +7,13 @@ from typing import ClassVar
 from brproxy.engines.dialect import register_dialect
 from brproxy.engines.dialects.openai import OpenAIDialect
 
+# EngineDeadError (v1/engine/exceptions.py), and what the engines before it said.
+_DEATHS = (
+    "EngineCore encountered an issue",
+    "Engine loop is not running",
+    "Background loop has errored already",
+)
+
 
 @register_dialect("vllm")
 class VllmDialect(OpenAIDialect):
@@ -14,12 +21,29 @@ class VllmDialect(OpenAIDialect):
 
     With its queue limit reached vLLM answers 503 without Retry-After, or 200 with a stream whose first event
     is an error of type "Service Unavailable" and code 503 (seen on 0.32): either way another worker may
-    still take the request.
+    still take the request. When its EngineCore has died it answers every request, until it stops, with
+    500, or 200 with a stream whose first event is that error.
     """
 
     HEALTH_PATH: ClassVar[str] = "/health"
+    USAGE_TAKES_FINGERPRINT: ClassVar[bool] = True
 
     def is_refusal_error(self, error: object) -> bool:
         """See OpenAIDialect.is_refusal_error."""
         named = isinstance(error, dict) and error.get("type") == "Service Unavailable"
         return named or super().is_refusal_error(error)
+
+    def may_tell_death(self, status: int) -> bool:
+        """See Dialect.may_tell_death."""
+        return status == 500
+
+    def is_death_error(self, error: object) -> bool:
+        """See OpenAIDialect.is_death_error. Clients' words may be quoted in messages, but not begin them."""
+        if not isinstance(error, dict):
+            return False
+        message = error.get("message")
+        return (
+            isinstance(message, str)
+            and message.startswith(_DEATHS)
+            and (error.get("code") in (500, "500") or error.get("type") == "InternalServerError")
+        )

@@ -123,7 +123,10 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
     def _discounted_by_age(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
         of_kv, of_growth = self._discounted_curves(discounts)
         position = self._grid.positions(active.output_tokens)
-        each = of_kv[position] * active.kv_tokens + of_growth[position]
+        growth = of_growth[position]
+        if active.sequences is not None:
+            growth = growth * active.sequences
+        each = of_kv[position] * active.kv_tokens + growth
         return np.bincount(active.worker, each, minlength=workers).astype(np.float64, copy=False)
 
     def _by_age(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
@@ -133,7 +136,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         cell = active.worker * ages + position
         sums = np.empty((2, workers * ages), dtype=np.float32)
         sums[0] = np.bincount(cell, active.kv_tokens, minlength=workers * ages)
-        sums[1] = np.bincount(cell, minlength=workers * ages)
+        sums[1] = np.bincount(cell, active.sequences, minlength=workers * ages)
         expected = (sums.reshape(2 * workers, ages) @ curves[:ages]).astype(np.float64)
         forecast: FloatArray = expected[:workers] + expected[workers:] * np.arange(horizon_steps + 1)
         return forecast

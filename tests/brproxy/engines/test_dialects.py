@@ -1,11 +1,14 @@
 """What the dialects read in requests, events and replies."""
 
+import json
+
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.engines.dialect import DIALECTS, EventFacts, RequestFacts, Usage, make_dialect
+from brproxy.types import SEQUENCES_MAX, TOKENS_MAX
 
 NAMES = DIALECTS.names()
 CHAT = "/v1/chat/completions"
@@ -45,7 +48,7 @@ def delta(**fields):
 
 
 def request(path=CHAT, **document):
-    return make_dialect("openai").read_request(path, "application/json", orjson.dumps(document))
+    return make_dialect("openai").read_request(path, "POST", "application/json", orjson.dumps(document))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +57,7 @@ def test_any_json_is_read_without_an_error(name, value):
     dialect = make_dialect(name)
     data = orjson.dumps(value)
     assert isinstance(dialect.read_event(data), EventFacts)
-    assert isinstance(dialect.read_request(CHAT, "application/json", data), RequestFacts)
+    assert isinstance(dialect.read_request(CHAT, "POST", "application/json", data), RequestFacts)
     dialect.read_reply(data)
 
 
@@ -64,8 +67,8 @@ def test_any_bytes_are_read_without_an_error(name, data):
     dialect = make_dialect(name)
     dialect.read_event(data)
     dialect.read_reply(data)
-    dialect.read_request(CHAT, "application/json", data)
-    dialect.read_request("/v1/audio/transcriptions", "multipart/form-data", data)
+    dialect.read_request(CHAT, "POST", "application/json", data)
+    dialect.read_request("/v1/audio/transcriptions", "POST", "multipart/form-data", data)
 
 
 def test_a_chat_request():
@@ -115,7 +118,9 @@ def test_the_model_of_an_upload():
         b"Content-Type: audio/wav\r\n\r\nRIFF....\r\n--b\r\n"
         b'Content-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--b--\r\n'
     )
-    facts = make_dialect("openai").read_request("/v1/audio/transcriptions", "multipart/form-data", form)
+    facts = make_dialect("openai").read_request(
+        "/v1/audio/transcriptions", "POST", "multipart/form-data", form
+    )
     assert facts.model == "whisper-1"
 
 
@@ -136,7 +141,7 @@ def test_the_model_of_an_upload():
         ),
         (
             chunk(choices=[delta(content="x")], usage={"prompt_tokens": 11, "completion_tokens": 3}),
-            EventFacts(has_tokens=True, usage=Usage(11, 3)),
+            EventFacts(has_tokens=True, usage=Usage(11, 3), sequence=0),
         ),
         (chunk(choices=[delta(content='"usage" "error" in text')]), EventFacts(has_tokens=True)),
         (b'{"error":{"message":"boom","code":500}}', EventFacts(error=True)),
@@ -197,7 +202,9 @@ def test_health_paths():
 
 
 def hashes(**document):
-    facts = make_dialect("openai").read_request(CHAT, "application/json", orjson.dumps(document), hashes=True)
+    facts = make_dialect("openai").read_request(
+        CHAT, "POST", "application/json", orjson.dumps(document), hashes=True
+    )
     return facts.prompt_hash, facts.prefix_hash
 
 
@@ -225,7 +232,9 @@ def test_any_prompt_can_be_identified(value):
 
 def test_a_prompt_nested_too_deeply_is_not_identified():
     body = b'{"prompt":' + b"[" * 600 + b"]" * 600 + b"}"
-    facts = make_dialect("openai").read_request("/v1/completions", "application/json", body, hashes=True)
+    facts = make_dialect("openai").read_request(
+        "/v1/completions", "POST", "application/json", body, hashes=True
+    )
     assert facts.prompt_hash is None
 
 
@@ -236,3 +245,160 @@ def test_hashes_are_made_only_when_somebody_reads_them():
 def test_what_makes_the_length_certain():
     facts = request(messages=[user("a")], max_tokens=9, ignore_eos=True, user="u" * 1000)
     assert (facts.output_tokens_max, facts.runs_to_max, facts.user) == (9, True, "u" * 256)
+
+
+numbers = (
+    st.integers(-(1 << 70), 1 << 70)
+    | st.floats()
+    | st.booleans()
+    | st.none()
+    | st.text("0123456789-.", max_size=22)
+    | st.lists(st.integers(), max_size=1)
+)
+COUNT_KEYS = (
+    *("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens"),
+    *("cache_read_input_tokens", "cache_creation_input_tokens"),
+)
+reports = st.dictionaries(st.sampled_from(COUNT_KEYS), numbers)
+
+
+def is_bounded(usage):
+    return usage is None or all(
+        count is None or (type(count) is int and 0 <= count <= TOKENS_MAX) for count in usage
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(report=reports, index=numbers)
+def test_every_number_of_a_worker_is_bounded(name, report, index):
+    dialect = make_dialect(name)
+    for document in (
+        {"choices": [{"index": index, "delta": {"content": "x"}}], "usage": report},
+        {"choices": [], "usage": report},
+        {"type": "message_start", "message": {"usage": report}},
+        {"type": "response.completed", "response": {"usage": report}},
+        {"text": "x", "index": index, "meta_info": report},
+        [{"text": "x", "meta_info": report}, {"text": "y", "meta_info": report}],
+    ):
+        data = json.dumps(document).encode()
+        facts = dialect.read_event(data)
+        assert is_bounded(facts.usage)
+        assert facts.sequence is None or 0 <= facts.sequence <= SEQUENCES_MAX
+        assert is_bounded(dialect.read_reply(data))
+
+
+@pytest.mark.parametrize("tokens", [1 << 62, (1 << 64) - 1, 1 << 64, 1e19, 10**19])
+def test_an_absurd_report_counts_as_the_most(tokens):
+    report = json.dumps({"choices": [], "usage": {"completion_tokens": tokens}}).encode()
+    assert make_dialect("vllm").read_event(report).usage == Usage(None, TOKENS_MAX)
+    assert make_dialect("vllm").read_reply(report) == Usage(None, TOKENS_MAX)
+
+
+@pytest.mark.parametrize("tokens", ["-1", "true", "1.5", '"7"', "null", "[7]", "NaN"])
+def test_a_report_that_is_no_count_says_nothing(tokens):
+    report = b'{"choices":[],"usage":{"completion_tokens":%b}}' % tokens.encode()
+    usage = make_dialect("vllm").read_event(report).usage
+    assert usage is None or usage.completion_tokens is None
+    native = b'{"text":"x","meta_info":{"completion_tokens":%b}}' % tokens.encode()
+    usage = make_dialect("sglang").read_reply(native)
+    assert usage is None or usage.completion_tokens is None
+
+
+def native_event(**fields):
+    meta = {"id": "r", "finish_reason": None, "prompt_tokens": 5, "completion_tokens": 3} | fields
+    return orjson.dumps({"text": "so far", "output_ids": [1, 2, 3], "meta_info": meta, "index": 1})
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (native_event(), EventFacts(has_tokens=True, usage=Usage(5, 3), sequence=1)),
+        (
+            native_event(finish_reason={"type": "length", "length": 3}),
+            EventFacts(has_tokens=True, usage=Usage(5, 3), finishes=True, sequence=1),
+        ),
+        (native_event(completion_tokens=0), EventFacts(usage=Usage(5, 0), sequence=1)),
+        (
+            native_event(finish_reason={"type": "abort", "message": "full", "status_code": 503}),
+            EventFacts(error=True, refused=True),
+        ),
+        (b'{"error":{"message":"bad","type":"invalid_request_error","code":400}}', EventFacts(error=True)),
+    ],
+)
+def test_events_of_sglangs_own_api(data, expected):
+    assert make_dialect("sglang").read_event(data) == expected
+
+
+def test_replies_of_sglangs_own_api():
+    one, dialect = native_event(), make_dialect("sglang")
+    assert dialect.read_reply(one) == Usage(5, 3)
+    assert dialect.read_reply(b"[" + one + b"," + one + b"]") == Usage(None, 6)
+    text = orjson.dumps({"text": '"completion_tokens":9', "meta_info": {"completion_tokens": 2}})
+    assert dialect.read_reply(text) == Usage(None, 2)
+
+
+def test_what_anthropics_cache_held_is_part_of_the_prompt():
+    usage = b'{"usage":{"input_tokens":4,"cache_read_input_tokens":90,"output_tokens":2}}'
+    assert make_dialect("vllm").read_reply(usage) == Usage(94, 2)
+
+
+def test_an_event_that_names_why_it_ends_finishes():
+    facts = make_dialect("vllm").read_event(chunk(choices=[delta(content="x") | {"finish_reason": "stop"}]))
+    assert facts == EventFacts(has_tokens=True, finishes=True)
+
+
+DEATH = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
+
+def error(message=DEATH, kind="InternalServerError", code=500):
+    return {"message": message, "type": kind, "param": None, "code": code}
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "died"),
+    [
+        ("vllm", {"error": error()}, True),
+        ("vllm", {"object": "error", **error()}, True),
+        ("vllm", {"type": "error", "error": error()}, True),
+        ("vllm", {"error": error("Background loop has errored already.")}, True),
+        ("vllm", {"error": error("Internal server error")}, False),
+        ("vllm", {"error": error(f"The model `{DEATH}` does not exist.", "NotFoundError", 404)}, False),
+        ("vllm", {"error": error(kind="BadRequestError", code=400)}, False),
+        ("vllm", {"error": DEATH}, False),
+        ("vllm", {"choices": [{"text": DEATH}]}, False),
+        ("vllm", [DEATH], False),
+        ("sglang", {"error": error()}, False),
+        ("openai", {"error": error()}, False),
+    ],
+)
+def test_a_dead_engine_is_known_by_its_error(name, body, died):
+    dialect, data = make_dialect(name), json.dumps(body).encode()
+    assert dialect.is_death(500, data) == died
+    assert dialect.may_tell_death(500) == (name == "vllm")
+    assert not dialect.is_death(503, data)
+    assert not dialect.is_death(200, data)
+    assert not dialect.is_death(404, data)
+    if "object" not in body:
+        facts = dialect.read_event(data)
+        assert facts.died == died
+        assert not facts.refused
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(status=st.integers(100, 599), body=st.binary(max_size=60))
+def test_any_answer_can_be_asked_for_a_death(name, status, body):
+    assert not make_dialect(name).is_death(status, body)
+
+
+@pytest.mark.parametrize(
+    ("data", "refused"),
+    [
+        (b'{"type":"error","error":{"type":"overloaded_error","code":503,"message":"full"}}', True),
+        (b'{"type":"error","code":"503","message":"full","sequence_number":1}', True),
+        (b'{"type":"error","code":null,"message":"no","sequence_number":1}', False),
+        (b'{"type":"response.failed","response":{"error":{"code":"server_error","message":"no"}}}', False),
+    ],
+)
+def test_errors_of_the_newer_apis(data, refused):
+    facts = make_dialect("vllm").read_event(data)
+    assert (facts.error, facts.refused, facts.has_tokens) == (True, refused, False)

@@ -1,6 +1,7 @@
 """Every predictor against its formula and one contract, request by request and step by step."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,30 @@ def test_contract(name, rows):
     assert survival.shape == (len(rows), 8)
     assert (np.diff(survival, axis=1) <= 1e-6).all(), "nobody comes back"
     assert predictor.mean_output_tokens >= 1
+
+
+@pytest.mark.parametrize("name", PREDICTORS.names())
+@given(
+    rows=rows_of_any_kind,
+    sequences=st.lists(st.integers(0, 4), min_size=12, max_size=12),
+    horizon_steps=st.sampled_from([0, 1, 7, 30]),
+)
+def test_a_request_of_n_sequences_grows_by_n_tokens_a_step(name, rows, sequences, horizon_steps):
+    predictor = make_predictor(name)
+    for length in (5, 30, 0, 12, 45):
+        predictor.observe(PendingRequest(1, prompt_hash=length % 3, prefix_hash=1), length)
+    sequences = sequences[: len(rows)]
+    together = replace(active_of(rows), sequences=np.array(sequences, dtype=np.int64))
+    # The tokens on one row, and n rows without any, that end with it; who grows by nothing takes one back.
+    tokens = predictor.forecast(active_of(rows), WORKERS, horizon_steps)
+    empty = [[(g, 0, *rest)] for g, _, *rest in rows]
+    growth = [predictor.forecast(active_of(each), WORKERS, horizon_steps) for each in empty]
+    expected = tokens + sum((n - 1) * each for n, each in zip(sequences, growth, strict=True))
+    forecast = predictor.forecast(together, WORKERS, horizon_steps)
+    assert forecast == pytest.approx(expected, rel=1e-4, abs=1e-2)
+    discounts = 0.9 ** np.arange(horizon_steps + 1)
+    load = predictor.discounted_load(together, WORKERS, discounts)
+    assert load == pytest.approx(expected @ discounts, rel=1e-4, abs=1e-2)
 
 
 @pytest.mark.parametrize("name", PREDICTORS.names())

@@ -1,11 +1,12 @@
 """Workers and clients that speak HTTP byte by byte."""
 
 import asyncio
+import socket
 
 import pytest
 
-from brproxy.relay.client import ClientProtocol
 from brproxy.relay.connection import WorkerConnection
+from brproxy.relay.server import ClientProtocol
 from tests.brproxy.wire import RawClient
 
 
@@ -109,13 +110,18 @@ def answering():
 
 @pytest.fixture
 def transports(monkeypatch):
-    """Return the proxy's transports to clients and to workers, by the class of their protocol."""
+    """Return the proxy's transports to clients and to workers, by the class of their protocol.
+
+    The kernel holds a MiB or so of what each has not read: without a word it would hold as much as it
+    thinks that this machine can read, which may be tens of them.
+    """
     made = {ClientProtocol: [], WorkerConnection: []}
     for protocol, found in made.items():
         original = protocol.connection_made
 
         def connection_made(self, transport, original=original, found=found):
             found.append(transport)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             original(self, transport)
 
         monkeypatch.setattr(protocol, "connection_made", connection_made)

@@ -79,6 +79,27 @@ def test_a_growing_report_in_every_event_is_the_truth():
         assert lease.catch_up() == tokens
 
 
+def test_reports_of_single_sequences_add_up():
+    lease = FakeLease()
+    facts = RequestFacts("m", prompt_bytes=90, sequences=2)
+    account = Account(lease, make_dialect("openai"), facts, TokenEstimator(4.0, 8), usage_was_added=False)
+    account.expect_stream()
+    event = b'data: {"text":"x","index":%d,"meta_info":{"prompt_tokens":3,"completion_tokens":%d}}\n\n'
+    for sequence, tokens in ((0, 2), (1, 5), (0, 4), (1, 5)):
+        account.look(event % (sequence, tokens))
+    assert lease.catch_up() == 9
+    assert not lease.prompts, "whether both have the same prompt is not said"
+
+
+def test_a_prompt_that_is_not_all_text_teaches_nothing():
+    lease, estimator = FakeLease(), TokenEstimator(4.0, 8)
+    facts = RequestFacts("m", prompt_bytes=90, teaches=False)
+    account = Account(lease, make_dialect("openai"), facts, estimator, usage_was_added=False)
+    account.reply(b'{"choices":[],"usage":{"prompt_tokens":30,"completion_tokens":7}}')
+    account.learn()
+    assert estimator.prompt_tokens("m", 90) == 23
+
+
 def test_an_event_without_data_says_nothing():
     account, lease, _ = stream_account()
     for event in (b": ping\n\n", b"event: x\n\n", Unread(CHUNK)):

@@ -1,7 +1,6 @@
 """What happens when workers fail, refuse or stall, and when clients leave."""
 
 import asyncio
-import time
 
 import aiohttp
 import orjson
@@ -12,7 +11,6 @@ ASK = {"model": "emulated", "stream": True, "messages": [{"role": "user", "conte
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":" x"}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 REFUSED = b'data: {"error":{"message":"full","type":"Service Unavailable","code":503}}\n\n'
-CANCEL_S_MAX = 0.05
 
 
 @pytest.fixture
@@ -74,13 +72,25 @@ async def test_a_kept_connection_that_the_worker_has_closed_is_no_failure(
     await proxy.idle()
 
 
-async def test_when_all_workers_fail_it_is_a_502(start_worker, start_proxy, client, reset):
+@pytest.mark.parametrize(("path", "tried"), [(CHAT, [0, 0, 1, 1]), ("/v1/load_lora_adapter", [0, 0, 0, 1])])
+async def test_what_workers_may_have_worked_on_runs_twice_at_most_and_only_if_it_generates(
+    path, tried, start_worker, start_proxy, client, reset
+):
     workers = [await start_worker(reset()) for _ in range(4)]
-    proxy = await start_proxy([worker.url for worker in workers], limits={"retries_max": 2})
+    proxy = await start_proxy([worker.url for worker in workers], limits={"retries_max": 9})
+    async with client.post(proxy.url + path, json=ASK) as response:
+        assert response.status == 502
+        message = (await response.json())["error"]["message"]
+    assert message.startswith("No worker took the request: http://127.0.0.1:")
+    assert sorted(len(worker.requests) for worker in workers) == tried
+    await proxy.idle()
+
+
+async def test_what_reaches_no_worker_tries_as_many_as_it_may(start_proxy, client, unused_tcp_port_factory):
+    proxy = await start_proxy([f"http://127.0.0.1:{unused_tcp_port_factory()}" for _ in range(4)])
     status, _, body = await ask(client, proxy)
-    assert status == 502
-    assert orjson.loads(body)["error"]["message"].startswith("No worker took the request: http://127.0.0.1:")
-    assert sorted(worker.connections for worker in workers) == [0, 1, 1, 1], "three different ones were tried"
+    assert (status, b"No worker took the request: cannot connect to" in body) == (502, True)
+    assert sum(proxy.running.service.metrics.groups["default"].retries.values()) == 2
     await proxy.idle()
 
 
@@ -200,24 +210,17 @@ async def test_a_worker_that_never_answers_is_a_504(start_worker, start_proxy, c
     proxy = await start_proxy([worker.url], timeouts={"first_byte_s": 0.1})
     status, _, body = await ask(client, proxy)
     assert (status, orjson.loads(body)["error"]["type"]) == (504, "upstream_timeout")
-    await asyncio.wait_for(worker.left.wait(), 1)
+    await asyncio.wait_for(worker.left.wait(), 60)
     await proxy.idle()
 
 
 async def leave_after(client, proxy, moment, **more):
-    """Send a request, leave when ``moment`` says so, and return the time of leaving."""
+    """Send a request and leave when ``moment`` says so."""
     asked = asyncio.create_task(ask(client, proxy, **more))
     await moment()
     asked.cancel()
-    left_s = time.perf_counter()
     with pytest.raises(asyncio.CancelledError):
         await asked
-    return left_s
-
-
-async def quickest(attempt):
-    """Return the least of three durations: a busy machine may delay one of them, not all."""
-    return min([await attempt() for _ in range(3)])
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -225,30 +228,24 @@ async def test_leaving_before_the_first_token(stream, start_worker, start_proxy,
     worker = await start_worker(silence())
     proxy = await start_proxy([worker.url])
 
-    async def attempt():
+    for _ in range(3):
         worker.requests.clear()
         worker.left.clear()
-        left_s = await leave_after(client, proxy, lambda: until(lambda: worker.requests), stream=stream)
-        await asyncio.wait_for(worker.left.wait(), 1)
+        await leave_after(client, proxy, lambda: until(lambda: worker.requests), stream=stream)
+        await asyncio.wait_for(worker.left.wait(), 60)
         await proxy.idle()
-        return time.perf_counter() - left_s
-
-    assert await quickest(attempt) < CANCEL_S_MAX
 
 
 async def test_leaving_in_mid_stream(start_worker, start_proxy, client, silence, chunked, until):
     worker = await start_worker(silence(*chunked(CHUNK, end=False)))
     proxy = await start_proxy([worker.url])
 
-    async def attempt():
+    for _ in range(3):
         worker.left.clear()
         streaming = lambda: any(proxy.ledger.active().output_tokens)  # noqa: E731
-        left_s = await leave_after(client, proxy, lambda: until(streaming))
-        await asyncio.wait_for(worker.left.wait(), 1)
+        await leave_after(client, proxy, lambda streaming=streaming: until(streaming))
+        await asyncio.wait_for(worker.left.wait(), 60)
         await proxy.idle()
-        return time.perf_counter() - left_s
-
-    assert await quickest(attempt) < CANCEL_S_MAX
 
 
 async def test_leaving_while_waiting_in_the_pool(start_worker, start_proxy, client, silence, until):
@@ -257,12 +254,9 @@ async def test_leaving_while_waiting_in_the_pool(start_worker, start_proxy, clie
     first = asyncio.create_task(ask(client, proxy))
     await until(lambda: proxy.ledger.bound == 1)
 
-    async def attempt():
-        left_s = await leave_after(client, proxy, lambda: until(lambda: proxy.ledger.pending == 1))
-        await until(lambda: proxy.ledger.pending == 0)
-        return time.perf_counter() - left_s
-
-    assert await quickest(attempt) < CANCEL_S_MAX
+    for _ in range(3):
+        await leave_after(client, proxy, lambda: until(lambda: proxy.waiting == 1))
+        await until(lambda: proxy.waiting == 0)
     assert len(worker.requests) == 1, "the others never reached the worker"
     first.cancel()
     await proxy.idle()
@@ -279,7 +273,7 @@ async def test_half_closing_counts_as_leaving(start_worker, start_proxy, silence
     )
     await until(lambda: worker.requests)
     writer.write_eof()
-    await asyncio.wait_for(worker.left.wait(), 1)
+    await asyncio.wait_for(worker.left.wait(), 60)
     await proxy.idle()
 
 
@@ -288,7 +282,7 @@ async def test_a_full_pool_is_a_429(start_worker, start_proxy, client, silence, 
     limits = {"pool_requests_max": 1, "retry_after_s": 7}
     proxy = await start_proxy([worker.url], worker={"slots": 1}, limits=limits)
     others = [asyncio.create_task(ask(client, proxy)) for _ in range(2)]
-    await until(lambda: (proxy.ledger.bound, proxy.ledger.pending) == (1, 1))
+    await until(lambda: (proxy.ledger.bound, proxy.waiting) == (1, 1))
     status, headers, body = await ask(client, proxy)
     assert (status, headers["Retry-After"]) == (429, "7")
     assert orjson.loads(body)["error"] == {
@@ -326,13 +320,21 @@ async def test_waiting_too_long_is_a_503(start_worker, start_proxy, client, sile
 
 async def test_a_prompt_that_never_fits_is_a_400(start_emulator, start_proxy, client):
     proxy = await start_proxy((await start_emulator(1)).urls, worker={"kv_capacity_tokens": 50})
-    status, _, body = await ask(client, proxy, messages=[{"role": "user", "content": "word " * 100}])
-    assert (status, orjson.loads(body)["error"]["type"]) == (400, "invalid_request_error")
+    counted = {"model": "emulated", "prompt": [1] * 51, "max_tokens": 2}
+    async with client.post(proxy.url + "/v1/completions", json=counted) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_client_that_stops_reading_does_not_hold_its_slot_for_ever(
-    start_worker, start_proxy, stack, until
-):
+async def test_a_guess_refuses_nothing(start_emulator, start_proxy, client):
+    proxy = await start_proxy((await start_emulator(1)).urls, worker={"kv_capacity_tokens": 50})
+    guessed = [{"role": "user", "content": "word " * 100}]
+    status, _, body = await ask(client, proxy, messages=guessed, max_tokens=2)
+    assert (status, body.endswith(DONE)) == (200, True)
+    await proxy.idle()
+
+
+async def test_a_client_that_stops_reading_does_not_hold_its_slot_for_ever(start_worker, start_proxy, stack):
     async def flood(writer):
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
         while True:
@@ -348,5 +350,4 @@ async def test_a_client_that_stops_reading_does_not_hold_its_slot_for_ever(
         b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body)
     )
     await reader.readexactly(10)
-    await until(lambda: proxy.ledger.bound == 1)
     await proxy.idle()

@@ -6,8 +6,8 @@ import socket
 import pytest
 
 from brproxy.config import Listen
-from brproxy.listening import ListenError
-from brproxy.relay.client import ClientProtocol
+from brproxy.listening import ListenError, url_of
+from brproxy.relay.server import ClientProtocol
 
 BOTH_LOOPS = True
 CONNECTIONS = 24
@@ -52,3 +52,15 @@ async def test_an_unknown_host_is_told_in_one_line(raw_worker, answering, start_
 
 def test_the_default_is_more_than_one():
     assert Listen().accepts_per_turn > CONNECTIONS
+
+
+@pytest.mark.parametrize(
+    ("settings", "url"),
+    [
+        ({}, "http://127.0.0.1:8000"),
+        ({"host": "::1"}, "http://[::1]:8000"),
+        ({"host": "proxy", "tls_certificate_file": "x.pem"}, "https://proxy:8000"),
+    ],
+)
+def test_where_clients_find_it(settings, url):
+    assert url_of(Listen(**settings), 8000) == url

@@ -1,7 +1,5 @@
 """How requests end in the books, whoever ended them, over real sockets."""
 
-import asyncio
-
 import pytest
 
 from brproxy.lifecycle import State
@@ -42,7 +40,8 @@ async def test_a_request_ends_as_what_happened(
     request_bytes, answer, closes, state, raw_worker, answering, start_proxy, raw
 ):
     worker = await raw_worker(answering(answer, close=closes))
-    proxy = await start_proxy([worker.url], limits={"retries_max": 0}, timeouts={"stall_s": 0.3})
+    timeouts = {"stall_s": 0.1} if answer == BEGUN and not closes else {}
+    proxy = await start_proxy([worker.url], limits={"retries_max": 0}, timeouts=timeouts)
     client = await raw(proxy)
     client.send(request_bytes)
     await client.reader.read(1)
@@ -54,7 +53,7 @@ async def test_a_request_ends_as_what_happened(
     ("request_bytes", "answer"), [(post(CHAT, ASK), BEGUN), (post(CHAT, ASK), b""), (UPGRADE, UPGRADED)]
 )
 async def test_a_client_that_leaves_has_cancelled(
-    request_bytes, answer, raw_worker, answering, start_proxy, raw
+    request_bytes, answer, raw_worker, answering, start_proxy, raw, until
 ):
     worker = await raw_worker(answering(answer))
     proxy = await start_proxy([worker.url])
@@ -63,7 +62,7 @@ async def test_a_client_that_leaves_has_cancelled(
     if answer:
         await client.reader.read(1)
     else:
-        await asyncio.sleep(0.02)
+        await until(lambda: worker.requests)
     client.writer.close()
     await proxy.idle()
     assert outcomes(proxy) == {State.CANCELLED: 1}

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from brproxy.relay.connection import WorkerConnection
 from tests.brproxy.wire import as_chunk, get, post
 
 BOTH_LOOPS = True
@@ -276,11 +277,15 @@ async def test_a_worker_that_speaks_before_it_is_asked_does_no_harm(raw_worker, 
     await proxy.idle()
 
 
-async def test_garbage_behind_a_response_never_answers_another_request(raw_worker, start_proxy, raw):
+async def test_garbage_behind_a_response_never_answers_another_request(
+    raw_worker, start_proxy, raw, until, transports
+):
+    answered = asyncio.Event()
+
     async def script(worker, reader, writer):
         await worker.read_request(reader)
         writer.write(fixed(b"right"))
-        await asyncio.sleep(0.02)
+        await answered.wait()
         writer.write(fixed(b"wrong"))
         await reader.read()
 
@@ -290,7 +295,9 @@ async def test_garbage_behind_a_response_never_answers_another_request(raw_worke
     for _ in range(2):
         client.send(get("/x"))
         assert (await client.answer()).body == b"right"
-        await asyncio.sleep(0.05)
+        answered.set()
+        await until(transports[WorkerConnection][-1].is_closing)
+        answered.clear()
     assert len(worker.tasks) == 2
 
 

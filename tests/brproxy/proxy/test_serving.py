@@ -8,6 +8,7 @@ import pytest
 
 from brproxy.app import running_proxy
 from brproxy.config import parse_config
+from brproxy.ledger import Ledger
 from brproxy.routing.policy import POLICIES
 from loadgen.client import ClientSettings, Lengths, Replay
 from loadgen.cluster import ClusterSettings
@@ -43,25 +44,47 @@ async def test_many_streams_under_every_policy(policy, start_emulator, start_pro
 
 
 async def test_with_a_free_slot_and_an_empty_pool_nobody_waits_for_a_tick(
-    start_emulator, start_proxy, client
+    start_emulator, start_proxy, client, monkeypatch
 ):
-    proxy = await start_proxy((await start_emulator(1)).urls, routing={"tick_ms": 1000})
+    bound_by = []
+    bind = Ledger.bind
+
+    def noting(self, *arguments, **more):
+        bound_by.append(asyncio.current_task())
+        return bind(self, *arguments, **more)
+
+    monkeypatch.setattr(Ledger, "bind", noting)
+    proxy = await start_proxy((await start_emulator(1)).urls)
     document = {"model": "emulated", "prompt": "x", "max_tokens": 1}
-    async with asyncio.timeout(0.9):
-        for _ in range(3):
-            async with client.post(proxy.url + "/v1/completions", json=document) as response:
-                assert response.status == 200
+    for _ in range(3):
+        async with client.post(proxy.url + "/v1/completions", json=document) as response:
+            assert response.status == 200
+    assert len(bound_by) == 3
+    assert None not in bound_by, "a tick is a callback of the loop, no handler's task"
 
 
-async def test_a_burst_is_decided_in_rounds(start_emulator, start_proxy, client):
-    proxy = await start_proxy((await start_emulator(1, slots=4)).urls, worker={"slots": 4})
+async def test_a_burst_is_decided_in_rounds(start_worker, start_proxy, client, fixed, until):
+    go_on = asyncio.Event()
+
+    async def script(writer):
+        await go_on.wait()
+        writer.write(fixed(b"{}"))
+        return True
+
+    proxy = await start_proxy(
+        [(await start_worker(script)).url], worker={"slots": 4}, routing={"tick_ms": 100}
+    )
     document = {"model": "emulated", "prompt": "x", "max_tokens": 10}
 
     async def ask():
         async with client.post(proxy.url + "/v1/completions", json=document) as response:
             return response.status
 
-    assert set(await asyncio.gather(*(ask() for _ in range(20)))) == {200}
+    asked = asyncio.gather(*(ask() for _ in range(20)))
+    await until(lambda: (proxy.ledger.bound, proxy.waiting) == (4, 16))
+    # Four end within a turn of the loop or two, and their slots go to others at the next tick.
+    go_on.set()
+    assert set(await asked) == {200}
     async with client.get(proxy.url + "/metrics") as response:
         text = await response.text()
     admitted = re.search(r'brproxy_admitted_total{group="default"} (\S+)', text)[1]
@@ -97,7 +120,7 @@ async def test_a_worker_goes_out_and_comes_back(start_emulator, start_proxy, cli
     port = int(running.urls[0].rsplit(":", 1)[1])
     other = await start_emulator(1)
     proxy = await start_proxy([*running.urls, *other.urls], health=True, health_table={"unhealthy_after": 2})
-    health = proxy.groups[0].health
+    health = proxy.groups[0].roster
     assert health.routable() == (True, True)
     await first.__aexit__(None, None, None)
     await until(lambda: health.routable() == (False, True))
@@ -118,7 +141,7 @@ async def test_a_request_waits_for_the_first_worker_to_come_up(
     proxy = await start_proxy([url], health=True)
     document = {"model": "emulated", "prompt": "x", "max_tokens": 1}
     asked = asyncio.create_task(client.post(proxy.url + "/v1/completions", json=document))
-    await until(lambda: proxy.ledger.pending == 1)
+    await until(lambda: proxy.waiting == 1)
     settings = EmulatorSettings(ClusterSettings(workers=1, step_base_s=0.01), base_port=unused_tcp_port)
     await stack.enter_async_context(running_emulator(settings))
     response = await asked

@@ -179,7 +179,9 @@ async def test_health_ready_and_metrics(start_emulator, start_proxy, client, unu
     assert f'brproxy_worker_routable{{group="default",worker="{emulator.urls[0][7:]}"}} 1.0' in text
     down = await start_proxy([f"http://127.0.0.1:{unused_tcp_port}"], health=True)
     async with client.get(down.url + "/ready") as response:
-        assert (response.status, await response.text()) == (503, "no worker is healthy\n")
+        name = f"127.0.0.1:{unused_tcp_port}"
+        reason = f"{name}: cannot connect to http://{name}: Connection refused"
+        assert (response.status, await response.text()) == (503, f"no worker is healthy\n{reason}\n")
     async with client.get(down.url + "/health") as response:
         assert response.status == 200
 

@@ -165,7 +165,13 @@ async def test_both_sides_are_made_to_wait_for_each_other(upgraded):
 
 
 async def test_a_silent_tunnel_is_closed(upgraded, until):
-    proxy, worker, client = await upgraded(timeouts={"stall_s": 0.1})
+    async def script(worker, reader, writer):
+        await worker.read_head(reader)
+        await asyncio.sleep(0.05)  # so that the time-out for a first byte counts already
+        writer.write(SWITCHING + b"hello ")
+        await reader.read()
+
+    proxy, worker, client = await upgraded(script, timeouts={"stall_s": 0.1})
     assert await read_exactly(client, 6) == b"hello "
     assert await client.ended()
     await until(lambda: worker.ended == 1)

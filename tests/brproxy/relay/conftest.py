@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from brproxy.relay.client import RelayServer
+from brproxy.relay.server import RelayServer
 from tests.brproxy.wire import RawClient, WireError
 
 
@@ -15,8 +15,8 @@ async def serve(stack):
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: complaints.append(context))
 
-    async def start(handler, body_bytes_max=1 << 20):
-        relay = RelayServer(handler, body_bytes_max, access_log=None, auto_decompress=False)
+    async def start(handler, body_bytes_max=1 << 20, **settings):
+        relay = RelayServer(handler, body_bytes_max, access_log=None, auto_decompress=False, **settings)
         server = await loop.create_server(relay, "127.0.0.1", 0)
         stack.push_async_callback(relay.shutdown, 0.1)
         stack.callback(server.close)
@@ -38,7 +38,7 @@ def within():
 
     async def wait(awaitable, otherwise):
         try:
-            return await asyncio.wait_for(awaitable, 2.0)
+            return await asyncio.wait_for(awaitable, 60.0)
         except (TimeoutError, WireError, AssertionError, ConnectionError) as error:
             pytest.fail(f"{otherwise} ({error!r})")
 

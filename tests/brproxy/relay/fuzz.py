@@ -24,7 +24,7 @@ from brproxy.app import build_service
 from brproxy.config import parse_config
 from brproxy.engines.dialects.vllm import VllmDialect
 from brproxy.proxy.handlers import Handlers
-from brproxy.relay.client import RelayServer
+from brproxy.relay.server import RelayServer
 
 CASES_A_BATCH = 64
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"stream":true%s}'
@@ -72,6 +72,7 @@ class Case:
         self.rng = random.Random(seed)
         self.http10 = self.rng.random() < 0.15
         self.asks_usage = self.rng.random() < 0.5
+        self.reports_to_all = False
         self.method = "HEAD" if self.rng.random() < 0.05 else "POST"
         self.until_close = False
         self.tokens = 0
@@ -111,6 +112,8 @@ class Case:
         choice = f'{{"index":0,"delta":{delta},"finish_reason":{finish}}}'
         usage = rng.choice([""] * 8 + [',"usage":null', "so far"])
         made = f'{{"id":"c-{self.seed}","choices":[{choice}]%s}}'
+        # A server that reports unasked does so to everybody, in the last event too.
+        self.reports_to_all |= usage == "so far" and finish == "null"
         reported = ',"usage":{"prompt_tokens":3,"completion_tokens":%d}'
         self.tokens += DIALECT.read_event(
             (made % (reported % 0 if usage == "so far" else usage)).encode()
@@ -144,7 +147,8 @@ class Case:
         )
         # A report that does not fit what was counted would teach a ratio.
         reports = self.tokens_are_clear and rng.random() < 0.7
-        self.body = b"".join(events) + (usage if self.asks_usage and reports else b"") + DONE
+        is_wanted = reports and (self.asks_usage or self.reports_to_all)
+        self.body = b"".join(events) + (usage if is_wanted else b"") + DONE
         sent = [*events, *([usage] if reports else []), DONE]
         while len(sent) > 1 and rng.random() < 0.3:
             position = rng.randrange(len(sent) - 1)
@@ -232,13 +236,14 @@ class Bench:
             {"worker": workers, "health": {"enabled": False}, "routing": {"policy": "br-h"}}, "fuzz"
         )
         self.service = build_service(config)
-        self.ledger = self.service.fleet.groups[0].dispatcher.ledger
+        self.dispatcher = self.service.fleet.groups[0].dispatcher
+        self.ledger = self.dispatcher.ledger
         self.server = RelayServer(
             Handlers(self.service).handle, 1 << 20, auto_decompress=False, access_log=None
         )
         self.connections = {}
         for group in self.service.groups.values():
-            for pool in group.pools:
+            for pool in group.endpoints:
                 pool.connect = partial(self._connect, pool)
 
     async def _connect(self, pool):
@@ -248,7 +253,6 @@ class Bench:
 
     async def close(self):
         self.service.watch.close()
-        await self.service.control.close()
 
     async def run(self, case):
         """Run one case; raises AssertionError with its seed."""
@@ -299,7 +303,9 @@ class Bench:
         assert tokens == case.tokens or not case.tokens_are_clear, (
             f"{said}: {tokens} for {case.tokens} tokens"
         )
-        assert (self.ledger.bound, self.ledger.pending, sum(self.ledger.kv_tokens)) == (0, 0, 0), said
+        assert (self.ledger.bound, len(self.dispatcher.waiting), sum(self.ledger.kv_tokens)) == (0, 0, 0), (
+            said
+        )
 
 
 async def fuzz(cases, seed, report=lambda _done: None):

@@ -1,4 +1,4 @@
-"""What relay/client.py leans on in aiohttp, piece by piece: another version that differs fails here first."""
+"""What relay/client.py and server.py lean on in aiohttp: another version that differs fails here first."""
 
 import asyncio
 import inspect
@@ -7,7 +7,8 @@ import pytest
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from brproxy.relay.client import Client, ClientProtocol, answered
+from brproxy.relay.client import Client, answered
+from brproxy.relay.server import ClientProtocol
 from tests.brproxy.wire import get
 
 BOTH_LOOPS = True
@@ -42,7 +43,7 @@ class Noted:
 class Watching:
     """A handler that follows its client and answers with ``body``; it keeps what it saw."""
 
-    def __init__(self, body=b"ok", drain_s=5.0):
+    def __init__(self, body=b"ok", drain_s=600.0):
         self.body, self.drain_s = body, drain_s
         self.requests, self.clients, self.noted = [], [], []
 
@@ -138,7 +139,7 @@ async def test_whoever_follows_a_client_that_is_paused_is_told_at_once_and_after
         client.finish()
         reply(client, LARGE)
         client.follow(late)
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
     client = await (await serve(handler))(receive_bytes=1 << 16)
     client.writer.transport.pause_reading()
@@ -193,7 +194,7 @@ async def test_a_response_is_asked_for_nothing_but_what_answered_has(serve, with
     async def handler(request):
         client = Client(request)
         reply(client)
-        return Asked(answered(client, 5.0))
+        return Asked(answered(client, 600.0))
 
     client = await (await serve(handler))()
     for _ in range(2):
@@ -210,7 +211,7 @@ async def test_an_answer_that_says_so_ends_the_connection(serve, within):
         client = Client(request)
         reply(client)
         client.keep_alive = "stay" in request.path
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
     client = await (await serve(handler))()
     client.send(get("/stay"), get("/go"))
@@ -282,7 +283,7 @@ async def test_pages_and_answers_keep_their_order(serve, within):
         client = Client(request)
         await asyncio.sleep(0.001)
         reply(client)
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
     client = await (await serve(handler))()
     client.send(get("/a"), get("/page"), get("/b"), get("/page"))
@@ -322,6 +323,8 @@ async def test_a_client_that_does_not_read_in_time_is_disconnected(serve, within
         (UPGRADE, True),
         (("Connection: keep-alive, upgrade", "Upgrade: WebSocket"), True),
         (("Connection: Upgrade", "Upgrade: h2c"), False),
+        (("Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"), False),
+        (("Connection: Upgrade", "Upgrade: websocket, h2c"), False),
         (("Connection: Upgrade", "Upgrade: tls/1.0"), False),
     ],
 )
@@ -330,9 +333,10 @@ async def test_an_upgrade_is_told_by_the_message(fields, wanted, serve, within):
 
     async def handler(request):
         client = Client(request)
+        client.names_upgrade(",".join(request.headers.getall("Upgrade", [])).encode())
         seen.append(client.wants_upgrade)
         reply(client)
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
     client = await (await serve(handler))()
     for number in (1, 2):

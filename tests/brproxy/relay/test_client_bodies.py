@@ -36,7 +36,7 @@ class Looking:
         client.begin()
         shown = b"none" if body is None else body
         client.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(shown), shown))
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
 
 async def come_whole(request):
@@ -96,7 +96,7 @@ async def test_a_body_that_is_forgotten_is_gone_and_the_connection_goes_on(
         client = Client(request)
         client.begin()
         client.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(seen), seen))
-        return answered(client, 5.0)
+        return answered(client, 600.0)
 
     client = await (await serve(handler))()
     client.send(request_bytes, request_bytes)

@@ -1,8 +1,12 @@
 """A worker's connection: what it tells the exchange that is on it, and when it may be used again."""
 
-import pytest
+import asyncio
 
-from brproxy.relay.connection import Exchange, WorkerConnection
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brproxy.relay.connection import STALE_S, TUNNEL_CLOSE_S, Exchange, WorkerConnection
 from brproxy.relay.errors import BrokenResponseError, StaleConnectionError, WorkerFailedError
 from brproxy.relay.states import ConnectionStateError, State
 
@@ -20,6 +24,23 @@ class Transport:
 
     def __getattr__(self, name):
         return lambda: self.calls.append(name)
+
+
+class Loop:
+    """The little that a connection asks of an event loop, with a time that tests set."""
+
+    def __init__(self):
+        self.now_s = 0.0
+        self.timers = []
+
+    def time(self):
+        return self.now_s
+
+    def call_later(self, delay_s, callback):
+        self.timers.append((delay_s, callback))
+
+    def create_future(self):
+        return asyncio.get_running_loop().create_future()
 
 
 class Noted(Exchange):
@@ -52,6 +73,9 @@ class Noted(Exchange):
     def worker_resumed(self):
         self.told.append(("worker_resumed",))
 
+    def crashed(self, error):
+        self.told.append(("crashed", type(error)))
+
 
 class Connected:
     """A connection on a fake transport with an exchange on it."""
@@ -59,7 +83,8 @@ class Connected:
     def __init__(self, *reads, exchange=None, whole=True):
         self.idle = []
         self.transport = Transport()
-        self.connection = WorkerConnection("http://w:1", 4096, self.idle.append)
+        self.loop = Loop()
+        self.connection = WorkerConnection("http://w:1", 4096, self.idle.append, self.loop)
         self.connection.connection_made(self.transport)
         self.exchange = self.next(exchange, whole=whole)
         self.read(*reads)
@@ -140,6 +165,14 @@ def test_a_kept_connection_that_was_closed_is_stale_and_a_new_one_is_not():
     second = on.next()
     on.connection.connection_lost(None)
     assert second.told == [("lost", StaleConnectionError)]
+
+
+def test_a_kept_connection_that_closes_later_is_not_stale():
+    on = Connected(OK + b"ab")
+    second = on.next()
+    on.loop.now_s += STALE_S
+    on.connection.connection_lost(None)
+    assert second.told == [("lost", WorkerFailedError)], "the worker may have worked on it"
 
 
 def test_a_kept_connection_that_began_to_answer_is_not_stale():
@@ -230,3 +263,107 @@ async def test_a_worker_that_reads_slowly_is_waited_for():
     on.connection.resume_writing()
     await waiting
     assert on.told[-1] == ("worker_resumed",)
+
+
+@pytest.mark.parametrize("surplus", [b"x", OK + b"cd", b"\r\n", b"\0\0", b"HTTP/1.1 999"])
+@pytest.mark.parametrize("response", [OK + b"ab", CHUNKED + b"2\r\nab\r\n0\r\n\r\n"])
+@pytest.mark.parametrize("head_first", [True, False])
+def test_a_whole_response_is_one_whatever_comes_behind_it(surplus, response, head_first):
+    at = response.index(b"\r\n\r\n") + 4
+    reads = [response[:at], response[at:] + surplus] if head_first else [response + surplus]
+    on = Connected(*reads)
+    assert on.told == [("head", 200), ("end", b"ab", b"")]
+    if surplus.strip():
+        assert (on.connection.state, on.idle) == (State.CLOSED, []), "what follows belongs to no request"
+
+
+@pytest.mark.parametrize("status", ["000", "042", "099"])
+def test_there_are_no_interim_responses_below_100(status):
+    on = Connected(f"HTTP/1.1 {status} Odd\r\nContent-Length: 0\r\n\r\n".encode())
+    assert on.told == [("lost", WorkerFailedError)]
+
+
+def test_trailers_cannot_bring_in_what_belongs_into_the_head():
+    names = [b"Set-Cookie", b"content-type", b"X-Sum", b"Location", b"connection", b"Trailer", b"Upgrade"]
+    trailers = b"".join(b"%b: 1\r\n" % name for name in names)
+    on = Connected(CHUNKED, b"1\r\na\r\n0\r\n" + trailers + b"\r\n")
+    assert on.told[-1] == ("end", b"a", b"X-Sum: 1\r\n")
+    for framing in (b"Content-Length: 5", b"Transfer-Encoding: chunked"):
+        on = Connected(CHUNKED, b"1\r\na\r\n0\r\n" + framing + b"\r\n\r\n")
+        assert on.told[-1] == ("end", b"a", b"") or on.told[-1][0] == "lost", "the parser may object first"
+
+
+def test_a_reason_phrase_has_no_control_characters():
+    heads = []
+    exchange = Noted()
+    exchange.head = heads.append
+    Connected(b"HTTP/1.1 200 O\x01K\x7f\r\nContent-Length: 0\r\n\r\n", exchange=exchange)
+    assert heads[0].reason == b"OK"
+
+
+def test_a_tunnel_to_a_worker_that_does_not_read_is_closed_in_time():
+    on = Connected(b"HTTP/1.1 101 Up\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+    on.connection.abandon()
+    assert on.transport.calls == ["close"]
+    ((delay_s, close_now),) = on.loop.timers
+    assert delay_s == TUNNEL_CLOSE_S
+    close_now()
+    assert on.transport.calls == ["close", "abort"]
+
+
+RESPONSES = (
+    OK + b"ab",
+    OK[:-2] + b"Connection: close\r\n\r\nab",
+    CHUNKED + b"1\r\na\r\n1\r\nb\r\n0\r\n\r\n",
+    b"HTTP/1.1 103 Hints\r\n\r\n" + CHUNKED + b"1\r\na\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\n\r\nuntil the end",
+    b"HTTP/1.1 101 Up\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\nhi",
+    b"nonsense",
+)
+
+
+class Raising(Noted):
+    """Raises at the ``at``-th thing that it is told, whichever that is."""
+
+    def __init__(self, at):
+        super().__init__()
+        self._left = at
+        self.receive = self._noting("receive")
+        for name in ("interim", "head", "end", "upgraded", "lost", "worker_paused", "worker_resumed"):
+            setattr(self, name, self._noting(name))
+        self.take_chunks = self._noting("take_chunks")
+
+    def _noting(self, name):
+        def note(*_):
+            self.told.append(name)
+            self._left -= 1
+            if self._left == 0:
+                raise ValueError(name)
+
+        return note
+
+
+@given(
+    response=st.sampled_from(RESPONSES),
+    cuts=st.lists(st.integers(0, 100), max_size=5).map(sorted),
+    raises_at=st.integers(1, 8),
+    lost=st.sampled_from([None, ConnectionResetError()]),
+)
+def test_whatever_a_callback_raises_ends_its_exchange_once_and_nothing_else(response, cuts, raises_at, lost):
+    exchange = Raising(raises_at)
+    on = Connected(exchange=exchange)
+    for start, end in zip([0, *cuts], [*cuts, len(response)], strict=True):
+        if on.connection.state is not State.IDLE and response[start:end]:
+            on.read(response[start:end])
+        if on.connection.state is State.BODY:
+            on.connection.resume_writing()
+    kept = on.connection.state is State.IDLE
+    on.connection.connection_lost(lost)
+    raised = len(exchange.told) >= raises_at
+    assert exchange.told.count(("crashed", ValueError)) == raised
+    if raised:
+        assert exchange.told[raises_at:] == [("crashed", ValueError)], "nothing follows"
+        assert on.idle == [], "its connection is not used again"
+    else:
+        assert on.idle == ([on.connection] if kept else [])
+    assert on.connection.state is State.CLOSED

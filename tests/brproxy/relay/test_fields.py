@@ -2,7 +2,7 @@
 
 import pytest
 
-from brproxy.relay.fields import HOP_BY_HOP, crossing_pairs, request_fields, response_fields
+from brproxy.relay.fields import HOP_BY_HOP, request_fields, response_fields
 
 
 @pytest.mark.parametrize("name", sorted(HOP_BY_HOP))
@@ -47,8 +47,3 @@ def test_what_the_proxy_looks_at_is_known_by_its_lower_case_name():
 def test_the_media_type(value, media_type):
     assert request_fields(((b"Content-Type", value),)).media_type == media_type
     assert request_fields(()).media_type == ""
-
-
-def test_pairs_for_an_ordinary_http_client():
-    fields = ((b"Authorization", b"Bearer: k"), (b"Host", b"h"), (b"X-Empty", b""))
-    assert crossing_pairs(fields) == {"Authorization": "Bearer: k", "X-Empty": ""}

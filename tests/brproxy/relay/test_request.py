@@ -3,7 +3,7 @@
 import pytest
 
 from brproxy.relay.fields import request_fields
-from brproxy.relay.request import body_length, origin_form, request_head, upgrade_lines
+from brproxy.relay.request import UPGRADE, body_length, origin_form, request_head
 from brproxy.types import InvalidInputError
 
 
@@ -15,6 +15,9 @@ from brproxy.types import InvalidInputError
         ("http://proxy:80/v1/x?y", "/v1/x?y"),
         ("HTTPS://proxy/", "/"),
         ("http://proxy", "/"),
+        ("http://proxy?x=/v1/y", "/?x=/v1/y"),
+        ("http://proxy#/v1/y", "/"),
+        ("http://proxy/a#/v1/y", "/a"),
     ],
 )
 def test_targets(target, origin):
@@ -50,4 +53,5 @@ def test_a_whole_head():
 def test_an_upgrade_is_asked_for_again():
     fields = request_fields(((b"Connection", b"keep-alive, Upgrade"), (b"Upgrade", b"websocket")))
     assert fields.lines == b""
-    assert upgrade_lines(fields) == b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+    assert fields.known[b"upgrade"] == b"websocket"
+    assert UPGRADE == b"Connection: Upgrade\r\nUpgrade: websocket\r\n"

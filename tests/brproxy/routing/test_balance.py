@@ -15,7 +15,7 @@ from brproxy.routing.view import NOT_ADMITTED, ClusterView
 UNLIMITED = 1 << 40
 
 
-def make_view(kv_tokens, prompts, slots_free, kv_free=None, passed_over=None, forecast=None):
+def make_view(kv_tokens, prompts, slots_free, kv_free=None, passed_over=None, forecast=None, sequences=None):
     workers = len(kv_tokens)
     kv = np.array(kv_tokens, dtype=np.int64)
     return ClusterView(
@@ -28,6 +28,7 @@ def make_view(kv_tokens, prompts, slots_free, kv_free=None, passed_over=None, fo
         prompt_tokens=np.array(prompts, dtype=np.int64),
         passed_over=np.array(passed_over if passed_over is not None else [0] * len(prompts), dtype=np.int64),
         forecast=kv[:, None].astype(float) if forecast is None else forecast,
+        sequences=None if sequences is None else np.array(sequences, dtype=np.int64),
     )
 
 
@@ -47,6 +48,7 @@ class BruteForce:
         self.loads = view.forecast.tolist()
         self.slots = view.slots_free.tolist()
         self.kv = view.kv_free.tolist()
+        self.sequences = [1] * view.waiting if view.sequences is None else view.sequences.tolist()
         self.waiting = list(range(view.waiting))
         self.tie_break = random_order(np.random.default_rng(seed).random(), range(view.workers))
         self.closed = set()
@@ -108,7 +110,8 @@ class BruteForce:
             if not window:
                 self.closed.add(worker)
                 continue
-            ample = sum(s for g, s in enumerate(self.slots) if g not in self.closed) >= len(self.waiting)
+            needed = sum(self.sequences[i] for i in self.waiting)
+            ample = sum(max(s, 0) for g, s in enumerate(self.slots) if g not in self.closed) >= needed
             largest = min(1 if ample else self.params.subset_max, self.slots[worker], len(window))
             subsets = [q for size in range(1, largest + 1) for q in combinations(window, size)]
             fitting = [q for q in subsets if sum(prompts[i] for i in q) <= self.kv[worker]]
@@ -121,12 +124,13 @@ class BruteForce:
                 q for q in fitting if self.score(worker, sum(prompts[i] for i in q)) >= best - tolerance
             )
             for i in chosen:
-                self.admit(worker, i, prompts[i])
+                if self.slots[worker] > 0:
+                    self.admit(worker, i, prompts[i])
         return self.decision
 
     def admit(self, worker, request, prompt):
         self.loads[worker] = [load + prompt for load in self.loads[worker]]
-        self.slots[worker] -= 1
+        self.slots[worker] -= self.sequences[request]
         self.kv[worker] -= prompt
         self.waiting.remove(request)
         self.decision[request] = worker
@@ -156,6 +160,7 @@ def views(draw, horizon_steps=0):
             for passed_over in draw(st.lists(st.sampled_from([0, 0, 0, 96, 191, 192]), **each))
         ],
         forecast=forecast.T.astype(float),
+        sequences=draw(st.one_of(st.none(), st.lists(st.integers(1, 4), **each))),
     )
 
 

@@ -58,6 +58,22 @@ def test_contract(name, view, seed):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@given(view=views(), data=st.data())
+def test_a_request_needs_one_slot_and_takes_one_for_each_sequence(name, view, data):
+    sequences = data.draw(st.lists(st.integers(1, 5), min_size=view.waiting, max_size=view.waiting))
+    view = replace(view, sequences=np.array(sequences, dtype=np.int64))
+    decision = make_policy(name).route(view, np.random.default_rng(0))
+    for worker in range(view.workers):
+        mine = sorted(n for n, chosen in zip(sequences, decision, strict=True) if chosen == worker)
+        # Whatever came last found a slot: it may have been the largest.
+        assert sum(mine[:-1]) < view.slots_free[worker] or not mine
+    ones = replace(view, sequences=np.ones(view.waiting, dtype=np.int64))
+    none = replace(view, sequences=None)
+    decided = [make_policy(name).route(each, np.random.default_rng(1)).tolist() for each in (ones, none)]
+    assert decided[0] == decided[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @given(view=views(overdue_max=0))
 def test_a_request_that_fits_is_not_left_while_slots_are_free(name, view):
     roomy = view.slots_free > 0

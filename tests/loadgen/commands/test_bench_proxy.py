@@ -23,7 +23,7 @@ from loadgen.commands.bench_proxy import (
 from loadgen.dataplane.loads import parse_phase
 from loadgen.report.proxies import ProxyReport
 
-PHASES = (parse_phase("req", 0.2),)
+PHASES = (parse_phase("req", 1.0),)
 
 
 async def run(*arguments):
@@ -45,7 +45,7 @@ async def test_brproxy_beside_one_that_does_not_start(tmp_path, unused_tcp_port_
     code, out, err = await run(
         *("--port", ports[0], "--worker-ports", ",".join(ports[1:]), "--phases", "req,paced6"),
         *("--proxy", f"bad={sys.executable} -c 'exit({{port}})'"),
-        *("--rounds", "1", "--seconds", "0.2", "--out", str(out_file)),
+        *("--rounds", "1", "--seconds", "1", "--out", str(out_file)),
     )
     assert code == 2, err
     assert "bad ended with code" in err

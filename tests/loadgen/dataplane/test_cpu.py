@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 BURN = """
 import sys, time
 sys.stdin.readline()
-while time.process_time() < 0.15: pass
+started_s = time.process_time()
+while time.process_time() < started_s + 0.15: pass
 print("burnt", time.process_time(), flush=True)
 sys.stdin.readline()
 """
@@ -45,8 +46,8 @@ def test_the_cpu_time_of_a_child():
         process.stdin.flush()
         burnt_s = float(process.stdout.readline().split()[1])
         spent = spent_s(before, read_cpu([process.pid]))
-        # What it burns before it reads the line counts in `before`.
-        assert 0.02 < spent <= burnt_s + 0.02
+        # What it took to start counts in `burnt_s`, and perhaps in `before`.
+        assert 0.14 <= spent <= burnt_s + 0.02
         assert peak_rss_bytes([process.pid]) > 5e6
 
 

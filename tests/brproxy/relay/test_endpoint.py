@@ -1,6 +1,8 @@
 """The connections to one worker over real sockets: which one is used again, and which is closed."""
 
 import asyncio
+import errno
+import os
 import resource
 import socket
 import ssl
@@ -9,11 +11,12 @@ import pytest
 import trustme
 
 from brproxy.relay.connection import Exchange
-from brproxy.relay.errors import WorkerFailedError
-from brproxy.relay.pool import PoolSettings, WorkerPool
+from brproxy.relay.endpoint import Endpoint, EndpointSettings, connect_failure
+from brproxy.relay.errors import ShortageError, WorkerFailedError
 
 BOTH_LOOPS = True
-SETTINGS = {"connect_s": 2.0, "keepalive_s": 4.0, "idle_max": 8, "head_bytes_max": 4096}
+HANG_S = 60.0
+SETTINGS = {"connect_s": HANG_S, "keepalive_s": 4.0, "idle_max": 8, "head_bytes_max": 4096}
 ASK = b"GET / HTTP/1.1\r\nHost: w\r\n\r\n"
 
 
@@ -39,12 +42,15 @@ class Asking(Exchange):
     def lost(self, error):
         self.outcome.set_exception(error)
 
+    def crashed(self, error):
+        self.outcome.set_exception(error)
+
 
 async def ask(connection):
     """Send a request on ``connection`` and return the body of the response."""
     exchange = Asking()
     connection.send(exchange, ASK)
-    return await asyncio.wait_for(exchange.outcome, 2.0)
+    return await asyncio.wait_for(exchange.outcome, HANG_S)
 
 
 class Worker:
@@ -86,7 +92,7 @@ async def pool_of(stack):
     """Return a function that makes the pool of an origin; what is idle at the end is closed."""
 
     def make(origin, **settings):
-        pool = WorkerPool(origin, PoolSettings(**(SETTINGS | settings)))
+        pool = Endpoint(origin, EndpointSettings(**(SETTINGS | settings)))
         stack.callback(pool.close)
         return pool
 
@@ -155,9 +161,10 @@ async def test_no_more_are_kept_than_may_be(kept, until):
 
 
 async def test_what_was_idle_for_too_long_is_closed(kept, until):
+    began_s = asyncio.get_running_loop().time()
     worker, pool, connections = await kept(3, keepalive_s=4.0)
     now_s = asyncio.get_running_loop().time()
-    assert all(now_s - 1.0 < connection.idle_since_s <= now_s for connection in connections)
+    assert all(began_s <= connection.idle_since_s <= now_s for connection in connections)
     for connection, idle_s in zip(connections, (5.0, 4.5, 3.5), strict=True):
         connection.idle_since_s = now_s - idle_s
     pool.expire(now_s)
@@ -198,7 +205,7 @@ async def test_close_closes_what_is_idle_and_nothing_else(kept, until):
 async def test_what_an_origin_means(origin, host_field, address, pool_of):
     pool = pool_of(origin)
     assert (pool.host_field, pool._address) == (host_field, address)
-    assert repr(pool) == f"<WorkerPool {origin} idle=0>"
+    assert repr(pool) == f"<Endpoint {origin} idle=0>"
 
 
 @pytest.mark.parametrize(("host", "name"), [("::1", "[::1]"), ("127.0.0.1", "localhost")])
@@ -214,7 +221,7 @@ async def test_addresses_of_both_kinds_and_names(host, name, start, pool_of):
 async def refusal(pool):
     """Return what connecting fails with."""
     with pytest.raises(WorkerFailedError) as caught:
-        await asyncio.wait_for(pool.connect(), 1.0)
+        await asyncio.wait_for(pool.connect(), HANG_S)
     assert caught.value.unreachable, "it counts against the worker's health"
     return str(caught.value)
 
@@ -231,7 +238,72 @@ async def test_open_files_that_have_run_out_say_nothing_about_a_worker(start, po
             await pool.connect()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert isinstance(caught.value, ShortageError)
     assert not caught.value.unreachable
+
+
+OURS = {"EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EADDRNOTAVAIL"}
+
+
+@pytest.mark.parametrize("name", sorted(errno.errorcode.values()))
+async def test_every_error_of_the_system_is_ours_or_theirs(name):
+    number = getattr(errno, name)
+    failure = connect_failure("http://w:1", OSError(number, "in the loop's own words"))
+    assert isinstance(failure, ShortageError) == (name in OURS)
+    assert failure.unreachable == (name not in OURS)
+    assert str(failure) == f"cannot connect to http://w:1: {os.strerror(number)}"
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), False),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), False),
+        (socket.gaierror(socket.EAI_MEMORY, "Memory allocation failure"), True),
+        (socket.gaierror(socket.EAI_SYSTEM, "System error"), True),
+        (ssl.SSLError(errno.EMFILE, "a number of TLS's own"), False),
+        (OSError("Multiple exceptions: [Errno 111] refused, [Errno 99] no address"), False),
+    ],
+)
+async def test_names_and_tls_have_numbers_of_their_own(error, ours):
+    failure = connect_failure("http://w:1", error)
+    assert isinstance(failure, ShortageError) == ours
+    assert failure.unreachable != ours
+    assert "\n" not in str(failure)
+
+
+async def test_a_name_that_cannot_be_looked_up_without_files_says_nothing_about_a_worker(stack):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+    with socket.socket() as sock:
+        next_file = sock.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, hard))
+    error = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    assert isinstance(connect_failure("http://w:1", error), ShortageError)
+
+
+async def test_idle_connections_give_way_when_files_run_out(start, stack):
+    workers = [await start() for _ in range(2)]
+    settings = EndpointSettings(**SETTINGS)
+    first, second = (Endpoint(f"http://127.0.0.1:{worker.port}", settings) for worker in workers)
+    alone = Endpoint(f"http://127.0.0.1:{workers[0].port}", EndpointSettings(**SETTINGS))
+    for endpoint in (first, second, alone):
+        stack.callback(endpoint.close)
+    kept = [await first.connect() for _ in range(3)]
+    for connection in kept:
+        await ask(connection)
+    busy = first.take_idle()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as sock:
+        next_file = sock.fileno()
+    stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, hard))
+    with pytest.raises(ShortageError):
+        await alone.connect()
+    connection = await second.connect()
+    stack.callback(connection.abandon)
+    assert first.take_idle() is None
+    assert busy.is_idle, "what has been taken is not idle"
 
 
 async def test_a_worker_that_does_not_listen_refuses(pool_of):
@@ -281,6 +353,28 @@ async def test_tls(start, pool_of, server_tls):
         assert await ask(connection) == b"0"
         assert pool.take_idle() is connection
     connection.abandon()
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_the_tls_context_is_made_once_and_not_by_a_request(start, server_tls, stack, monkeypatch):
+    made = []
+    original = ssl.create_default_context
+
+    def create(*arguments, **keywords):
+        made.append(arguments)
+        return original(*arguments, **keywords)
+
+    worker = await start(tls=server_tls)
+    monkeypatch.setattr(ssl, "create_default_context", create)
+    settings = EndpointSettings(**SETTINGS)
+    Endpoint("http://127.0.0.1:1", settings)
+    assert not made, "nobody speaks TLS"
+    endpoints = [Endpoint(f"https://127.0.0.1:{worker.port}", settings) for _ in range(3)]
+    assert len(made) == 1
+    for endpoint in endpoints:
+        for _ in range(2):
+            stack.callback((await endpoint.connect()).abandon)
+    assert len(made) == 1
 
 
 async def test_a_certificate_that_nobody_vouches_for_is_named(start, pool_of, server_tls):

@@ -1,0 +1,182 @@
+"""What the proxy itself asks workers, bounded in bytes and in time; and the checks of their health.
+
+Questions go over the same endpoints as clients' requests: what connects, reads HTTP and knows a shortage of
+this machine from a fault of a worker is there once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from http import HTTPStatus
+
+from brproxy.clock import Clock
+from brproxy.health import Health
+from brproxy.logs import SparingLog
+from brproxy.proxy.exchange.collect import Collect, Reply
+from brproxy.proxy.service import GroupService
+from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.errors import ShortageError, StaleConnectionError, WorkerFailedError
+from brproxy.relay.request import request_head
+from brproxy.roster import Change, Member, MemberState
+
+log = logging.getLogger(__name__)
+
+HEALTH_BYTES_MAX = 1 << 16
+"""Read of a health check's body, which nobody looks at: a connection is kept for a short one only (bytes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A GET for ``path``: answered as a whole within ``timeout_s``, with a body of ``bytes_max`` at most.
+
+    ``lines`` are header fields that go with it, each with its line end. ``afresh``: on a new connection.
+    """
+
+    path: str
+    timeout_s: float
+    bytes_max: int
+    wants_body: bool = True
+    lines: bytes = b""
+    afresh: bool = False
+
+
+async def ask(endpoint: Endpoint, question: Question) -> Reply:
+    """Ask ``endpoint``; raises WorkerFailedError, of which ShortageError when it could not be asked.
+
+    Redirects are not followed: they are replies. A kept connection that turns out to be closed is replaced
+    by a new one.
+    """
+    try:
+        async with asyncio.timeout(question.timeout_s):
+            return await _ask(endpoint, question)
+    except TimeoutError as error:
+        msg = f"{endpoint.origin}{question.path} did not answer within {question.timeout_s:g} s"
+        raise WorkerFailedError(msg, unreachable=True) from error
+
+
+async def _ask(endpoint: Endpoint, question: Question) -> Reply:
+    request = request_head("GET", question.path, endpoint.host_field, question.lines)
+    loop = asyncio.get_running_loop()
+    connection = None if question.afresh else endpoint.take_idle()
+    while True:
+        if connection is None:
+            connection = await endpoint.connect()
+        exchange = Collect(connection, loop, bytes_max=question.bytes_max, wants_body=question.wants_body)
+        exchange.send(request)
+        try:
+            return await exchange.outcome
+        except StaleConnectionError:
+            # Engines close idle connections when they like. A new one is never stale.
+            connection = None
+        finally:
+            exchange.close()
+
+
+class Verdict(Enum):
+    """What one check says. Nothing follows for a worker that could not be asked."""
+
+    OK = "ok"
+    FAILED = "failed"
+    NOT_ASKED = "not asked"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The verdict, what the worker did in words, and whether it refused the connection."""
+
+    verdict: Verdict
+    reason: str
+    refused: bool = False
+
+
+async def probe(endpoint: Endpoint, path: str, timeout_s: float) -> ProbeResult:
+    """Ask for ``path`` once; OK is an answer of 2xx. Never raises for what a worker does."""
+    # On a new connection: whether a worker still takes one is a part of the question.
+    question = Question(path, timeout_s, HEALTH_BYTES_MAX, wants_body=False, afresh=True)
+    try:
+        status = (await ask(endpoint, question)).head.status
+    except ShortageError as error:
+        return ProbeResult(Verdict.NOT_ASKED, str(error))
+    except WorkerFailedError as error:
+        return ProbeResult(Verdict.FAILED, str(error), error.refused)
+    ok = HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES
+    return ProbeResult(Verdict.OK if ok else Verdict.FAILED, f"{path} answers {status}")
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSettings:
+    """``path``: empty for the engine's own. Seconds between two checks of a worker, and for one."""
+
+    path: str
+    interval_s: float
+    timeout_s: float
+
+
+class Prober:
+    """Checks every worker of ``services`` for as long as it runs: one task for each."""
+
+    def __init__(self, services: list[GroupService], clock: Clock, settings: ProbeSettings) -> None:
+        self._services = services
+        self._clock = clock
+        self._settings = settings
+        self._tasks: dict[Member, asyncio.Task[None]] = {}
+        self._not_asked = SparingLog(log)
+        self._bugs = SparingLog(log)
+        self._is_running = False
+
+    async def start(self) -> None:
+        """Check every member once, so that traffic need not wait for the first interval; then go on."""
+        # First of all, so that nobody who comes during the first checks is missed.
+        for service in self._services:
+            service.group.roster.observe(partial(self._member_changed, service))
+        self._is_running = True
+        members = [(s, member) for s in self._services for member in s.group.roster.members]
+        await asyncio.gather(*(self._check(service, member) for service, member in members))
+        for position, (service, member) in enumerate(members):
+            # Spread over the interval, so that a large group is not asked all at one instant.
+            self._begin(service, member, self._settings.interval_s * (1 + position / len(members)))
+
+    async def stop(self) -> None:
+        """End all checks."""
+        self._is_running = False
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, service: GroupService, member: Member, delay_s: float) -> None:
+        if member.state is not MemberState.GONE and self._is_running:
+            self._tasks[member] = asyncio.create_task(self._run(service, member, delay_s))
+
+    def _member_changed(self, service: GroupService, member: Member, change: Change) -> None:
+        if change is Change.ADDED:
+            self._begin(service, member, 0.0)
+        elif change is Change.GONE and member in self._tasks:
+            self._tasks.pop(member).cancel()
+
+    async def _run(self, service: GroupService, member: Member, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        while True:
+            await self._check(service, member)
+            await asyncio.sleep(self._settings.interval_s)
+
+    async def _check(self, service: GroupService, member: Member) -> None:
+        path = self._settings.path or service.dialect.HEALTH_PATH
+        try:
+            result = await probe(service.endpoint(member.index), path, self._settings.timeout_s)
+        except Exception as error:  # noqa: BLE001 - logged; else nobody would check this worker again
+            self._bugs.log(logging.ERROR, "the check of worker %s failed", member.key, exc_info=error)
+            return
+        if result.verdict is Verdict.NOT_ASKED:
+            self._not_asked.warning("worker %s could not be checked: %s", member.key, result.reason)
+            return
+        ok, now_s = result.verdict is Verdict.OK, self._clock.now_s()
+        if service.group.roster.record_of(
+            member, ok=ok, reason=result.reason, now_s=now_s, refused=result.refused
+        ):
+            level = logging.INFO if member.health.state is Health.HEALTHY else logging.WARNING
+            log.log(level, "worker %s is %s: %s", member.key, member.health.state.value, result.reason)

@@ -1,0 +1,193 @@
+"""One request's way to a worker: does what its journey says, and tells it what came of that."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from brproxy.journey import RULES, Action, Event, Journey
+from brproxy.proxy import errors
+from brproxy.proxy.accounting import Account
+from brproxy.proxy.driver import Lease
+from brproxy.proxy.errors import ProxyError
+from brproxy.proxy.exchange.client_sink import ClientSink
+from brproxy.proxy.exchange.deciding import WorkerAnswer
+from brproxy.proxy.incoming import Incoming
+from brproxy.proxy.service import GroupService, Service
+from brproxy.relay.connection import WorkerConnection
+from brproxy.relay.errors import ClientGoneError, ShortageError, WorkerFailedError
+from brproxy.relay.request import request_head
+from brproxy.types import WorkerIndex
+
+log = logging.getLogger(__name__)
+
+_IDENTITY = b"Accept-Encoding: identity\r\n"
+
+
+class Attempts:
+    """One request's attempts on workers, one after another."""
+
+    __slots__ = (
+        "_error",
+        "_group",
+        "_incoming",
+        "_journey",
+        "_lease",
+        "_outcome",
+        "_service",
+        "_sink",
+        "_usage_was_added",
+        "_worker",
+    )
+
+    def __init__(
+        self, service: Service, group: GroupService, lease: Lease, incoming: Incoming, sink: ClientSink
+    ) -> None:
+        self._service = service
+        self._group = group
+        self._lease = lease
+        self._incoming = incoming
+        self._sink = sink
+        self._journey = Journey(service.limits.retries_max, generates=incoming.facts.sequences > 0)
+        self._outcome: asyncio.Future[Action]
+        self._error: Exception | None = None
+        self._worker: WorkerIndex
+        upload = incoming.upload
+        self._usage_was_added = incoming.facts.usage_can_be_asked and service.ask_usage and upload.is_whole
+        if self._usage_was_added:
+            upload.beginning = group.dialect.ask_usage(upload.beginning or b"")
+
+    async def run(self) -> None:
+        """Answer the client; raises ProxyError when nobody can, ClientGoneError when it has left."""
+        journey, lease = self._journey, self._lease
+        while True:
+            worker = lease.worker_now()
+            if worker is None:
+                worker = await lease.worker()
+            self._worker = worker
+            action = journey.bound()
+            while action is Action.SEND or action is Action.SEND_AFRESH:
+                action = await self._send(afresh=action is Action.SEND_AFRESH)
+            if action is not Action.WAIT:
+                break
+            await self._move(worker)
+        if action is Action.ANSWER:
+            raise self._failure()
+
+    # What an answer tells (see deciding.Attempt).
+
+    def may_move(self, event: Event) -> bool:
+        """See deciding.Attempt.may_move."""
+        return self._journey.may_move(event, repeatable=self._is_repeatable, others=self._lease.has_others())
+
+    def begun(self, *, is_long: bool) -> None:
+        """See deciding.Attempt.begun."""
+        self._journey.happened(Event.BEGUN)
+        if is_long:
+            self._incoming.upload.forget()
+            self._incoming.lines = b""
+
+    def settle(self, event: Event, error: Exception | None) -> None:
+        """See deciding.Attempt.settle."""
+        if not self._outcome.done():
+            self._outcome.set_result(self._after(event, error))
+
+    # How it is done.
+
+    @property
+    def _is_repeatable(self) -> bool:
+        return not self._incoming.upload.is_spent
+
+    def _after(self, event: Event, error: Exception | None) -> Action:
+        self._error = error
+        if event in RULES or event is Event.STALE:
+            return self._journey.failed(
+                event, repeatable=self._is_repeatable, others=self._lease.has_others()
+            )
+        self._journey.happened(event)
+        return Action.NOTHING if event is Event.FINISHED else Action.ANSWER
+
+    async def _send(self, *, afresh: bool) -> Action:
+        """Send the request to its worker and return what is to be done when that has come to an end."""
+        service, incoming, upload = self._service, self._incoming, self._incoming.upload
+        endpoint = self._group.endpoint(self._worker)
+        # What cannot be sent twice does not go where it may find a closed door.
+        connection = endpoint.take_idle() if upload.is_whole and not afresh else None
+        if connection is None:
+            try:
+                connection = await endpoint.connect()
+            except WorkerFailedError as error:
+                return self._not_connected(error)
+        self._outcome = service.watch.loop.create_future()
+        answer = WorkerAnswer(
+            self,
+            self._sink,
+            Account(
+                self._lease,
+                self._group.dialect,
+                incoming.facts,
+                service.estimator,
+                usage_was_added=self._usage_was_added,
+            ),
+            service.relay_limits,
+            path=incoming.path,
+            member=self._group.member(self._worker),
+            bodiless=self._sink.client.method == "HEAD",
+        )
+        # Put together here and not kept: the frame stays as long as the stream.
+        answer.send(
+            connection,
+            request_head(self._sink.client.method, incoming.target, endpoint.host_field, self._lines())
+            + upload.framed_beginning(),
+            whole=upload.is_whole,
+        )
+        return await self._outcome_of(answer, connection)
+
+    async def _outcome_of(self, answer: WorkerAnswer, connection: WorkerConnection) -> Action:
+        watch, upload = self._service.watch, self._incoming.upload
+        watch.add(answer)
+        try:
+            if not upload.is_whole:
+                await upload.pass_on(connection, answer, self._outcome)
+            return await self._outcome
+        finally:
+            watch.discard(answer)
+            answer.close()
+
+    def _lines(self) -> bytes:
+        """Return the header fields for the worker, but for its name."""
+        incoming = self._incoming
+        lines = incoming.lines + incoming.upload.framing(self._sink.client.method)
+        if not incoming.accept_encoding:
+            return lines
+        if self._usage_was_added:
+            # What the proxy asked for must be found in the stream, to be taken out again.
+            return lines + _IDENTITY
+        return lines + b"Accept-Encoding: %b\r\n" % incoming.accept_encoding
+
+    def _not_connected(self, error: WorkerFailedError) -> Action:
+        if isinstance(error, ShortageError):
+            return self._after(Event.SHORTAGE, errors.no_connection_left(str(error)))
+        # Without active checks nothing would ever bring the worker back.
+        if self._service.health_checks:
+            now_s = self._service.clock.now_s()
+            self._group.group.roster.record(
+                self._worker, ok=False, reason=str(error), now_s=now_s, refused=error.refused
+            )
+        return self._after(Event.UNREACHABLE, error)
+
+    async def _move(self, worker: WorkerIndex) -> None:
+        """Take the request back from ``worker``, so that another gets it."""
+        name, limits = self._group.member(worker).key, self._service.limits
+        log.warning("worker %s failed before its first byte: %s", name, self._error)
+        # Whoever has just failed need not be the only one: all at once would be a storm.
+        await asyncio.sleep(self._journey.wait_s(limits.retry_wait_s, limits.retry_wait_s_max))
+        self._lease.retry()
+
+    def _failure(self) -> Exception:
+        error = self._error
+        if isinstance(error, ProxyError | ClientGoneError):
+            return error
+        failure = errors.workers_failed(f"No worker took the request: {error}.")
+        failure.__cause__ = error
+        return failure

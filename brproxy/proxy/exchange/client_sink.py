@@ -1,0 +1,140 @@
+"""All that writes an answer to one client: its head, its framing, pieces of its body, its end.
+
+An answer may come from several workers' attempts, of which only one may say more than comments; what has been
+written stays written, so this outlives the attempts.
+"""
+
+from __future__ import annotations
+
+from brproxy.relay.client import Client
+from brproxy.relay.fields import REQUEST_ID
+from brproxy.relay.framing import (
+    Framing,
+    choose_framing,
+    chunk,
+    interim_head,
+    last_chunk,
+    response_head,
+    upgrade_head,
+)
+from brproxy.relay.response import ResponseHead
+
+
+class ClientSink:
+    """Where an answer to one request goes.
+
+    ``has_head``: the client has been told the status, so that only more of the body can follow. ``chunked``:
+    the body goes out in chunks. ``write`` sends bytes that are framed already. ``request_id`` is told to the
+    client, unless the worker has.
+    """
+
+    __slots__ = (
+        "_corked",
+        "_framing",
+        "_is_stream",
+        "_unsent",
+        "chunked",
+        "client",
+        "has_head",
+        "request_id",
+        "write",
+    )
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.write = client.write
+        self.has_head = False
+        self.chunked = False
+        self.request_id = b""
+        self._framing = Framing.NONE
+        self._is_stream = False
+        self._corked = False
+        self._unsent = b""
+
+    def interim(self, head: ResponseHead) -> None:
+        """Pass a 1xx response on. The proxy has answered ``Expect`` by itself; early hints pass."""
+        if head.status != 100 and not self.client.is_http10 and not self.has_head:
+            self.write(interim_head(head))
+
+    def upgraded(self, head: ResponseHead, rest: bytes) -> None:
+        """Pass a 101 response on, and the worker's first bytes behind it."""
+        self._begin()
+        self.write(upgrade_head(head) + rest)
+
+    def framing_for(self, head: ResponseHead, *, bodiless: bool, rewritten: bool) -> Framing:
+        """Return how a body of ``head`` is framed for this client; ``rewritten``: its length may change."""
+        return choose_framing(head, http10=self.client.is_http10, bodiless=bodiless, rewritten=rewritten)
+
+    def begin(self, head: ResponseHead, framing: Framing, *, is_stream: bool) -> None:
+        """Put the head in front of what is sent next; does nothing if the client has one already."""
+        if self.has_head:
+            return
+        client = self.client
+        self._framing, self._is_stream = framing, is_stream
+        self.chunked = framing is Framing.CHUNKED
+        if framing is Framing.UNTIL_CLOSE:
+            client.keep_alive = False
+        more = b"" if REQUEST_ID in head.known else b"X-Request-Id: %b\r\n" % self.request_id
+        self._begin()
+        self._unsent = response_head(
+            head, framing, keep_alive=client.keep_alive, http10=client.is_http10, more=more
+        )
+
+    @property
+    def can_say_more(self) -> bool:
+        """Whether an event of the proxy's own can be told from what the worker's body lacks."""
+        # Within a Content-Length the event could be taken for the missing rest.
+        return self._is_stream and self._framing is not Framing.LENGTH
+
+    def pass_on(self, payload: bytes) -> None:
+        """Send more of the body."""
+        # Without bytes there is nothing to frame: an empty chunk would be the end.
+        if payload:
+            self._unsent += chunk(payload) if self.chunked else payload
+        if not self._corked:
+            self.flush()
+
+    @property
+    def is_corked(self) -> bool:
+        """Whether the last of the answer is being put together."""
+        return self._corked
+
+    def cork(self) -> None:
+        """Hold back what is passed on until ``finish``: all that is left goes out in one write."""
+        self._corked = True
+
+    def flush(self) -> None:
+        """Write what has come together: a write is a system call, and those are what a relay costs."""
+        if self._unsent:
+            self.write(self._unsent)
+            self._unsent = b""
+
+    def finish(self, trailers: bytes) -> None:
+        """Send all that is left, and the end of the body; ``trailers`` are lines."""
+        if self.chunked:
+            self._unsent += last_chunk(trailers)
+        self.flush()
+
+    def close_if_unframed(self) -> None:
+        """Close the connection where that is the end of the body; to be called when the outcome is settled.
+
+        Else aiohttp cancels the handler as if the client had left, and that is how the request would end in
+        the books.
+        """
+        if self._framing is Framing.UNTIL_CLOSE:
+            self.client.close()
+
+    def say(self, event: bytes) -> None:
+        """Send what is held back and an event of the proxy's own, where that can be told from the rest."""
+        self._corked = False
+        self.pass_on(event if self.can_say_more else b"")
+
+    def end_with(self, event: bytes) -> None:
+        """End an answer that has begun with an event of the proxy's own, and without a clean end."""
+        if not self.client.transport.is_closing():
+            self.say(event)
+            self.client.close()
+
+    def _begin(self) -> None:
+        self.client.begin()
+        self.has_head = True

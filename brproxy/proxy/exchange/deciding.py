@@ -1,0 +1,290 @@
+"""What one worker answers to one attempt: told apart by its head, then handed to the kind that it is.
+
+A *stream* of server-sent events, a *reply* of any other form, an *error body* that may tell of the engine's
+death, a *late reply* where the client expects the rest of a stream, a *tunnel*: each has a file. What is here
+is common to them: what the connection, the client and the clock tell, and how an attempt ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from brproxy.journey import Event
+from brproxy.proxy.accounting import Account
+from brproxy.proxy.errors import ProxyError, response_not_handled, stream_broke_off, worker_silent
+from brproxy.proxy.exchange.client_sink import ClientSink
+from brproxy.proxy.exchange.error_body import ErrorBody
+from brproxy.proxy.exchange.late_reply import LateReply
+from brproxy.proxy.exchange.reply import Reply
+from brproxy.proxy.exchange.stream import Stream
+from brproxy.proxy.exchange.tunnel import Tunnel
+from brproxy.proxy.service import RelayLimits
+from brproxy.relay.connection import Exchange, WorkerConnection
+from brproxy.relay.errors import BrokenResponseError, ClientGoneError, StaleConnectionError, WorkerFailedError
+from brproxy.relay.response import ResponseHead
+from brproxy.roster import Member
+
+
+class Kind(Protocol):
+    """One kind of answer: takes the body's bytes as they come."""
+
+    def receive(self, payload: bytes) -> None:
+        """Take a piece of the body, never empty."""
+
+    def end(self, piece: bytes, trailers: bytes) -> None:
+        """Take the last piece (b"" for none) and trailers (lines): the answer is complete."""
+
+
+class Attempt(Protocol):
+    """Whoever drives the attempts, as an answer sees it."""
+
+    def may_move(self, event: Event) -> bool:
+        """Tell whether another worker would get the request after ``event``."""
+
+    def settle(self, event: Event, error: Exception | None) -> None:
+        """Take the end of this attempt; only the first counts."""
+
+    def begun(self, *, is_long: bool) -> None:
+        """Note that the client gets this answer: the request is not sent again."""
+
+
+class WorkerAnswer(Exchange):
+    """One request to one worker, and that worker's answer on its way to the client.
+
+    ``has_begun``: the client has had some of this answer. ``member`` is the worker that was asked.
+    """
+
+    __slots__ = (
+        "_attempt",
+        "_connection",
+        "_is_over",
+        "_kind",
+        "account",
+        "deadline_s",
+        "has_begun",
+        "limit_s",
+        "limits",
+        "member",
+        "path",
+        "progressed",
+        "sink",
+    )
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        sink: ClientSink,
+        account: Account,
+        limits: RelayLimits,
+        *,
+        path: str,
+        member: Member,
+        bodiless: bool,
+    ) -> None:
+        super().__init__(bodiless=bodiless)
+        self._attempt = attempt
+        self._connection: WorkerConnection
+        self._kind: Kind | None = None
+        self._is_over = False
+        self.sink = sink
+        self.account = account
+        self.limits = limits
+        self.path = path
+        self.member = member
+        self.has_begun = False
+        self.progressed = False
+        self.limit_s = limits.first_byte_s
+        self.deadline_s = 0.0
+
+    def send(self, connection: WorkerConnection, request: bytes, *, whole: bool) -> None:
+        """Put the request on ``connection``."""
+        self._connection = connection
+        connection.send(self, request, whole=whole)
+        self.sink.client.follow(self)
+
+    def close(self) -> None:
+        """Leave; an answer that is not complete is abandoned with its connection."""
+        # These refer to this object, and all that the request held would wait for the garbage collector:
+        # every new request would be written to memory that no cache holds, and others wait while it collects.
+        self.receive, self.take_chunks, self._kind = _ignore, None, None
+        self.sink.client.finish()
+        self._abandon()
+
+    # What the worker's connection tells.
+
+    def interim(self, head: ResponseHead) -> None:
+        """See Exchange.interim."""
+        self.sink.interim(head)
+
+    def head(self, head: ResponseHead) -> None:
+        """See Exchange.head."""
+        self.progressed = True
+        if head.names_place:
+            head = head.relative_to(self._connection.origin)
+        if self.account.dialect.is_refusal(head.status):
+            if self._attempt.may_move(Event.REFUSED):
+                # Acted on at once: a body that is left open would hold the request up.
+                self.receive = _ignore
+                self.moves_on(Event.REFUSED, f"it refused the request with status {head.status}")
+                return
+            self.account.refused()
+        self._become(self._kind_of(head))
+
+    def end(self, piece: bytes, trailers: bytes) -> None:
+        """See Exchange.end."""
+        self._is_over = True
+        if self._kind is not None:
+            self._kind.end(piece, trailers)
+
+    def upgraded(self, head: ResponseHead, rest: bytes) -> None:
+        """See Exchange.upgraded: from here on bytes pass both ways until one side closes."""
+        if not self.sink.client.wants_upgrade or self.sink.has_head:
+            self._abandon()
+            self.moves_on(Event.CUT, "it changed the protocol, which nobody had asked for")
+            return
+        self.begins()
+        self.sink.upgraded(head, rest)
+        self._become(Tunnel(self, self._connection))
+
+    def lost(self, error: WorkerFailedError | BrokenResponseError) -> None:
+        """See Exchange.lost."""
+        self._is_over = True
+        if isinstance(self._kind, Tunnel):
+            # It has no other end.
+            self.succeed()
+            self.sink.client.close()
+        elif self.has_begun:
+            self.break_off(stream_broke_off())
+        else:
+            self._attempt.settle(Event.STALE if isinstance(error, StaleConnectionError) else Event.CUT, error)
+
+    def crashed(self, error: Exception) -> None:
+        """See Exchange.crashed, Paced.crashed and Watched.crashed."""
+        self._abandon()
+        self._attempt.settle(Event.CRASHED, response_not_handled())
+        if self.sink.has_head:
+            self.sink.client.close()
+
+    def worker_paused(self) -> None:
+        """See Exchange.worker_paused. An upload waits by itself."""
+        if isinstance(self._kind, Tunnel):
+            self.sink.client.pause()
+
+    def worker_resumed(self) -> None:
+        """See Exchange.worker_resumed."""
+        if isinstance(self._kind, Tunnel):
+            self.sink.client.resume()
+
+    # What the client and the clock tell.
+
+    def client_paused(self) -> None:
+        """See Paced.client_paused."""
+        if not self._is_over:
+            self._connection.pause()
+
+    def client_resumed(self) -> None:
+        """See Paced.client_resumed."""
+        self.progressed = True
+        if not self._is_over:
+            self._connection.resume()
+
+    def client_gone(self) -> None:
+        """See Paced.client_gone."""
+        self._abandon()
+        self._attempt.settle(Event.LEFT, ClientGoneError("the client has closed its connection"))
+
+    def timed_out(self) -> None:
+        """See Watched.timed_out."""
+        if self._is_over:
+            return
+        self._abandon()
+        if self.sink.client.is_paused:
+            self.sink.client.abort()
+            reason = f"the client has not read anything for {self.limit_s:g} s"
+            self._attempt.settle(Event.LEFT, ClientGoneError(reason))
+        elif self.has_begun:
+            self.break_off(worker_silent(self.limit_s))
+        else:
+            self._attempt.settle(Event.SILENT, worker_silent(self.limit_s))
+
+    def silent_s(self, now_s: float) -> float:
+        """Return how long nothing has come, in seconds of the loop's time, as the last look knew."""
+        return 0.0 if self.progressed else now_s - (self.deadline_s - self.limit_s)
+
+    def worker_out(self, reason: str) -> None:
+        """Note that the worker may no longer be chosen: a request that it has not answered moves on."""
+        if not self._is_over and not self.has_begun:
+            self._abandon()
+            self.moves_on(Event.OUT, reason)
+
+    def worker_gone(self, reason: str) -> None:
+        """Note that there is no such worker any more: what it has begun breaks off as well."""
+        if self._is_over:
+            return
+        self.worker_out(reason)
+        if self.has_begun:
+            self._abandon()
+            self.break_off(stream_broke_off())
+
+    # What the kinds do with it.
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more comes of this attempt."""
+        return self._is_over
+
+    def begins(self, *, is_long: bool = False) -> None:
+        """Note that the client gets some of this answer now; ``is_long``: it may take minutes."""
+        # Progress, or the time-out for a first byte would go on counting.
+        self.has_begun = self.progressed = True
+        self.limit_s = self.limits.stall_s
+        self._attempt.begun(is_long=is_long)
+
+    def may_move(self, event: Event) -> bool:
+        """Tell whether another worker would get the request after ``event``."""
+        return self._attempt.may_move(event)
+
+    def moves_on(self, event: Event, reason: str) -> None:
+        """End this attempt: the client has had nothing of it."""
+        self._attempt.settle(event, WorkerFailedError(reason))
+
+    def succeed(self) -> None:
+        """Wake the handler: the answer is complete."""
+        self._attempt.settle(Event.FINISHED, None)
+
+    def break_off(self, error: ProxyError, event: bytes | None = None) -> None:
+        """End an answer of which the client has had a part; ``event`` says why, else ``error`` does."""
+        self.sink.say(error.event(self.path) if event is None else event)
+        self._attempt.settle(Event.BROKE_OFF, error)
+        # Without the framing's end: a client that ignores the event still sees a broken response.
+        self.sink.client.close()
+
+    def become_reply(self, head: ResponseHead) -> Reply:
+        """Let the rest pass as it comes; return what it goes to."""
+        reply = Reply(self, head)
+        self._become(reply)
+        return reply
+
+    def _become(self, kind: Kind) -> None:
+        self._kind = kind
+        self.receive: Callable[[bytes], None] = kind.receive
+
+    def _kind_of(self, head: ResponseHead) -> Kind:
+        media_type = b"" if head.is_encoded or self.bodiless else head.media_type
+        if media_type == b"text/event-stream":
+            return Stream(self, head)
+        if self.sink.has_head:
+            return LateReply(self)
+        if head.status >= 500 and not head.is_encoded and self.may_move(Event.DIED):
+            return ErrorBody(self, head)
+        return Reply(self, head)
+
+    def _abandon(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._connection.abandon()
+
+
+def _ignore(_piece: bytes) -> None:
+    """Take what comes when all has been said: nothing does."""

@@ -1,0 +1,94 @@
+"""A client's request, read: its header fields, its body, what the body says, its id."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from brproxy.engines.dialect import Dialect, RequestFacts
+from brproxy.proxy.service import Service
+from brproxy.proxy.upload import Upload
+from brproxy.relay.client import Client
+from brproxy.relay.fields import REQUEST_ID, Fields, request_fields
+from brproxy.relay.request import UPGRADE, origin_form, path_of
+from brproxy.types import InvalidInputError
+
+
+@dataclass(slots=True)
+class Incoming:
+    """One request on its way in.
+
+    ``lines`` are the header fields that a worker gets, but for its own name, Accept-Encoding and what frames
+    the body.
+    """
+
+    target: str
+    path: str
+    lines: bytes
+    accept_encoding: bytes
+    request_id: bytes
+    upload: Upload
+    facts: RequestFacts
+
+
+class Reader:
+    """Makes an Incoming of what a client sends."""
+
+    def __init__(self, service: Service, dialect: Dialect) -> None:
+        self._service = service
+        self._dialect = dialect
+        self._ids = RequestIds()
+        self._several_groups = len(service.groups) > 1
+
+    async def read(self, request: web.BaseRequest, client: Client, upload: Upload) -> Incoming:
+        """Read a request; raises ProxyError or InvalidInputError for what can be no request here."""
+        target = origin_form(client.target)
+        path = request.path if target is client.target else path_of(target)
+        fields = request_fields(request.raw_headers)
+        if not upload.take_whole():
+            await upload.read(fields.media_type, names_group=self._several_groups)
+        facts = self._dialect.read_request(
+            path,
+            client.method,
+            fields.media_type,
+            upload.beginning or b"",
+            hashes=self._service.hash_prompts,
+        )
+        if facts.malformed and self._several_groups:
+            # With one group the engine says it in its own words; with several nobody knows whose.
+            raise InvalidInputError(facts.malformed)
+        request_id = fields.known.get(REQUEST_ID) or self._ids.next()
+        return Incoming(
+            target,
+            path,
+            _lines(fields, request_id, client),
+            fields.known.get(b"accept-encoding", b""),
+            request_id,
+            upload,
+            facts,
+        )
+
+
+class RequestIds:
+    """Ids for requests whose client sent none: unique to this process and the request."""
+
+    def __init__(self) -> None:
+        self._process = secrets.token_hex(8).encode()
+        self._numbers = itertools.count(1)
+
+    def next(self) -> bytes:
+        """Return an id that was never returned before."""
+        return b"%b%08x" % (self._process, next(self._numbers))
+
+
+def _lines(fields: Fields, request_id: bytes, client: Client) -> bytes:
+    lines = fields.lines
+    if REQUEST_ID not in fields.known:
+        lines += b"X-Request-Id: %b\r\n" % request_id
+    protocol = fields.known.get(b"upgrade")
+    if protocol is not None:
+        client.names_upgrade(protocol)
+    return lines + UPGRADE if client.wants_upgrade else lines

@@ -1,0 +1,192 @@
+"""Where workers are reached: connections to one origin, kept as long as it keeps them and a little less.
+
+Several workers may be behind one origin and share its endpoint. Whoever connects (requests, health checks,
+questions for models) does it here, so that in one place it is told whose fault it is when that fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections import deque
+from dataclasses import dataclass, field
+
+from brproxy.origins import read_origin
+from brproxy.relay.connection import WorkerConnection
+from brproxy.relay.errors import ShortageError, WorkerFailedError
+
+OUR_OWN = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+"""Errors of this machine: out of files, memory or ports. They say nothing about a worker."""
+
+_OUR_OWN_LOOKUPS = frozenset({socket.EAI_MEMORY, socket.EAI_SYSTEM})
+"""The same, when it is the host's name that could not be looked up."""
+
+
+class Shared:
+    """What all endpoints of a proxy have together: a TLS context, and files that idle connections hold."""
+
+    __slots__ = ("_tls", "endpoints")
+
+    def __init__(self) -> None:
+        self._tls: ssl.SSLContext | None = None
+        # In order, so that a simulation closes the same connections each time.
+        self.endpoints: dict[Endpoint, None] = {}
+
+    def tls(self) -> ssl.SSLContext:
+        """Return the context, which verifies certificates and host names."""
+        if self._tls is None:
+            # Once: it reads the system's certificates, which takes 33 ms.
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def close_idle(self) -> bool:
+        """Close every idle connection of every endpoint; return whether there were any."""
+        closed = [endpoint.close_idle() for endpoint in self.endpoints]
+        return any(closed)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSettings:
+    """Seconds to connect, and that an idle connection is kept (engines close theirs after 5); limits.
+
+    ``idle_max`` connections are kept; ``head_bytes_max`` is the longest response head. Endpoints that are
+    ``shared`` help each other out of a shortage of files.
+    """
+
+    connect_s: float
+    keepalive_s: float
+    idle_max: int
+    head_bytes_max: int
+    shared: Shared = field(default_factory=Shared)
+
+
+class Endpoint:
+    """Hands out connections to ``origin`` ("http://host:port"), the most recently used first.
+
+    Needs a running event loop; raises InvalidInputError for what is no origin.
+    """
+
+    def __init__(self, origin: str, settings: EndpointSettings) -> None:
+        parts = read_origin(origin)
+        self.origin = origin
+        self.host_field = parts.authority.encode("ascii")
+        self._address = (parts.host, parts.port)
+        # Now, not with the first request: nobody waits for it yet.
+        self._tls = settings.shared.tls() if parts.scheme == "https" else None
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._idle: deque[WorkerConnection] = deque()
+        settings.shared.endpoints[self] = None
+
+    def __repr__(self) -> str:
+        """Show the state in one line, for tests and logs."""
+        return f"<Endpoint {self.origin} idle={sum(c.is_idle for c in self._idle)}>"
+
+    def take_idle(self) -> WorkerConnection | None:
+        """Return a kept connection, None when there is none."""
+        while self._idle:
+            connection = self._idle.pop()
+            # The worker may have closed it since.
+            if connection.is_idle:
+                return connection
+        return None
+
+    async def connect(self) -> WorkerConnection:
+        """Open a new connection; raises WorkerFailedError, ShortageError where it is this machine's fault.
+
+        In a shortage idle connections, to whomever, give way.
+        """
+        try:
+            async with asyncio.timeout(self._settings.connect_s):
+                try:
+                    connection = await self._open()
+                except ShortageError:
+                    if not self._settings.shared.close_idle():
+                        raise
+                    # A loop closes what is abandoned in its next turn.
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+                    connection = await self._open()
+        except TimeoutError as error:
+            msg = f"cannot connect to {self.origin} in time"
+            raise WorkerFailedError(msg, unreachable=True) from error
+        if not connection.is_idle:
+            msg = f"{self.origin} closed the connection at once"
+            raise WorkerFailedError(msg, unreachable=True)
+        return connection
+
+    def expire(self, now_s: float) -> None:
+        """Close what has been idle for too long; to be called about once a second."""
+        oldest_s = now_s - self._settings.keepalive_s
+        while self._idle and (not self._idle[0].is_idle or self._idle[0].idle_since_s < oldest_s):
+            connection = self._idle.popleft()
+            if connection.is_idle:
+                connection.abandon()
+
+    def close(self) -> None:
+        """Close every idle connection, for good."""
+        self._settings.shared.endpoints.pop(self, None)
+        self.close_idle()
+
+    def close_idle(self) -> bool:
+        """Close every idle connection; return whether there was one."""
+        closed = False
+        while (connection := self.take_idle()) is not None:
+            connection.abandon()
+            closed = True
+        return closed
+
+    async def _open(self) -> WorkerConnection:
+        try:
+            _, connection = await self._loop.create_connection(self._protocol, *self._address, ssl=self._tls)
+        except TimeoutError:
+            # Of the system, which waits longer: an OSError too.
+            raise
+        except OSError as error:
+            raise connect_failure(self.origin, error) from error
+        return connection
+
+    def _protocol(self) -> WorkerConnection:
+        return WorkerConnection(self.origin, self._settings.head_bytes_max, self._keep, self._loop)
+
+    def _keep(self, connection: WorkerConnection) -> None:
+        if len(self._idle) >= self._settings.idle_max:
+            connection.abandon()
+            return
+        # Not get_running_loop: it asks the system for the process id, each time.
+        connection.idle_since_s = self._loop.time()
+        self._idle.append(connection)
+
+
+def connect_failure(origin: str, error: OSError) -> WorkerFailedError:
+    """Return what ``error``, met when connecting to ``origin``, means: theirs, or a shortage of ours."""
+    if isinstance(error, ssl.SSLError):
+        # TLS has numbers of its own: a certificate that is not trusted was "Operation not permitted".
+        return _unreachable(origin, str(error))
+    if isinstance(error, socket.gaierror):
+        if error.errno in _OUR_OWN_LOOKUPS or _is_out_of_files():
+            return ShortageError(f"cannot look up {origin}: {error.strerror}")
+        return _unreachable(origin, error.strerror or str(error))
+    number = error.errno or 0
+    reason = os.strerror(number) if number > 0 else str(error)
+    if number in OUR_OWN:
+        return ShortageError(f"cannot connect to {origin}: {reason}")
+    return _unreachable(origin, reason, refused=number == errno.ECONNREFUSED)
+
+
+def _unreachable(origin: str, reason: str, *, refused: bool = False) -> WorkerFailedError:
+    # Errors of TLS and of resolvers may have several lines.
+    text = f"cannot connect to {origin}: {' '.join(reason.split())}"
+    return WorkerFailedError(text, unreachable=True, refused=refused)
+
+
+def _is_out_of_files() -> bool:
+    """Tell whether no socket can be opened: then a resolver says that its server does not answer."""
+    try:
+        socket.socket().close()
+    except OSError:
+        return True
+    return False

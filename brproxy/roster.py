@@ -1,0 +1,260 @@
+"""Who the workers of a barrier group are: the one place that says so. Pure.
+
+Names, limits, health, origins and the labels of metrics come from here, and everybody who keeps something for
+each worker (the ledger, the connections, the metrics, the checks) is told what changes. A member is ACTIVE,
+or DRAINING: it takes nothing new and finishes what it has. It is GONE once it has been removed and nothing is
+bound to it. A member that drains is in the barrier still: its load counts for the envelope like any other's.
+
+A member has an index for as long as it is there, and what is kept for each worker is kept under that. The
+index of one that has gone is given to the next that comes; until then there is a gap, which policies never
+see: they count *places*, the positions of those who are there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brproxy.health import Health, HealthThresholds, HealthTracker
+from brproxy.transitions import TransitionTable
+from brproxy.types import BrproxyError, InvalidInputError, WorkerIndex
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """What a worker holds: ``slots`` sequences at once, ``kv_capacity_tokens`` (None: unknown)."""
+
+    slots: int
+    kv_capacity_tokens: int | None = None
+
+
+class MemberState(Enum):
+    """Where a member is in its life."""
+
+    ACTIVE = auto()
+    DRAINING = auto()
+    GONE = auto()
+
+
+class MemberEvent(Enum):
+    """What can be done to a member."""
+
+    DRAIN = auto()
+    GO = auto()
+
+
+class RosterError(BrproxyError):
+    """Something that a member's state does not allow, or that there is no such member."""
+
+
+TRANSITIONS: Final[dict[MemberState, dict[MemberEvent, MemberState]]] = {
+    MemberState.ACTIVE: {MemberEvent.DRAIN: MemberState.DRAINING},
+    MemberState.DRAINING: {MemberEvent.DRAIN: MemberState.DRAINING, MemberEvent.GO: MemberState.GONE},
+    MemberState.GONE: {},
+}
+
+after = TransitionTable("a member", TRANSITIONS, RosterError).after
+
+
+class Change(Enum):
+    """What observers of a roster are told."""
+
+    ADDED = auto()
+    DRAINING = auto()
+    GONE = auto()
+    HEALTHY = auto()
+    UNHEALTHY = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One worker: ``key`` is its name and the label of its metrics, ``origin`` where it listens.
+
+    ``lines`` are header lines sent with every request, each with its end. ``leaves``: it goes as soon as
+    nothing is bound to it. ``refuses_since_s``: since then nobody could connect to it, since it refused; None
+    while it does not.
+    """
+
+    key: str
+    index: WorkerIndex
+    limits: WorkerLimits
+    health: HealthTracker
+    origin: str = ""
+    lines: bytes = b""
+    state: MemberState = MemberState.ACTIVE
+    leaves: bool = False
+    refuses_since_s: float | None = None
+
+    @property
+    def is_routable(self) -> bool:
+        """Whether it may be chosen for a request."""
+        return self.state is MemberState.ACTIVE and self.health.state is Health.HEALTHY
+
+
+Observer = Callable[[Member, Change], None]
+
+
+class Roster:
+    """The members of one barrier group. Without active checks (``checked``) each starts HEALTHY.
+
+    ``version`` changes with each member that comes, drains or goes. ``present`` are the indices of those who
+    are there, in order, and ``place`` the place of each index, int64; both are None without a gap.
+    """
+
+    def __init__(self, thresholds: HealthThresholds | None = None, *, checked: bool = True) -> None:
+        self._thresholds = thresholds or HealthThresholds()
+        self._checked = checked
+        self._members: list[Member] = []
+        self._observers: list[Observer] = []
+        self._routable: tuple[bool, ...] = ()
+        self.version = 0
+        self.present: list[int] | None = None
+        self.place: NDArray[np.int64] | None = None
+
+    @staticmethod
+    def of(limits: Iterable[WorkerLimits]) -> Roster:
+        """Return a roster of healthy workers named by their index, for whoever has no need to check them."""
+        roster = Roster(checked=False)
+        for index, each in enumerate(limits):
+            roster.add(str(index), each)
+        return roster
+
+    def __len__(self) -> int:
+        """Return G, the members that are there."""
+        return len(self._members) if self.present is None else len(self.present)
+
+    def __repr__(self) -> str:
+        """Show the state in one line, for tests and logs."""
+        members = " ".join(f"{m.key}:{m.state.name}:{m.health.state.value}" for m in self._members)
+        return f"<Roster {members}>"
+
+    @property
+    def columns(self) -> int:
+        """Indices in use, those of gaps included."""
+        return len(self._members)
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The members that are there, by index."""
+        return [member for member in self._members if member.state is not MemberState.GONE]
+
+    def member(self, index: int) -> Member:
+        """Return the member with ``index``; raises RosterError."""
+        if 0 <= index < len(self._members) and self._members[index].state is not MemberState.GONE:
+            return self._members[index]
+        msg = f"there is no worker {index} among {len(self)}"
+        raise RosterError(msg)
+
+    def find(self, key: str) -> Member:
+        """Return the member called ``key``; raises RosterError."""
+        for member in self.members:
+            if member.key == key:
+                return member
+        msg = f"there is no worker {key}"
+        raise RosterError(msg)
+
+    def routable(self) -> tuple[bool, ...]:
+        """Return for each index whether that member may be chosen."""
+        return self._routable
+
+    def observe(self, observer: Observer) -> None:
+        """Have ``observer(member, change)`` called after each change, in the order of asking."""
+        self._observers.append(observer)
+
+    def add(self, key: str, limits: WorkerLimits, origin: str = "", lines: bytes = b"") -> Member:
+        """Add a member; raises InvalidInputError for a name that is taken."""
+        if any(member.key == key for member in self.members):
+            msg = f"there is a worker {key} already"
+            raise InvalidInputError(msg)
+        health = HealthTracker(self._thresholds)
+        if not self._checked:
+            health.record(ok=True, reason="health checks are off", now_s=0.0)
+        gap = next((m.index for m in self._members if m.state is MemberState.GONE), None)
+        member = Member(key, WorkerIndex(len(self._members)), limits, health, origin, lines)
+        if gap is None:
+            self._members.append(member)
+        else:
+            member.index = gap
+            self._members[gap] = member
+        self._changed(member, Change.ADDED)
+        return member
+
+    def drain(self, key: str) -> Member:
+        """Have a member take nothing new; raises RosterError."""
+        member = self.find(key)
+        state = after(member.state, MemberEvent.DRAIN)
+        if state is not member.state:
+            member.state = state
+            self._changed(member, Change.DRAINING)
+        return member
+
+    def remove(self, key: str, bound: int) -> Member:
+        """Have a member go: at once with nothing ``bound`` to it (requests), else when the last has ended.
+
+        Raises RosterError for a name that is not there.
+        """
+        member = self.drain(key)
+        member.leaves = True
+        if not bound:
+            self.let_go(member.index)
+        return member
+
+    def let_go(self, index: int) -> None:
+        """Note that nothing is bound to a member any more: one that leaves has gone then."""
+        member = self._members[index]
+        if member.leaves and member.state is MemberState.DRAINING:
+            member.state = after(member.state, MemberEvent.GO)
+            self._changed(member, Change.GONE)
+
+    def record(self, index: int, *, ok: bool, reason: str, now_s: float, refused: bool = False) -> bool:
+        """Take in the result of a check or of connecting; return whether the member's health changed."""
+        return self.record_of(self.member(index), ok=ok, reason=reason, now_s=now_s, refused=refused)
+
+    def record_of(
+        self, member: Member, *, ok: bool, reason: str, now_s: float, refused: bool = False
+    ) -> bool:
+        """As ``record``, for whoever knows the member; the result of one that has gone changes nothing.
+
+        ``refused``: it refuses connections, which also a worker that answers on older ones can.
+        """
+        if member.state is MemberState.GONE:
+            return False
+        if ok:
+            member.refuses_since_s = None
+        elif refused and member.refuses_since_s is None:
+            member.refuses_since_s = now_s
+        changed = member.health.record(ok=ok, reason=reason, now_s=now_s)
+        if changed:
+            self._routable = self._mask()
+            self._tell(member, Change.HEALTHY if member.health.state is Health.HEALTHY else Change.UNHEALTHY)
+        return changed
+
+    def _changed(self, member: Member, change: Change) -> None:
+        self.version += 1
+        self._routable = self._mask()
+        present = [m.index for m in self.members]
+        self.present = self.place = None
+        if len(present) < len(self._members):
+            self.present = list(present)
+            self.place = np.zeros(len(self._members), dtype=np.int64)
+            self.place[present] = np.arange(len(present))
+        self._tell(member, change)
+
+    def _mask(self) -> tuple[bool, ...]:
+        return tuple(member.is_routable for member in self._members)
+
+    def _tell(self, member: Member, change: Change) -> None:
+        for observer in self._observers:
+            try:
+                observer(member, change)
+            except Exception:
+                # The others must be told all the same, and who removed or checked a member can do nothing.
+                log.exception("told that worker %s is %s, an observer failed", member.key, change.name)

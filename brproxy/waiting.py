@@ -1,0 +1,106 @@
+"""Who waits for a worker, in which order, and who has waited too long. Pure.
+
+The order is a *discipline*'s; without one it is first come, first served. Two kinds of requests are outside
+of it and go first, in the order in which they came: those that a worker failed, and those that take no slot.
+How long each has waited has nothing to do with the order: expiry goes by age alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
+
+from brproxy.lifecycle import Entry
+from brproxy.types import RequestId, WorkerIndex
+
+Discipline = Callable[[Iterable[Entry]], Iterable[Entry]]
+"""Puts requests, the oldest first, into the order of their turn; a round may still let one overtake."""
+
+
+class WaitingRoom:
+    """The requests of one group that wait for a worker; ``discipline`` None: first come, first served.
+
+    ``plural`` of them (requests) have several sequences.
+    """
+
+    def __init__(self, discipline: Discipline | None = None) -> None:
+        self._discipline = discipline
+        self._first: dict[RequestId, Entry] = {}
+        # In the order in which they began to wait: new ones come last, whoever they are.
+        self._by_age: dict[RequestId, Entry] = {}
+        self.plural = 0
+
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return len(self._by_age)
+
+    def __repr__(self) -> str:
+        """Show the state in one line, for tests and logs."""
+        return f"<WaitingRoom first={list(self._first)} in_turn={[entry.id for entry in self.in_turn()]}>"
+
+    @property
+    def since_s(self) -> float | None:
+        """When the one that has waited longest began to (seconds); None while none waits."""
+        for entry in self._by_age.values():
+            return entry.waiting_since_s
+        return None
+
+    def find(self, request_id: RequestId) -> Entry | None:
+        """Return the request's entry if it waits."""
+        return self._by_age.get(request_id)
+
+    def enter(self, entry: Entry) -> None:
+        """Have a request wait, since ``entry.waiting_since_s``; first if it was failed or takes no slot."""
+        self._by_age[entry.id] = entry
+        if entry.avoid or not entry.sequences:
+            self._first[entry.id] = entry
+        if entry.sequences > 1:
+            self.plural += 1
+
+    def leave(self, entry: Entry) -> None:
+        """Let a request go; raises KeyError for one that does not wait."""
+        del self._by_age[entry.id]
+        if self._first:
+            self._first.pop(entry.id, None)
+        if entry.sequences > 1:
+            self.plural -= 1
+
+    def alone(self) -> Entry | None:
+        """Return the one request that waits, None if none or several do, or it is one that goes first."""
+        if len(self._by_age) != 1 or self._first:
+            return None
+        return next(iter(self._by_age.values()))
+
+    def first(self) -> Sequence[Entry]:
+        """Return those that go first, in the order in which they came."""
+        return tuple(self._first.values())
+
+    def in_turn(self) -> Iterator[Entry]:
+        """Iterate over the others in the order of their turn."""
+        others: Iterable[Entry] = self._by_age.values()
+        if self._first:
+            others = (entry for entry in others if entry.id not in self._first)
+        return iter(others if self._discipline is None else self._discipline(others))
+
+    def forgive(self, worker: WorkerIndex) -> None:
+        """Let those that ``worker`` failed go there again: it has come back, or is another one by now."""
+        for entry in self._first.values():
+            entry.avoid -= {worker}
+
+    def late(self, now_s: float, wait_s_max: float) -> list[Entry]:
+        """Return those that have waited longer than ``wait_s_max`` seconds, the oldest first."""
+        deadline_s = now_s - wait_s_max
+        # By age: a scan that finds nothing costs one look.
+        return list(takewhile(lambda entry: entry.waiting_since_s < deadline_s, self._by_age.values()))
+
+    @staticmethod
+    def pass_over(waiting: Sequence[Entry], admitted: Sequence[int]) -> None:
+        """Count the requests that overtake: of ``waiting``, in turn, ``admitted`` (positions) go.
+
+        Each that stays has been passed over by those behind it that go.
+        """
+        position = 0
+        for younger, next_admitted in zip(range(len(admitted), 0, -1), admitted, strict=True):
+            for entry in waiting[position:next_admitted]:
+                entry.passed_over += younger
+            position = next_admitted + 1

@@ -1,0 +1,123 @@
+"""Workers that come, drain and go while their group runs, over real sockets."""
+
+import asyncio
+
+import pytest
+
+from brproxy.roster import MemberState, RosterError, WorkerLimits
+
+DOCUMENT = {"model": "emulated", "prompt": "x", "max_tokens": 1}
+
+
+async def ask(client, proxy, **more):
+    async with client.post(proxy.url + "/v1/completions", json=DOCUMENT | more) as response:
+        return response.status, await response.read()
+
+
+async def metrics(client, proxy):
+    async with client.get(proxy.url + "/metrics") as response:
+        return await response.text()
+
+
+async def test_one_that_is_added_is_checked_served_and_shown(start_emulator, start_proxy, client, until):
+    first, second = await start_emulator(1), await start_emulator(1)
+    proxy = await start_proxy(first.urls, health=True, routing={"policy": "round-robin"})
+    group = proxy.groups[0]
+    member = group.add("late", WorkerLimits(8), second.urls[0])
+    assert group.roster.routable() == (True, False), "not before its first check"
+    await until(lambda: member.is_routable)
+    group.drain(group.roster.member(0).key)
+    for _ in range(2):
+        assert (await ask(client, proxy))[0] == 200, "by the one that is left"
+    text = await metrics(client, proxy)
+    assert 'brproxy_worker_routable{group="default",worker="late"} 1.0' in text
+    assert 'brproxy_retries_total{group="default",worker="late"} 0.0' in text
+    assert len(proxy.running.service.groups["default"].endpoints) == 2
+    await proxy.idle()
+
+
+async def test_one_that_is_removed_finishes_what_it_has_and_is_forgotten(
+    start_emulator, start_worker, start_proxy, client, until
+):
+    stopped = asyncio.Event()
+
+    async def script(writer):
+        await stopped.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        return True
+
+    slow, emulator = await start_worker(script), await start_emulator(1)
+    proxy = await start_proxy([slow.url, *emulator.urls], health=False)
+    group, service = proxy.groups[0], proxy.running.service.groups["default"]
+    slow_key = group.roster.member(0).key
+    group.drain(group.roster.member(1).key)
+    running = asyncio.create_task(ask(client, proxy))
+    await until(lambda: proxy.ledger.requests == (1, 0))
+    member = group.remove(slow_key)
+    assert member.state is MemberState.DRAINING
+    again = group.add("again", WorkerLimits(8), emulator.urls[0])
+    for _ in range(3):
+        assert (await ask(client, proxy))[0] == 200
+    assert proxy.ledger.requests == (1, 0, 0)
+    stopped.set()
+    assert (await running) == (200, b"{}")
+    await until(lambda: member.state is MemberState.GONE)
+    assert [m.key for m in group.roster.members] == [group.roster.member(1).key, again.key]
+    assert len(service.endpoints) == 2
+    with pytest.raises(RosterError):
+        service.endpoint(member.index)
+    assert f'worker="{slow_key}"' not in await metrics(client, proxy)
+    assert (await ask(client, proxy))[0] == 200
+    await proxy.idle()
+
+
+async def test_a_group_without_workers_lets_its_requests_wait(start_emulator, start_proxy, client, until):
+    emulator = await start_emulator(1)
+    proxy = await start_proxy(emulator.urls, health=True)
+    group = proxy.groups[0]
+    group.remove(group.roster.member(0).key)
+    async with client.get(proxy.url + "/ready") as response:
+        assert response.status == 503
+    assert "brproxy_envelope_kv_tokens" in await metrics(client, proxy)
+    asked = asyncio.create_task(ask(client, proxy))
+    await until(lambda: proxy.waiting == 1)
+    group.add("new", WorkerLimits(4), emulator.urls[0])
+    async with asyncio.timeout(5):
+        assert (await asked)[0] == 200
+    await proxy.idle()
+
+
+async def test_the_checks_of_one_that_has_gone_end(start_emulator, start_proxy, until):
+    emulator = await start_emulator(2)
+    proxy = await start_proxy(emulator.urls, health=True)
+    checks = lambda: [t for t in asyncio.all_tasks() if "Prober._run" in repr(t)]  # noqa: E731
+    assert len(checks()) == 2
+    proxy.groups[0].remove(proxy.groups[0].roster.member(0).key)
+    await until(lambda: len(checks()) == 1)
+
+
+async def test_no_healthy_worker_is_called_that_and_not_overload(start_proxy, client, unused_tcp_port):
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    proxy = await start_proxy([url], health=True, limits={"pool_wait_s_max": 0.05})
+    status, body = await ask(client, proxy)
+    assert status == 503
+    assert b"No worker was healthy within 0.05 s." in body
+    assert b"verloaded" not in body
+    text = await metrics(client, proxy)
+    assert 'brproxy_wait_seconds_count{group="default"} 1.0' in text, "who found none has waited, too"
+
+
+async def test_time_with_a_worker_that_failed_is_no_wait(start_worker, start_emulator, start_proxy, client):
+    async def fail_late(writer):
+        await asyncio.sleep(0.2)
+        writer.transport.abort()
+        return False
+
+    failing, emulator = await start_worker(fail_late), await start_emulator(1)
+    proxy = await start_proxy([failing.url, *emulator.urls], routing={"policy": "round-robin"})
+    assert (await ask(client, proxy))[0] == 200
+    text = await metrics(client, proxy)
+    assert 'brproxy_wait_seconds_count{group="default"} 2.0' in text, "each stay in the pool"
+    assert 'brproxy_wait_seconds_bucket{group="default",le="0.1"} 2.0' in text
+    key = proxy.groups[0].roster.member(0).key
+    assert f'brproxy_retries_total{{group="default",worker="{key}"}} 1.0' in text

@@ -1,0 +1,110 @@
+"""Who the workers of a group are, and who is told what."""
+
+import logging
+
+import pytest
+
+from brproxy.health import Health, HealthThresholds
+from brproxy.roster import Change, MemberState, Roster, RosterError, WorkerLimits
+from brproxy.types import InvalidInputError
+
+LIMITS = WorkerLimits(4, 100)
+
+
+def roster_of(*keys, checked=False):
+    roster = Roster(HealthThresholds(2, 1), checked=checked)
+    told = []
+    roster.observe(lambda member, change: told.append((member.key, change)))
+    for key in keys:
+        roster.add(key, LIMITS, f"http://{key}")
+    return roster, told
+
+
+def test_members_come_in_order_and_keep_their_index():
+    roster, told = roster_of("a", "b")
+    assert [(m.key, m.index, m.origin, m.limits) for m in roster.members] == [
+        ("a", 0, "http://a", LIMITS),
+        ("b", 1, "http://b", LIMITS),
+    ]
+    assert roster.routable() == (True, True)
+    assert (len(roster), roster.present, roster.place) == (2, None, None)
+    assert told == [("a", Change.ADDED), ("b", Change.ADDED)]
+
+
+def test_names_are_unique_among_those_who_are_there():
+    roster, _ = roster_of("a")
+    with pytest.raises(InvalidInputError, match="a worker a already"):
+        roster.add("a", LIMITS)
+    roster.remove("a", bound=0)
+    roster.add("a", LIMITS)
+
+
+def test_one_that_drains_takes_nothing_new_and_is_there():
+    roster, told = roster_of("a", "b")
+    member = roster.drain("a")
+    roster.drain("a")
+    assert told[2:] == [("a", Change.DRAINING)], "once"
+    assert roster.routable() == (False, True)
+    assert (member.state, len(roster), roster.present) == (MemberState.DRAINING, 2, None)
+    roster.let_go(member.index)
+    assert member.state is MemberState.DRAINING, "it was not asked to leave"
+
+
+def test_one_with_bound_requests_goes_when_they_have_ended():
+    roster, told = roster_of("a", "b", "c")
+    member = roster.remove("b", bound=2)
+    assert member.state is MemberState.DRAINING
+    roster.let_go(0)
+    assert member.state is MemberState.DRAINING
+    roster.let_go(1)
+    assert member.state is MemberState.GONE
+    assert told[3:] == [("b", Change.DRAINING), ("b", Change.GONE)]
+    assert (len(roster), roster.present, roster.place.tolist()) == (2, [0, 2], [0, 0, 1])
+    assert [m.key for m in roster.members] == ["a", "c"]
+    assert roster.routable() == (True, False, True)
+    with pytest.raises(RosterError, match="no worker 1 among 2"):
+        roster.member(1)
+    with pytest.raises(RosterError, match="there is no worker b"):
+        roster.find("b")
+    assert not roster.record_of(member, ok=False, reason="late", now_s=9.0)
+
+
+def test_a_gap_is_filled_by_the_next_that_comes():
+    roster, _ = roster_of("a", "b")
+    gone = roster.remove("a", bound=0)
+    versions = {roster.version}
+    member = roster.add("new", LIMITS)
+    versions.add(roster.version)
+    assert (member.index, roster.present, roster.columns) == (0, None, 2)
+    assert gone.state is MemberState.GONE
+    assert len(versions) == 2
+    assert roster.add("more", LIMITS).index == 2
+
+
+def test_health_is_told_when_it_changes():
+    roster, told = roster_of("a", checked=True)
+    member = roster.member(0)
+    assert (member.health.state, roster.routable()) == (Health.UNKNOWN, (False,))
+    assert roster.record(0, ok=True, reason="answers", now_s=1.0)
+    for _ in range(3):
+        roster.record(0, ok=False, reason="silent", now_s=2.0)
+    assert (roster.routable(), member.health.reason) == ((False,), "silent")
+    roster.record(0, ok=True, reason="back", now_s=3.0)
+    assert told[1:] == [("a", Change.HEALTHY), ("a", Change.UNHEALTHY), ("a", Change.HEALTHY)]
+
+
+def test_an_observer_that_raises_keeps_nothing_from_the_others(caplog):
+    told = []
+    raising = Roster(checked=False)
+    raising.observe(lambda member, change: 1 / 0)
+    raising.observe(lambda member, change: told.append(change))
+    with caplog.at_level(logging.ERROR):
+        raising.add("a", LIMITS)
+    assert told == [Change.ADDED]
+    assert "told that worker a is ADDED" in caplog.text
+
+
+def test_repr_is_the_state_in_a_line():
+    roster, _ = roster_of("a", "b")
+    roster.drain("b")
+    assert repr(roster) == "<Roster a:ACTIVE:healthy b:DRAINING:healthy>"
