@@ -96,6 +96,7 @@ class World:
         clock = LoopClock(loop)
         async with running_proxy(self._config(), clock=clock, listening=_listen) as proxy:
             self._follow(proxy)
+            self._look(proxy, dict.fromkeys(self._workers, 0))
             visits = await self._play()
             if self._is_stopped:
                 loop.upheavals += 1
@@ -126,6 +127,25 @@ class World:
                 if isinstance(ended.__self__, Learner):
                     ended.__self__.predictor = predictor
         self._checks.follow(proxy)
+
+    def _look(self, proxy: RunningProxy, out_s: dict[Worker, int]) -> None:
+        """Once a second: see that no request stays unread with a worker that is out, if there is another."""
+        groups = proxy.service.fleet.groups
+        routable = [one for group in groups for one in group.health.routable()]
+        for worker, ok in zip(self._workers, routable, strict=True):
+            out_s[worker] = 0 if ok else out_s[worker] + 1
+            others = [o for o in self._workers if routable[o.index] and self._group(o) == self._group(worker)]
+            # The first look may come at once, and requests of the last moment are on their way.
+            if out_s[worker] < 2 or not others:
+                continue
+            retries = proxy.service.limits.retries_max
+            for record in worker.unanswered():
+                if record.ask.kind in {"chat", "completion"} and len(record.attempts) < retries:
+                    self._checks.wrong("moves-on", f"request {record.ask.id} stays with {worker.host}")
+        self._loop.call_later(1.0, self._look, proxy, out_s)
+
+    def _group(self, worker: Worker) -> str:
+        return self._scenario.workers[worker.index][2]
 
     # What happens.
 
