@@ -81,6 +81,11 @@ class Worker:
     def url(self) -> str:
         return f"http://{self.host}:{PORT}"
 
+    @property
+    def key(self) -> str:
+        """Its name in the proxy."""
+        return f"{self.host}:{PORT}"
+
     def door(self, mode: str) -> None:
         """Have attempts to connect be answered in another way, see Door."""
         self._loop.network.doors[self.host, PORT].mode = mode
