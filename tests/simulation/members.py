@@ -29,7 +29,8 @@ class Members:
         if group is None:
             return
         member = group.roster.find(worker.key)
-        if sum(one.state is MemberState.ACTIVE for one in group.roster.members) < 2:
+        active = [one for one in group.roster.members if one.state is MemberState.ACTIVE]
+        if member not in active or len(active) < 2:
             return
         group.drain(worker.key)
         self._loop.call_later(lasts_s / 2, self._remove, group, member)

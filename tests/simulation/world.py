@@ -238,13 +238,18 @@ class World:
                 self._checks.wrong("deliveries", f"request {record.ask.id} went to workers {where}")
                 if len(where) > 2 * (retries + 1):
                     self._checks.wrong("retries", f"request {record.ask.id} went to workers {where}")
+            # All workers of a group are asked, if there are as many retries.
+            enough = min(retries + 1, self._workers_for(record.ask))
             if (
                 record.was_refused
                 and is_calm
-                and len(record.attempts) <= retries
+                and len(record.attempts) < enough
                 and record.ask.kind != "upload"
             ):
                 self._checks.wrong("retries", f"request {record.ask.id} is refused by {record.attempts[-1]}")
+
+    def _workers_for(self, ask: Ask) -> int:
+        return sum(group in {"", ask.model} for _, _, group in self._scenario.workers)
 
     async def _probe(self) -> None:
         """See that each group serves a request as if nothing had been."""
