@@ -81,6 +81,11 @@ class Worker:
     def url(self) -> str:
         return f"http://{self.host}:{PORT}"
 
+    @property
+    def key(self) -> str:
+        """Its name in the proxy."""
+        return f"{self.host}:{PORT}"
+
     def door(self, mode: str) -> None:
         """Have attempts to connect be answered in another way, see Door."""
         self._loop.network.doors[self.host, PORT].mode = mode
@@ -240,7 +245,8 @@ class Worker:
     async def _serve_proxy(self, wire: Wire, line: bytes) -> bool:
         """Answer what the proxy itself asks: health and models."""
         await self._pause(0.0)
-        health = self.health
+        # What a client has sent without a number is no check.
+        health = self.health if line.startswith((b"GET", b"HEAD")) else "well"
         if health == "health-never":
             await wire.gone()
             return False
