@@ -195,7 +195,9 @@ def test_where_a_chunk_begins(data, between):
     assert parser.is_between_chunks(data) == between
 
 
-@given(st.sampled_from(["http://worker:1", "HTTP://worker:1", "//worker:1"]), st.text("/\\?#.:@\ta", max_size=8))
+@given(
+    st.sampled_from(["http://worker:1", "HTTP://worker:1", "//worker:1"]), st.text("/\\?#.:@\ta", max_size=8)
+)
 def test_a_place_at_the_worker_leads_nowhere_else(origin, rest):
     head = ResponseHead(307, b"", b"Location: %b\r\n" % (origin + rest).encode(), {}, None, chunked=False)
     lines = head.relative_to("http://worker:1").lines
