@@ -26,7 +26,15 @@ _PIECE_BYTES: Final = 1 << 14
 _HEADERS_MAX: Final = 16
 _BOUNDARY_BYTES_MAX: Final = 70  # RFC 2046, section 5.1.1
 # A parameter's name begins behind a delimiter: "filename" is another one.
-_NAMES_MODEL = re.compile(rb'content-disposition:.*[;\s]name="?model"?\s*(?:;|$)', re.IGNORECASE | re.DOTALL)
+_NAMES_MODEL = re.compile(rb"content-disposition:.*[;\s]name=model\s*(?:;|$)", re.IGNORECASE | re.DOTALL)
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+
+
+def _names_model(header: bytes) -> bool:
+    """Tell whether a part's header says that this is the field."""
+    # What stands in quotes is one value: a file may have any name.
+    plain = _QUOTED.sub(lambda quoted: b"model" if quoted[0] == b'"model"' else b"-", header)
+    return _NAMES_MODEL.match(plain) is not None
 
 
 class FormScanner:
@@ -53,7 +61,8 @@ class FormScanner:
         if self.is_done:
             return
         if self._parser is None:
-            data = self._beginning + data
+            # Line ends may come first, as engines' parsers take them.
+            data = (self._beginning + data).lstrip(b"\r\n")
             self._parser = self._begin(data)
         if self._parser is not None:
             self._parse(self._parser, data)
@@ -112,7 +121,7 @@ class FormScanner:
         self._header += data[start:end]
 
     def _on_header_end(self) -> None:
-        if _NAMES_MODEL.match(self._header) is not None:
+        if _names_model(self._header):
             self._value = bytearray()
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:

@@ -31,6 +31,13 @@ _READ_BYTES_MAX = 1 << 18
 """Event loops hand over at most this much at once; a head may be complete only at its end."""
 
 
+def _as_path(place: re.Match[bytes]) -> bytes:
+    """Return the field's name and how the path begins that leads to ``place`` at whoever is asked."""
+    # A path that begins with two slashes, or what browsers take for them, would name another host
+    # (RFC 3986, section 4.2); with a dot segment in front it is a path.
+    return place[1] + (b"/" if place[2] is None else b"/./")
+
+
 class ResponseHead(NamedTuple):
     """Status and header fields of a response.
 
@@ -62,10 +69,10 @@ class ResponseHead(NamedTuple):
 
     def relative_to(self, origin: str) -> ResponseHead:
         """Return the head with places at ``origin``, the worker's, as paths: clients find them here."""
-        places = re.compile(
-            rb"(?im)^((?:content-)?location: *)%b(?=[/?#\r])/?" % re.escape(origin.encode("latin-1"))
-        )
-        return self._replace(lines=places.sub(rb"\1/", self.lines))
+        scheme, _, authority = origin.encode("latin-1").partition(b":")
+        place = rb"(?im)^((?:content-)?location: *)(?:%b:)?%b(?=[/?#\r])/?(?=([/\\\t])?)"
+        places = re.compile(place % (re.escape(scheme), re.escape(authority)))
+        return self._replace(lines=places.sub(_as_path, self.lines))
 
     def framing_only(self) -> ResponseHead:
         """Return a head without fields that frames the body in the same way."""

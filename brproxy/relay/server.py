@@ -262,8 +262,9 @@ class RelayServer(web.Server):
         limits, transport = self.limits, newcomer.transport
         sock = transport.get_extra_info("socket") if transport is not None else None
         number = -1 if sock is None else sock.fileno()
-        if len(self._open) >= limits.connections_max or number >= limits.file_number_max:
-            if not self._make_room():
+        surplus = max(len(self._open) - limits.connections_max, number - limits.file_number_max) + 1
+        if surplus > 0:
+            if not self._make_room(surplus):
                 self._crowds.warning(
                     "no room for a client: %d are connected and none is idle", len(self._open)
                 )
@@ -276,13 +277,15 @@ class RelayServer(web.Server):
         """Note that a connection has ended."""
         self._open.pop(connection, None)
 
-    def _make_room(self) -> bool:
+    def _make_room(self, surplus: int) -> bool:
         """Close idle connections, first those that would be closed next anyway; return whether there are any.
 
-        Some at once: looking for them goes through all.
+        ``surplus`` at least: were one closed for each that comes, what a burst, or anybody else, has once taken
+        beyond the limit would stay taken until no file is left to accept with. And some at once, as looking
+        for them goes through all.
         """
         idle = [connection for connection in self._open if connection.is_idle]
-        count = 1 + len(idle) // 128
+        count = max(surplus, 1 + len(idle) // 128)
         for connection in nsmallest(count, idle, key=attrgetter("_next_keepalive_close_time")):
             del self._open[connection]
             connection.force_close()

@@ -68,10 +68,24 @@ def test_the_model_is_found_in_pieces_of_any_size(before, after, model, sizes):
         (b'Content-Disposition: form-data; filename=model; name="file"', ""),
         (b'Content-Disposition: form-data; name="models"', ""),
         (b'X-Other: form-data; name="model"', ""),
+        (b'Content-Disposition: form-data; name="file"; filename="a; name=model; b.wav"', ""),
+        (b'Content-Disposition: form-data; name="file"; filename="a\\"; name=model; b.wav"', ""),
+        (b'Content-Disposition: form-data; filename="a\\\\"; name="model"', "m"),
     ],
 )
 def test_what_names_the_field(head, model):
     assert scanned(b"--b0\r\n" + head + b"\r\n\r\nm\r\n" + END).model == model
+
+
+@given(st.text('";\\ =', max_size=6), st.text('";\\ =', max_size=6), sizes)
+def test_no_file_is_called_like_the_field(before, after, sizes):
+    name = f"{before}name=model{after}".replace("\\", "\\\\").replace('"', '\\"').encode()
+    assert scanned(file_part(b"x", name) + part(b"model", b"m") + END, sizes).model == "m"
+
+
+@given(st.text("\r\n", max_size=5), sizes)
+def test_line_ends_before_the_form(line_ends, sizes):
+    assert scanned(line_ends.encode() + part(b"model", b"m") + END, sizes).model == "m"
 
 
 def test_the_model_behind_a_large_file():

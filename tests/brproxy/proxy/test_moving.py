@@ -177,6 +177,8 @@ async def test_a_kept_connection_that_closes_later_may_have_worked(path, runs, s
         (b"{origin}/v1/files/1?a=b", b"/v1/files/1?a=b"),
         (b"{origin}", b"/"),
         (b"{origin}?x", b"/?x"),
+        (b"{origin}//elsewhere/", b"/.//elsewhere/"),
+        (b"//{host}/v1", b"/v1"),
         (b"{origin}1/elsewhere", b"{origin}1/elsewhere"),
         (b"http://other/v1", b"http://other/v1"),
         (b"/v1/relative", b"/v1/relative"),
@@ -187,6 +189,7 @@ async def test_a_place_at_the_worker_is_here_for_clients(field, place, seen, raw
     async def script(worker, reader, writer):
         await worker.read_request(reader)
         named = place.replace(b"{origin}", worker.url.encode())
+        named = named.replace(b"{host}", worker.url.removeprefix("http://").encode())
         writer.write(fixed(b"", b"%b: %b" % (field, named), status=b"307 Temporary Redirect"))
         await reader.read()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from contextlib import suppress
 
 import orjson
@@ -97,6 +98,25 @@ async def test_a_file_number_that_is_too_high_tells_that_files_run_out(serve, wi
     client = await connect()
     client.send(get("/"))
     await within(client.answer(), "there are files enough")
+
+
+async def test_as_many_give_way_as_files_are_taken_beyond_the_limit(serve, within, stack):
+    number_max = max(int(name) for name in os.listdir("/proc/self/fd")) + 60
+    connect = await serve(Answering(), limits=ClientLimits(file_number_max=number_max))
+    clients = []
+    for _ in range(10):
+        clients.append(await connect())
+        clients[-1].send(get("/"))
+        await within(clients[-1].answer(), "there was no answer")
+    taken = 0
+    while taken < number_max + 10:
+        taken = os.dup(0)
+        stack.callback(os.close, taken)
+    newcomer = await connect()
+    for client in clients:
+        await ended(client, within)
+    newcomer.send(get("/"))
+    await within(newcomer.answer(), "a new client waits")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Responses of workers: whatever frames them, however they are cut."""
 
 from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.relay.errors import BrokenResponseError
-from brproxy.relay.response import ResponseParser
+from brproxy.relay.response import ResponseHead, ResponseParser
 
 HEAD_BYTES_MAX = 4096
 
@@ -192,3 +193,20 @@ def test_where_a_chunk_begins(data, between):
     assert parser.is_between_chunks(head)
     parser.feed(data)
     assert parser.is_between_chunks(data) == between
+
+
+@given(
+    st.sampled_from(["http://worker:1", "HTTP://worker:1", "//worker:1"]), st.text("/\\?#.:@\ta", max_size=8)
+)
+def test_a_place_at_the_worker_leads_nowhere_else(origin, rest):
+    head = ResponseHead(307, b"", b"Location: %b\r\n" % (origin + rest).encode(), {}, None, chunked=False)
+    lines = head.relative_to("http://worker:1").lines
+    place = lines.removeprefix(b"Location: ").removesuffix(b"\r\n").decode()
+    if rest and rest[0] not in "/?#":
+        # Part of another host's name, or nothing that is known.
+        assert place == origin + rest
+        return
+    # What browsers make of it (WHATWG URL, section 4.4): no tabs, and a backslash is a slash.
+    seen = urljoin("http://proxy/v1/x?y", place.replace("\t", "").replace("\\", "/"))
+    assert urlsplit(seen).netloc == "proxy"
+    assert place.removeprefix("/.") == rest or place == "/" + rest
