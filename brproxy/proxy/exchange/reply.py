@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from brproxy.relay.framing import choose_framing
 from brproxy.relay.response import ResponseHead
 
 if TYPE_CHECKING:
@@ -15,11 +16,10 @@ class Reply:
 
     __slots__ = ("_answer", "_copy", "_copy_bytes", "_head")
 
-    def __init__(self, answer: WorkerAnswer, head: ResponseHead) -> None:
+    def __init__(self, answer: WorkerAnswer, head: ResponseHead, *, is_read: bool) -> None:
         self._answer = answer
         self._head = head
-        is_read = head.status < 300 and not head.is_encoded and head.media_type == b"application/json"
-        self._copy: list[bytes] | None = [] if is_read and not answer.bodiless else None
+        self._copy: list[bytes] | None = [] if is_read else None
         self._copy_bytes = 0
 
     def receive(self, payload: bytes) -> None:
@@ -49,10 +49,12 @@ class Reply:
             self._begin()
         sink.finish(trailers)
         answer.succeed()
-        sink.close_if_unframed()
+        if sink.ends_by_close:
+            sink.client.close()
 
     def _begin(self) -> None:
         answer, sink = self._answer, self._answer.sink
-        framing = sink.framing_for(self._head, bodiless=answer.bodiless, rewritten=False)
+        http10 = sink.client.is_http10
+        framing = choose_framing(self._head, http10=http10, bodiless=answer.bodiless, rewritten=False)
         answer.begins()
         sink.begin(self._head, framing, is_stream=False)
