@@ -11,6 +11,7 @@ from brproxy.happenings import Observer
 from brproxy.lifecycle import Entry, Event
 from brproxy.proxy.service import GroupService
 from brproxy.relay.states import State
+from brproxy.roster import MemberState
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.outside import ErrorLog
 from tests.simulation.workers import SCRIPT
@@ -217,6 +218,9 @@ class Checks:
                 "returns-to-zero", f"{handlers._requests} requests, {len(watch._watched)} exchanges"
             )
         workers = sum(len(service.endpoints) for service in self._proxy.service.groups.values())
+        members = [one for group in self._proxy.service.fleet.groups for one in group.roster.members]
+        if any(one.state is not MemberState.ACTIVE for one in members):
+            raise Violation("nothing-left", f"members that were to go: {members}")
         tasks = self._tasks_since_start()
         # Members come and go, and each that is there is checked.
         if len(tasks) > workers or any("Prober._run" not in task for task in tasks):
