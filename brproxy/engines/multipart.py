@@ -121,7 +121,7 @@ class FormScanner:
         self._header += data[start:end]
 
     def _on_header_end(self) -> None:
-        if _names_model(self._header):
+        if _names_model(bytes(self._header)):
             self._value = bytearray()
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:

@@ -280,9 +280,9 @@ class RelayServer(web.Server):
     def _make_room(self, surplus: int) -> bool:
         """Close idle connections, first those that would be closed next anyway; return whether there are any.
 
-        ``surplus`` at least: were one closed for each that comes, what a burst, or anybody else, has once taken
-        beyond the limit would stay taken until no file is left to accept with. And some at once, as looking
-        for them goes through all.
+        ``surplus`` at least: were one closed for each that comes, what a burst has once taken beyond the limit
+        would stay taken until no file is left to accept with. And some at once: looking for them goes through
+        all.
         """
         idle = [connection for connection in self._open if connection.is_idle]
         count = max(surplus, 1 + len(idle) // 128)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import orjson
 import pytest
@@ -101,7 +102,7 @@ async def test_a_file_number_that_is_too_high_tells_that_files_run_out(serve, wi
 
 
 async def test_as_many_give_way_as_files_are_taken_beyond_the_limit(serve, within, stack):
-    number_max = max(int(name) for name in os.listdir("/proc/self/fd")) + 60
+    number_max = max(int(file.name) for file in Path("/proc/self/fd").iterdir()) + 60
     connect = await serve(Answering(), limits=ClientLimits(file_number_max=number_max))
     clients = []
     for _ in range(10):
