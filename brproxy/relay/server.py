@@ -205,7 +205,7 @@ class _Request(web.BaseRequest):
 
 def _in_plain_words(status: int, message: str) -> tuple[int, str]:
     """Return status and message for what the parser says of bytes that are no request, without the bytes."""
-    first = message.strip().partition("\n")[0].partition(": b'")[0].strip(" :")
+    first = message.strip().partition("\n")[0].partition(": b'")[0].strip(" :.")
     first = "".join(character for character in first if character.isprintable())
     if first.startswith("Pause on PRI"):
         return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP/2 is not spoken here; use HTTP/1.1."
@@ -280,9 +280,9 @@ class RelayServer(web.Server):
     def _make_room(self, surplus: int) -> bool:
         """Close idle connections, first those that would be closed next anyway; return whether there are any.
 
-        ``surplus`` at least: were one closed for each that comes, what a burst has once taken beyond the limit
-        would stay taken until no file is left to accept with. And some at once: looking for them goes through
-        all.
+        ``surplus`` at least: were one closed for each that comes, what a burst has once taken beyond the
+        limit would stay taken until no file is left to accept with. And some at once: looking for them goes
+        through all.
         """
         idle = [connection for connection in self._open if connection.is_idle]
         count = max(surplus, 1 + len(idle) // 128)
