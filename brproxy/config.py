@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, Field, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, create_model, field_validator
 
 from brproxy.engines.dialect import DIALECTS
 from brproxy.origins import read_origin
@@ -23,21 +23,16 @@ from brproxy.types import InvalidInputError
 from brproxy.validation import Disagreement, Section, load_toml, refuse, validate
 
 MIB = 1 << 20
-
-
 Seconds = Annotated[float, Field(gt=0, le=86_400, strict=False)]
-
-
 _WEB_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
-def _web_origins(origins: list[str]) -> list[str]:
-    """Check origins of web pages (RFC 6454), and return them as browsers write them."""
-    for origin in origins:
-        if not _WEB_ORIGIN.fullmatch(origin.lower()):
-            msg = f'must be like "https://host:port", without a path, or "*": {origin!r} is not'
-            raise ValueError(msg)
-    return [origin.lower() for origin in origins]
+def _web_origin(origin: str) -> str:
+    """Check the origin of a web page (RFC 6454), and return it as browsers write it."""
+    if not _WEB_ORIGIN.fullmatch(origin.lower()):
+        msg = 'must be like "https://host:port", without a path, or "*"'
+        raise ValueError(msg)
+    return origin.lower()
 
 
 class Listen(Section):
@@ -61,11 +56,20 @@ class Listen(Section):
     tls_key_file: str = Field(
         default="", description="Its private key (PEM); empty: the certificate's file has it too."
     )
-    cors_origins: Annotated[list[str], AfterValidator(_web_origins)] = Field(
+    cors_origins: list[Annotated[str, AfterValidator(_web_origin)]] = Field(
         default_factory=list,
         max_length=1024,
         description='Web origins whose pages may read what the proxy itself answers; ["*"]: all.',
     )
+
+    @field_validator("tls_key_file", mode="after")
+    @classmethod
+    def _key_has_a_certificate(cls, key: str, info: ValidationInfo) -> str:
+        # Else whoever forgot the certificate would serve plain HTTP without a word.
+        if key and info.data.get("tls_certificate_file") == "":
+            msg = "needs tls_certificate_file, which is not given"
+            raise ValueError(msg)
+        return key
 
 
 def _known(registry: Registry[Any]) -> AfterValidator:

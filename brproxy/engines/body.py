@@ -79,7 +79,7 @@ def _read_slowly(body: bytes) -> JsonBody:
 
 def _reason(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at line {error.lineno}, column {error.colno}"
+        return f"{error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno}"
     # Of the others the text may hold the body itself.
     return "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a number is too long"
 

@@ -43,6 +43,11 @@ def bad_request(message: str) -> ProxyError:
     return ProxyError(HTTPStatus.BAD_REQUEST, message, "invalid_request_error")
 
 
+def unmet_expectation(message: str) -> ProxyError:
+    """Return 417: the client expects what is not known here."""
+    return ProxyError(HTTPStatus.EXPECTATION_FAILED, message, "invalid_request_error")
+
+
 def of_status(status: int, message: str) -> ProxyError:
     """Return an error for what the server below the handlers answers: no request at all, or a bug."""
     is_ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.HTTP_VERSION_NOT_SUPPORTED

@@ -17,7 +17,7 @@ from brproxy.proxy.pages import MODELS_PATH, Pages
 from brproxy.proxy.service import Service
 from brproxy.proxy.upload import Upload
 from brproxy.relay.client import Client, answered
-from brproxy.relay.errors import ClientGoneError
+from brproxy.relay.errors import ClientGoneError, UnknownExpectationError
 from brproxy.types import BrproxyError, InvalidInputError, PendingRequest
 
 
@@ -100,7 +100,8 @@ class Handlers:
         if isinstance(error, UnknownModelError):
             return errors.unknown_model(str(error))
         if isinstance(error, InvalidInputError):
-            return errors.bad_request(str(error))
+            is_unmet = isinstance(error, UnknownExpectationError)
+            return (errors.unmet_expectation if is_unmet else errors.bad_request)(str(error))
         if isinstance(error, PoolFullError):
             return errors.pool_full(str(error), retry_after_s)
         if isinstance(error, NoWorkerError):

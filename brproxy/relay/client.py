@@ -14,7 +14,7 @@ aiohttp's internals. This leans on:
 * ``StreamReader.is_eof``, ``total_bytes`` and ``_buffer`` of a body that has come, as one up to
   ``_LOOKED_AT_BYTES_MAX`` does though nobody reads it, and which need not be read for the next request to be
   parsed; only what ``body_exists`` is true of has a buffer.
-* ``Expect`` being left to the handler, and HTTPExpectationFailed being an answer.
+* ``Expect`` being left to the handler.
 
 tests/brproxy/relay/test_client.py and test_client_bodies.py pin each of these.
 """
@@ -28,6 +28,7 @@ from typing import Any, cast
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
+from brproxy.relay.errors import UnknownExpectationError
 from brproxy.relay.server import ClientProtocol, Paced
 
 _LOOKED_AT_BYTES_MAX = 1 << 16
@@ -196,11 +197,12 @@ def forget_body(request: web.BaseRequest) -> None:
 
 
 async def continue_upload(request: web.BaseRequest) -> None:
-    """Answer ``Expect: 100-continue`` before the body is read (RFC 9110, section 10.1.1)."""
+    """Answer ``Expect: 100-continue`` before the body is read; raises UnknownExpectationError for others."""
     expectation = request.headers.get("Expect")
     if expectation is None or request.version < HttpVersion11:
         return
     if expectation.lower() != "100-continue":
-        raise web.HTTPExpectationFailed(text=f"Unknown Expect: {expectation}")
+        msg = "of what a request may expect, only 100-continue is known here"
+        raise UnknownExpectationError(msg)
     if request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

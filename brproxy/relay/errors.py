@@ -33,5 +33,9 @@ class BadBodyError(InvalidInputError):
     """The body of a client's request is no HTTP."""
 
 
+class UnknownExpectationError(InvalidInputError):
+    """A client expects something that nobody here knows (RFC 9110, section 10.1.1)."""
+
+
 class ClientGoneError(BrproxyError):
     """The client closed its connection, or has stopped reading for too long."""

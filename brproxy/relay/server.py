@@ -203,7 +203,7 @@ class _Request(web.BaseRequest):
 
 def _in_plain_words(status: int, message: str) -> tuple[int, str]:
     """Return status and message for what the parser says of bytes that are no request, without the bytes."""
-    first = message.strip().partition("\n")[0].partition(": b'")[0].strip(" :")
+    first = message.strip().partition("\n")[0].partition(": b'")[0].strip(" :.")
     first = "".join(character for character in first if character.isprintable())
     if first.startswith("Pause on PRI"):
         return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP/2 is not spoken here; use HTTP/1.1."

@@ -98,6 +98,10 @@ def test_each_policy_has_its_own_table():
         (WORKER + '"a\\n\\u2028b" = 4', 'x.toml: worker[0]."a\\n\\u2028b": unknown key; allowed: url,'),
         (WORKER + "str = 4", "x.toml: worker[0].str: unknown key; allowed: url, name"),
         (WORKER + "model = 3", "x.toml: worker[0].model: must be a string or a list of strings, got 3"),
+        (
+            WORKER + '[listen]\ntls_key_file = "k"',
+            "x.toml: listen.tls_key_file: needs tls_certificate_file, which is not given, got 'k'",
+        ),
         (WORKER + WORKER, "x.toml: worker[1].url: 'http://127.0.0.1:8001' is worker[0]'s already; each"),
         (
             WORKER + '[routing]\npolicy = "br0"',
@@ -157,6 +161,14 @@ def test_workers_that_disagree_are_all_told_beside_other_mistakes():
         "log.level",
     ]
     assert "worker[1]'s already" in lines[1], "without a name it is host and port"
+
+
+def test_each_mistake_in_a_list_has_a_line():
+    lines = messages(tomllib.loads(WORKER + '[listen]\ncors_origins = ["https://a/b", "*", "c"]'))
+    assert [line.partition(": must")[0] for line in lines] == [
+        "x.toml: listen.cors_origins[0]",
+        "x.toml: listen.cors_origins[2]",
+    ]
 
 
 def test_mistakes_beyond_the_most_that_are_told_are_counted():

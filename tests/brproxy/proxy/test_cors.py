@@ -112,5 +112,5 @@ def test_lines_are_the_same_as_fields(origins, origin):
 )
 def test_what_is_no_origin_is_an_error_of_the_configuration(origin):
     document = {"worker": [{"url": "http://h:1"}], "listen": {"cors_origins": [origin]}}
-    with pytest.raises(ConfigError, match=r'x: listen\.cors_origins: must be like "https://host:port"'):
+    with pytest.raises(ConfigError, match=r'x: listen\.cors_origins\[0\]: must be like "https://host:port"'):
         parse_config(document, "x")

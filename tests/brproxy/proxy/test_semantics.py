@@ -3,6 +3,7 @@
 import asyncio
 import socket
 
+import orjson
 import pytest
 
 from brproxy.relay.connection import WorkerConnection
@@ -99,12 +100,18 @@ async def test_continue_is_answered_by_the_proxy(raw_worker, answering, start_pr
     assert b"xpect" not in worker.requests[0]
 
 
-async def test_another_expectation_is_not_met(raw_worker, answering, start_proxy, raw):
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+async def test_another_expectation_is_not_met(path, raw_worker, answering, start_proxy, raw):
     worker = await raw_worker(answering(fixed(b"{}")))
     proxy = await start_proxy([worker.url])
     client = await raw(proxy)
-    client.send(post(CHAT, ASK, "Expect: 200-ok")[: -len(ASK)])
-    assert (await client.answer()).status == 417
+    client.send(post(path, ASK, "Expect: 200-ok")[: -len(ASK)])
+    answer = await client.answer()
+    assert answer.status == 417
+    error = orjson.loads(answer.body)["error"]
+    assert (error["type"], "100-continue" in error["message"]) == ("invalid_request_error", True)
+    # What may come of the body is no request.
+    assert answer.one(b"connection") == b"close"
     assert not worker.requests
     await proxy.idle()
 

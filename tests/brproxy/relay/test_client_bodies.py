@@ -6,6 +6,7 @@ import pytest
 from aiohttp import web
 
 from brproxy.relay.client import Client, answered, body_so_far, continue_upload, forget_body
+from brproxy.relay.errors import UnknownExpectationError
 from tests.brproxy.wire import as_chunk, get, post
 
 BOTH_LOOPS = True
@@ -221,11 +222,16 @@ async def test_where_nothing_is_expected_or_can_be_nothing_is_said(fields, serve
     assert (answer.status, answer.body) == (200, b"body"), "HTTP/1.0 knows no interim responses"
 
 
-async def test_another_expectation_is_a_417_and_the_case_does_not_matter(serve, within):
-    client = await (await serve(read_all))()
+async def test_another_expectation_is_an_error_and_the_case_does_not_matter(serve, within):
+    async def handle(request):
+        try:
+            return await read_all(request)
+        except UnknownExpectationError:
+            return web.Response(status=417)
+
+    client = await (await serve(handle))()
     client.send(post("/", b"", "Expect: 100-CONTINUE"))
     assert (await within(client.answer(), "there was no answer")).status == 100
     assert (await within(client.answer(), "there was no answer")).status == 200
     client.send(post("/", b"", "Expect: a-miracle"))
-    answer = await within(client.answer(), "HTTPExpectationFailed is no answer any more")
-    assert (answer.status, answer.body) == (417, b"Unknown Expect: a-miracle")
+    assert (await within(client.answer(), "there was no answer")).status == 417
