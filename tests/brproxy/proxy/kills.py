@@ -152,6 +152,12 @@ class Case:
         times = [worker.reached().get(ask.name, 0.0) for worker in others]
         return next((at_s for at_s in times if at_s > self.signal_s), None)
 
+    def unsettled(self):
+        """Say who has not ended, and the last that the proxy logged."""
+        names = [ask.name for ask in self.asks if not ask.has_ended]
+        last = self.proxy.log.read_text()[-500:]
+        return f"{len(names)} have not ended: {', '.join(names[:20])}; the proxy's last words: {last}"
+
     # What to make of it.
 
     async def _judge_all(self):
@@ -275,6 +281,8 @@ async def kills(how, load, *, timeout_s=TIMEOUT_S, limit_s=300.0):
             try:
                 async with asyncio.timeout(limit_s):
                     await case.run()
+            except TimeoutError:
+                raise TimeoutError(f"{limit_s:g} s have passed, and {case.unsettled()}") from None
             finally:
                 for ask in (*case.asks, case.poison):
                     ask.cancel()

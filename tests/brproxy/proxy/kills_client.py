@@ -48,7 +48,7 @@ class Ask:
 
     @property
     def has_ended(self):
-        return self._task.done()
+        return self._task is not None and self._task.done()
 
     async def end(self):
         await self._task
