@@ -26,8 +26,7 @@ class Reply:
         """See Kind.receive."""
         answer = self._answer
         answer.progressed = True
-        if not answer.has_begun:
-            self._begin()
+        self.begin()
         copy = self._copy
         if copy is not None:
             copy.append(payload)
@@ -45,14 +44,21 @@ class Reply:
         if self._copy:
             answer.account.reply(b"".join(self._copy))
         answer.account.learn()
-        if not answer.has_begun:
-            self._begin()
+        self.begin()
         sink.finish(trailers)
         answer.succeed()
         sink.close_if_unframed()
 
-    def _begin(self) -> None:
+    def tell(self) -> None:
+        """Send the head before there is a body: an error is known by it, and its body may never come."""
+        self.begin()
+        self._answer.sink.flush()
+
+    def begin(self) -> None:
+        """Put the head in front of what is sent next; does nothing if that was done already."""
         answer, sink = self._answer, self._answer.sink
+        if answer.has_begun:
+            return
         framing = sink.framing_for(self._head, bodiless=answer.bodiless, rewritten=False)
         answer.begins()
         sink.begin(self._head, framing, is_stream=False)
