@@ -8,6 +8,7 @@ is common to them: what the connection, the client and the clock tell, and how a
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Protocol
 
 from brproxy.journey import Event
@@ -24,6 +25,9 @@ from brproxy.relay.connection import Exchange, WorkerConnection
 from brproxy.relay.errors import BrokenResponseError, ClientGoneError, StaleConnectionError, WorkerFailedError
 from brproxy.relay.response import ResponseHead
 from brproxy.roster import Member
+
+# As a plain number: looking a member of an enumeration up costs more than comparing it.
+_ERROR = int(HTTPStatus.BAD_REQUEST)
 
 
 class Kind(Protocol):
@@ -134,6 +138,8 @@ class WorkerAnswer(Exchange):
             self.account.refused()
         self._kind = kind = self._kind_of(head)
         self.receive = kind.receive
+        if head.status >= _ERROR and not self.bodiless and isinstance(kind, Reply):
+            kind.tell()
 
     def end(self, piece: bytes, trailers: bytes) -> None:
         """See Exchange.end."""

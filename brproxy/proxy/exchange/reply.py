@@ -26,8 +26,7 @@ class Reply:
         """See Kind.receive."""
         answer = self._answer
         answer.progressed = True
-        if not answer.has_begun:
-            self._begin()
+        self.begin()
         copy = self._copy
         if copy is not None:
             copy.append(payload)
@@ -45,15 +44,22 @@ class Reply:
         if self._copy:
             answer.account.reply(b"".join(self._copy))
         answer.account.learn()
-        if not answer.has_begun:
-            self._begin()
+        self.begin()
         sink.finish(trailers)
         answer.succeed()
         if sink.ends_by_close:
             sink.client.close()
 
-    def _begin(self) -> None:
+    def tell(self) -> None:
+        """Send the head before there is a body: an error is known by it, and its body may never come."""
+        self.begin()
+        self._answer.sink.flush()
+
+    def begin(self) -> None:
+        """Put the head in front of what is sent next; does nothing if that was done already."""
         answer, sink = self._answer, self._answer.sink
+        if answer.has_begun:
+            return
         http10 = sink.client.is_http10
         framing = choose_framing(self._head, http10=http10, bodiless=answer.bodiless, rewritten=False)
         answer.begins()

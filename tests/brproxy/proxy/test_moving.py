@@ -57,6 +57,23 @@ async def test_an_error_that_is_the_answer_passes_whole_whatever_its_length(
     await proxy.idle()
 
 
+@pytest.mark.parametrize("status", [b"503 Busy", b"500 Oops", b"429 Slow", b"400 No"])
+@pytest.mark.parametrize("beginning", [b"", b"{"])
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_an_error_is_told_though_its_body_never_comes(
+    workers, beginning, status, silence, start_worker, start_proxy, raw
+):
+    head = b"HTTP/1.1 %b\r\nContent-Length: 100\r\n\r\n" % status
+    urls = [(await start_worker(silence(head + beginning))).url for _ in range(workers)]
+    proxy = await start_proxy(urls)
+    client = await raw(proxy)
+    client.send(post(CHAT, ASK))
+    received = await client.reader.readuntil(b"\r\n\r\n" + beginning)
+    assert received.startswith(b"HTTP/1.1 %b\r\n" % status)
+    client.writer.close()
+    await proxy.idle()
+
+
 async def comments_first(client, proxy):
     """Send a request and wait for the comments that reach its client before any data."""
     client.send(post(CHAT, ASK))
