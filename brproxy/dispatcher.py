@@ -105,6 +105,10 @@ class Dispatcher:
         return entry
 
     def arrive(self, request: PendingRequest, now_s: float) -> RequestId:
+        """Have a request wait; as ``enter``, for whoever wants its id only."""
+        return self.enter(request, now_s).id
+
+    def enter(self, request: PendingRequest, now_s: float) -> Entry:
         """Have a request wait; raises PoolFullError, InvalidInputError, and PromptTooLongError for a count.
 
         A guess that is too long for every worker may be wrong, and only the engine can tell: it counts as
@@ -118,13 +122,13 @@ class Dispatcher:
                     f"more than the KV capacity of any worker ({longest} tokens)"
                 )
                 raise PromptTooLongError(msg)
-            if len(self.waiting) >= self.limits.requests_max:
-                msg = f"{len(self.waiting)} requests are waiting already, the most that the pool holds"
+            if self.waiting.count >= self.limits.requests_max:
+                msg = f"{self.waiting.count} requests are waiting already, the most that the pool holds"
                 raise PoolFullError(msg)
         entry = entry_of(next(self._ids), request, now_s, longest)
         self.waiting.enter(entry)
         self.happenings.arrived(entry)
-        return entry.id
+        return entry
 
     def decide(self, now_s: float, routable: Sequence[bool]) -> list[Assignment]:
         """Run one decision round over everything that waits, bind what it admits and return that.
@@ -149,7 +153,7 @@ class Dispatcher:
                 self._place([entry], ledger.state(others, late_binding=late_binding), now_s)
             else:
                 self.place_at_once(entry, now_s, routable)
-        if not len(waiting):
+        if not waiting.count:
             return self.admitted
         state = ledger.state(routable, late_binding=late_binding)
         seen = list(islice(waiting.in_turn(), self._worth_seeing(state)))

@@ -35,7 +35,7 @@ class Rounds:
     @property
     def is_open(self) -> bool:
         """Whether one more may be decided at once: nobody waits for the next round but who has just come."""
-        return self.due_s is None or len(self._dispatcher.waiting) == 1
+        return self.due_s is None or self._dispatcher.waiting.count == 1
 
     def run(self, now_s: float) -> list[Entry]:
         """Run one round; return the requests that no longer wait: bound, impossible to decide, or late.
@@ -55,7 +55,7 @@ class Rounds:
         try:
             if dispatcher.undecidable:
                 self._end(dispatcher.undecidable.copy(), Event.FAIL, now_s, settled)
-            if len(dispatcher.waiting):
+            if dispatcher.waiting.count:
                 late = dispatcher.waiting.late(now_s, dispatcher.limits.wait_s_max)
                 self._end((entry.id for entry in late), Event.EXPIRE, now_s, settled)
         except Exception as error:  # noqa: BLE001 - as above
@@ -64,7 +64,7 @@ class Rounds:
 
     def next_after(self, now_s: float) -> float | None:
         """Return the seconds to the next round, which is due then; None while nobody waits."""
-        if not len(self._dispatcher.waiting):
+        if not self._dispatcher.waiting.count:
             self.due_s = None
             return None
         self.due_s = now_s + self._tick_s

@@ -20,7 +20,7 @@ Discipline = Callable[[Iterable[Entry]], Iterable[Entry]]
 class WaitingRoom:
     """The requests of one group that wait for a worker; ``discipline`` None: first come, first served.
 
-    ``plural`` of them (requests) have several sequences.
+    ``count`` wait (requests), ``plural`` of them have several sequences.
     """
 
     def __init__(self, discipline: Discipline | None = None) -> None:
@@ -28,11 +28,13 @@ class WaitingRoom:
         self._first: dict[RequestId, Entry] = {}
         # In the order in which they began to wait: new ones come last, whoever they are.
         self._by_age: dict[RequestId, Entry] = {}
+        # Not asked for by a call: every arrival looks at it several times.
+        self.count = 0
         self.plural = 0
 
     def __len__(self) -> int:
         """Return how many wait."""
-        return len(self._by_age)
+        return self.count
 
     def __repr__(self) -> str:
         """Show the state in one line, for tests and logs."""
@@ -52,6 +54,7 @@ class WaitingRoom:
     def enter(self, entry: Entry) -> None:
         """Have a request wait, since ``entry.waiting_since_s``; first if it was failed or takes no slot."""
         self._by_age[entry.id] = entry
+        self.count += 1
         if entry.avoid or not entry.sequences:
             self._first[entry.id] = entry
         if entry.sequences > 1:
@@ -60,6 +63,7 @@ class WaitingRoom:
     def leave(self, entry: Entry) -> None:
         """Let a request go; raises KeyError for one that does not wait."""
         del self._by_age[entry.id]
+        self.count -= 1
         if self._first:
             self._first.pop(entry.id, None)
         if entry.sequences > 1:
@@ -67,7 +71,7 @@ class WaitingRoom:
 
     def alone(self) -> Entry | None:
         """Return the one request that waits, None if none or several do, or it is one that goes first."""
-        if len(self._by_age) != 1 or self._first:
+        if self.count != 1 or self._first:
             return None
         return next(iter(self._by_age.values()))
 

@@ -110,7 +110,7 @@ class Attempts:
     async def _send(self, *, afresh: bool) -> Action:
         """Send the request to its worker and return what is to be done when that has come to an end."""
         service, incoming, upload = self._service, self._incoming, self._incoming.upload
-        endpoint = self._group.endpoint(self._worker)
+        member, endpoint = self._group.reach(self._worker)
         # What cannot be sent twice does not go where it may find a closed door.
         connection = endpoint.take_idle() if upload.is_whole and not afresh else None
         if connection is None:
@@ -131,7 +131,7 @@ class Attempts:
             ),
             service.relay_limits,
             path=incoming.path,
-            member=self._group.member(self._worker),
+            member=member,
             bodiless=self._sink.client.method == "HEAD",
         )
         # Put together here and not kept: the frame stays as long as the stream.

@@ -53,15 +53,14 @@ class GroupDriver:
 
     def admit(self, request: PendingRequest) -> Lease:
         """Put a request into the pool; raises PoolFullError or PromptTooLongError."""
-        request_id = self._dispatcher.arrive(request, self.clock.now_s())
-        return Lease(self, self._dispatcher.entry(request_id))
+        return Lease(self, self._dispatcher.enter(request, self.clock.now_s()))
 
     def decide_now(self, entry: Entry) -> None:
         """Decide on ``entry`` at once if nobody waits for the next round, or if it takes no slot."""
         if not entry.sequences and entry.state is State.PENDING:
             routable = self.group.roster.routable()
             self._dispatcher.place_at_once(entry, self.clock.now_s(), routable)
-        if self._rounds.is_open and len(self._dispatcher.waiting):
+        if self._rounds.is_open and self._dispatcher.waiting.count:
             self._run_round()
 
     async def wait(self, entry: Entry) -> WorkerIndex:

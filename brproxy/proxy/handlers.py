@@ -57,10 +57,13 @@ class Handlers:
     async def _answer(self, request: web.BaseRequest, sink: ClientSink, upload: Upload) -> None:
         """Have a worker answer ``request``; raises ProxyError, BrproxyError or ClientGoneError."""
         service = self._service
-        self._check_room()
+        requests_max = service.limits.requests_max
+        if self._requests >= requests_max:
+            raise self._no_room()
         incoming = await self._reader.read(request, sink.client, upload)
         # A place is taken when the request is there: those that never come take none.
-        self._check_room()
+        if self._requests >= requests_max:
+            raise self._no_room()
         self._requests += 1
         try:
             sink.request_id = incoming.request_id
@@ -70,11 +73,9 @@ class Handlers:
         finally:
             self._requests -= 1
 
-    def _check_room(self) -> None:
-        limits = self._service.limits
-        if self._requests >= limits.requests_max:
-            reason = f"{self._requests} requests are in the proxy already"
-            raise errors.pool_full(reason, limits.retry_after_s)
+    def _no_room(self) -> ProxyError:
+        reason = f"{self._requests} requests are in the proxy already"
+        return errors.pool_full(reason, self._service.limits.retry_after_s)
 
     def _pending(self, facts: RequestFacts) -> PendingRequest:
         """Return the request as the decision core sees it."""

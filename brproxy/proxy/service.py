@@ -45,7 +45,12 @@ class GroupService:
 
     def endpoint(self, worker: WorkerIndex) -> Endpoint:
         """Return what connects to the member with that index; raises RosterError."""
-        return self._endpoints[self.group.roster.member(worker)]
+        return self.reach(worker)[1]
+
+    def reach(self, worker: WorkerIndex) -> tuple[Member, Endpoint]:
+        """Return the member with that index, and what connects to it; raises RosterError."""
+        member = self.group.dispatcher.roster.member(worker)
+        return member, self._endpoints[member]
 
     def _member_changed(self, member: Member, change: Change) -> None:
         if change is Change.ADDED:

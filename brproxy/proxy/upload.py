@@ -98,7 +98,8 @@ class Upload:
         body = body_so_far(self._request)
         if body is None or len(body) > self._limits.bytes_max:
             return False
-        self._take_room(len(body))
+        self._room.take(len(body))
+        self._room_bytes = len(body)
         self.beginning = body
         return True
 

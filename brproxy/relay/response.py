@@ -62,13 +62,11 @@ class ResponseHead(NamedTuple):
         """Whether the body is compressed, or otherwise not what its content type says."""
         return self.known.get(b"content-encoding", b"identity").lower() != b"identity"
 
-    @property
-    def names_place(self) -> bool:
-        """Whether a field says where something is (RFC 9110, sections 8.7 and 10.2.2)."""
-        return b"location" in self.known or b"content-location" in self.known
-
     def relative_to(self, origin: str) -> ResponseHead:
-        """Return the head with places at ``origin``, the worker's, as paths: clients find them here."""
+        """Return the head with places at ``origin``, the worker's, as paths: clients find them here.
+
+        A place is a Location or a Content-Location (RFC 9110, sections 10.2.2 and 8.7).
+        """
         scheme, _, authority = origin.encode("latin-1").partition(b":")
         place = rb"(?im)^((?:content-)?location: *)(?:%b:)?%b(?=[/?#\r])/?(?=([/\\\t])?)"
         places = re.compile(place % (re.escape(scheme), re.escape(authority)))

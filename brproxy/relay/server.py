@@ -102,7 +102,7 @@ class ClientProtocol(RequestHandler):
         waiter = self._waiter
         if waiter is None or waiter.done():
             self._head_has_begun = False
-            if self._messages:
+            if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):
                 self._note_damage()
         elif not self._head_has_begun:
             self._head_has_begun = True
@@ -150,8 +150,6 @@ class ClientProtocol(RequestHandler):
     def _note_damage(self) -> None:
         """Tell whoever reads a body that it is damaged: aiohttp would have it wait for ever."""
         # What could not be parsed is queued like a request, behind the one that it was found in.
-        if isinstance(self._messages[-1][0], RawRequestMessage):
-            return
         request = self._current_request
         body = self._messages[-2][1] if len(self._messages) > 1 else request and request.content
         if body and not body.is_eof() and body.exception() is None:
@@ -278,11 +276,11 @@ class RelayServer(web.Server):
         self._open.pop(connection, None)
 
     def _make_room(self, surplus: int) -> bool:
-        """Close idle connections, first those that would be closed next anyway; return whether there are any.
+        """Close idle connections, first those that are closed next anyway; return whether there are any.
 
-        ``surplus`` at least: were one closed for each that comes, what a burst has once taken beyond the
-        limit would stay taken until no file is left to accept with. And some at once: looking for them goes
-        through all.
+        ``surplus`` at least: were one closed for each that comes, what a burst, or anybody else, has once
+        taken beyond the limit would stay taken until no file is left to accept with. And some at once, as
+        looking for them goes through all.
         """
         idle = [connection for connection in self._open if connection.is_idle]
         count = max(surplus, 1 + len(idle) // 128)

@@ -44,12 +44,12 @@ def dispatcher_of(*limits):
 
 
 def test_each_wait_is_told_and_none_that_a_worker_has_spent():
-    dispatcher, log = dispatcher_of()
+    dispatcher, log = dispatcher_of(WorkerLimits(1), WorkerLimits(1))
     first = dispatcher.arrive(PendingRequest(1), 10.0)
     late = dispatcher.arrive(PendingRequest(1), 11.0)
-    dispatcher.decide(12.0, (True,))
+    dispatcher.decide(12.0, (True, False))
     dispatcher.retry(first, 100.0)
-    dispatcher.decide(103.0, (True,))
+    dispatcher.decide(103.0, (False, True))
     dispatcher.end(first, Event.FINISH)
     dispatcher.end(late, Event.EXPIRE, 111.0)
     assert log.lines == [

@@ -13,9 +13,9 @@ from brproxy.routing.policy import make_policy
 from brproxy.types import PendingRequest
 
 
-def rounds_of(slots=1, tick_s=0.01, wait_s_max=1000.0):
+def rounds_of(workers=1, tick_s=0.01, wait_s_max=1000.0):
     dispatcher = Dispatcher(
-        Ledger(Roster.of([WorkerLimits(slots)])),
+        Ledger(Roster.of([WorkerLimits(1)] * workers)),
         make_policy("br-0"),
         make_predictor("survival"),
         np.random.default_rng(0),
@@ -84,9 +84,10 @@ def test_a_round_that_raises_tells_what_it_has_done(where):
     def broken(*args, **named):
         raise ZeroDivisionError
 
-    dispatcher, rounds = rounds_of(slots=2)
+    dispatcher, rounds = rounds_of(workers=2)
     failed = dispatcher.arrive(PendingRequest(1), 0.0)
-    dispatcher.decide(0.0, (True,))
+    dispatcher.decide(0.0, (True, True))
+    # It goes to the other worker, before all others.
     dispatcher.retry(failed, 0.0)
     for _ in range(3):
         dispatcher.arrive(PendingRequest(1), 0.0)

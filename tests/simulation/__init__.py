@@ -37,6 +37,7 @@ By clients and workers, whenever something has come:
 * ``deliveries``: a request comes to workers once, once more for each retry, and once more for a kept
   connection that was closed (World._count_deliveries).
 
+* ``moves-on``: what a worker that is out has not even read goes to another (Members.stuck).
 * ``retries``: whoever is refused is tried elsewhere, and nobody is tried for ever (World._count_deliveries).
 
 Once all trouble is over:

@@ -11,6 +11,7 @@ from brproxy.happenings import Observer
 from brproxy.lifecycle import Entry, Event
 from brproxy.proxy.service import GroupService
 from brproxy.relay.states import State
+from brproxy.roster import MemberState
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.outside import ErrorLog
 from tests.simulation.workers import SCRIPT
@@ -170,7 +171,7 @@ class Checks:
         """Check ``proxy``, which nobody has asked anything so far, behind every event from now on."""
         self._proxy = proxy
         self._groups = [GroupChecks(service) for service in proxy.service.groups.values()]
-        self._tasks = asyncio.all_tasks(self._loop)
+        self._tasks = {task for task in asyncio.all_tasks(self._loop) if "Prober._run" not in str(task)}
 
     def check(self) -> None:
         """Raise Violation; called behind every event."""
@@ -216,11 +217,15 @@ class Checks:
             raise Violation(
                 "returns-to-zero", f"{handlers._requests} requests, {len(watch._watched)} exchanges"
             )
+        workers = sum(len(service.endpoints) for service in self._proxy.service.groups.values())
+        members = [one for group in self._proxy.service.fleet.groups for one in group.roster.members]
+        if any(one.state is not MemberState.ACTIVE for one in members):
+            raise Violation("nothing-left", f"members that were to go: {members}")
         tasks = self._tasks_since_start()
-        if tasks:
+        # Members come and go, and each that is there is checked.
+        if len(tasks) > workers or any("Prober._run" not in task for task in tasks):
             raise Violation("nothing-left", f"tasks: {tasks}")
         open_ = [t for t in self._loop.network.open if t.is_proxys]
-        workers = sum(len(service.endpoints) for service in self._proxy.service.groups.values())
         if any(t.is_clients for t in open_) or len(open_) > 2 * workers:
             raise Violation("nothing-left", f"connections: {open_}")
         timers = self._loop.timers()

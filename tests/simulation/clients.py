@@ -181,7 +181,7 @@ class Client:
         attempt = self._attempt(ask, answer)
         if ask.kind in {"bad", "page"}:
             # Models may be answered with what a worker said of them.
-            if b"Server got itself in trouble" in answer.body:
+            if b"Server got itself in trouble" in answer.body and 500 not in self._own_status:
                 self._wrong("no-500", f"request {ask.id} ({ask.kind}) is answered {answer.status}")
         elif attempt is None:
             self._judge_own(ask, answer)

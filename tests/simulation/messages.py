@@ -166,7 +166,8 @@ def _framed(ask: Ask, answer: Answer, parts: list[bytes]) -> tuple[list[bytes], 
     if answer.framing == "close":
         # Where its end is nobody can tell, but of a stream that says it.
         return [b"Connection: close\r\n\r\n", *parts], answer.done or not ask.stream
-    extra = [b"HTTP/1.1 200 Unasked\r\nContent-Length: 3\r\n\r\nxyz"] if answer.extra else []
+    # No response: one might come when the connection has the next request on it, and would be its answer.
+    extra = [b"unasked for\r\n\r\n"] if answer.extra else []
     if answer.framing == "length" and answer.kind != "garbage-body":
         return [closing + b"Content-Length: %d\r\n\r\n" % total, *parts, *extra], True
     end = b"0\r\n\r\n"

@@ -81,6 +81,16 @@ class MemoryTransport(asyncio.Transport):
         state = "closed" if self._closed else "closing" if self._closing else "open"
         return f"<{self.name} {state} incoming={len(self._incoming)}>"
 
+    @property
+    def unread(self) -> bytes:
+        """What has come and was not read."""
+        return bytes(self._incoming)
+
+    @property
+    def will_end(self) -> bool:
+        """Whether the peer has closed, whether or not that has been noticed."""
+        return self._eof_comes or self._reset_comes or self._closing
+
     def start(self, protocol: asyncio.Protocol) -> None:
         """Tell ``protocol`` that it is connected; from now on it reads."""
         self._link.network.open[self] = None

@@ -18,6 +18,7 @@ from tests.simulation.actions import Ask, Scenario, Trouble, Visit
 from tests.simulation.checks import Checks, Violation
 from tests.simulation.clients import OWN_STATUS, Client
 from tests.simulation.loop import START_S, DeadlockError, SpinningError, VirtualLoop
+from tests.simulation.members import Members
 from tests.simulation.outside import ON_PURPOSE, cut_off
 from tests.simulation.transport import PROXY
 from tests.simulation.workers import Record, Worker
@@ -60,7 +61,8 @@ class World:
         self._records: dict[int, Record] = {}
         self._raising: set[str] = set()
         self._checks: Checks
-        self._workers: list[Worker]
+        self._workers: list[Worker] = []
+        self._members: Members
         self._requests = 0
         self._is_stopped = False
 
@@ -91,11 +93,12 @@ class World:
 
     async def _main(self) -> None:
         loop, scenario = self._loop, self._scenario
-        wrong = self._checks.wrong
-        self._workers = [Worker(loop, i, self._records, wrong) for i in range(len(scenario.workers))]
+        for _ in scenario.workers:
+            self._start_worker()
         clock = LoopClock(loop)
         async with running_proxy(self._config(), clock=clock, listening=_listen) as proxy:
             self._follow(proxy)
+            self._look(proxy.service.limits.retries_max)
             visits = await self._play()
             if self._is_stopped:
                 loop.upheavals += 1
@@ -125,7 +128,20 @@ class World:
             for ended in dispatcher.happenings._ended:
                 if isinstance(ended.__self__, Learner):
                     ended.__self__.predictor = predictor
+        self._members = Members(self._loop, proxy.service.fleet.groups, self._workers, self._start_worker)
         self._checks.follow(proxy)
+
+    def _start_worker(self) -> Worker:
+        worker = Worker(self._loop, len(self._workers), self._records, self._checks.wrong)
+        self._workers.append(worker)
+        return worker
+
+    def _look(self, retries_max: int) -> None:
+        """Once a second: see that nobody stays with a worker that is out."""
+        stuck = self._members.stuck(retries_max)
+        if stuck is not None:
+            self._checks.wrong("moves-on", stuck)
+        self._loop.call_later(1.0, self._look, retries_max)
 
     # What happens.
 
@@ -171,6 +187,10 @@ class World:
         elif kind.startswith("health-"):
             worker.health = kind
             later(trouble.lasts_s, setattr, worker, "health", "well")
+        elif kind == "member-leaves":
+            self._members.leave(worker, trouble.lasts_s)
+        elif kind == "member-joins":
+            self._members.join_like(worker)
         elif kind == "freeze":
             worker.freeze()
             later(trouble.lasts_s, worker.thaw)
@@ -218,13 +238,18 @@ class World:
                 self._checks.wrong("deliveries", f"request {record.ask.id} went to workers {where}")
                 if len(where) > 2 * (retries + 1):
                     self._checks.wrong("retries", f"request {record.ask.id} went to workers {where}")
+            # All workers of a group are asked, if there are as many retries.
+            enough = min(retries + 1, self._workers_for(record.ask))
             if (
                 record.was_refused
                 and is_calm
-                and len(record.attempts) <= retries
+                and len(record.attempts) < enough
                 and record.ask.kind != "upload"
             ):
                 self._checks.wrong("retries", f"request {record.ask.id} is refused by {record.attempts[-1]}")
+
+    def _workers_for(self, ask: Ask) -> int:
+        return sum(group in {"", ask.model} for _, _, group in self._scenario.workers)
 
     async def _probe(self) -> None:
         """See that each group serves a request as if nothing had been."""

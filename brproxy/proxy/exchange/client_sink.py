@@ -10,7 +10,6 @@ from brproxy.relay.client import Client
 from brproxy.relay.fields import REQUEST_ID
 from brproxy.relay.framing import (
     Framing,
-    choose_framing,
     chunk,
     interim_head,
     last_chunk,
@@ -24,8 +23,10 @@ class ClientSink:
     """Where an answer to one request goes.
 
     ``has_head``: the client has been told the status, so that only more of the body can follow. ``chunked``:
-    the body goes out in chunks. ``write`` sends bytes that are framed already. ``request_id`` is told to the
-    client, unless the worker has.
+    the body goes out in chunks. ``ends_by_close``: the end of the connection is that of the body; it comes
+    when the outcome is settled, as else aiohttp cancels the handler as if the client had left, and that is
+    how the request would end in the books. ``write`` sends bytes that are framed already. ``request_id`` is
+    told to the client, unless the worker has.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class ClientSink:
         "_unsent",
         "chunked",
         "client",
+        "ends_by_close",
         "has_head",
         "request_id",
         "write",
@@ -45,6 +47,7 @@ class ClientSink:
         self.write = client.write
         self.has_head = False
         self.chunked = False
+        self.ends_by_close = False
         self.request_id = b""
         self._framing = Framing.NONE
         self._is_stream = False
@@ -58,12 +61,9 @@ class ClientSink:
 
     def upgraded(self, head: ResponseHead, rest: bytes) -> None:
         """Pass a 101 response on, and the worker's first bytes behind it."""
-        self._begin()
+        self.client.begin()
+        self.has_head = True
         self.write(upgrade_head(head) + rest)
-
-    def framing_for(self, head: ResponseHead, *, bodiless: bool, rewritten: bool) -> Framing:
-        """Return how a body of ``head`` is framed for this client; ``rewritten``: its length may change."""
-        return choose_framing(head, http10=self.client.is_http10, bodiless=bodiless, rewritten=rewritten)
 
     def begin(self, head: ResponseHead, framing: Framing, *, is_stream: bool) -> None:
         """Put the head in front of what is sent next; does nothing if the client has one already."""
@@ -74,8 +74,10 @@ class ClientSink:
         self.chunked = framing is Framing.CHUNKED
         if framing is Framing.UNTIL_CLOSE:
             client.keep_alive = False
+            self.ends_by_close = True
         more = b"" if REQUEST_ID in head.known else b"X-Request-Id: %b\r\n" % self.request_id
-        self._begin()
+        client.begin()
+        self.has_head = True
         self._unsent = response_head(
             head, framing, keep_alive=client.keep_alive, http10=client.is_http10, more=more
         )
@@ -115,15 +117,6 @@ class ClientSink:
             self._unsent += last_chunk(trailers)
         self.flush()
 
-    def close_if_unframed(self) -> None:
-        """Close the connection where that is the end of the body; to be called when the outcome is settled.
-
-        Else aiohttp cancels the handler as if the client had left, and that is how the request would end in
-        the books.
-        """
-        if self._framing is Framing.UNTIL_CLOSE:
-            self.client.close()
-
     def say(self, event: bytes) -> None:
         """Send what is held back and an event of the proxy's own, where that can be told from the rest."""
         self._corked = False
@@ -134,7 +127,3 @@ class ClientSink:
         if not self.client.transport.is_closing():
             self.say(event)
             self.client.close()
-
-    def _begin(self) -> None:
-        self.client.begin()
-        self.has_head = True

@@ -90,6 +90,7 @@ class WorkerAnswer(Exchange):
         self._attempt = attempt
         self._connection: WorkerConnection
         self._kind: Kind | None = None
+        self.receive: Callable[[bytes], None] = _ignore
         self._is_over = False
         self.sink = sink
         self.account = account
@@ -113,7 +114,8 @@ class WorkerAnswer(Exchange):
         # every new request would be written to memory that no cache holds, and others wait while it collects.
         self.receive, self.take_chunks, self._kind = _ignore, None, None
         self.sink.client.finish()
-        self._abandon()
+        if not self._is_over:
+            self._abandon()
 
     # What the worker's connection tells.
 
@@ -124,7 +126,8 @@ class WorkerAnswer(Exchange):
     def head(self, head: ResponseHead) -> None:
         """See Exchange.head."""
         self.progressed = True
-        if head.names_place:
+        known = head.known
+        if b"location" in known or b"content-location" in known:
             head = head.relative_to(self._connection.origin)
         if self.account.dialect.is_refusal(head.status):
             if self._attempt.may_move(Event.REFUSED):
@@ -133,8 +136,8 @@ class WorkerAnswer(Exchange):
                 self.moves_on(Event.REFUSED, f"it refused the request with status {head.status}")
                 return
             self.account.refused()
-        kind = self._kind_of(head)
-        self._become(kind)
+        self._kind = kind = self._kind_of(head)
+        self.receive = kind.receive
         if head.status >= _ERROR and not self.bodiless and isinstance(kind, Reply):
             kind.tell()
 
@@ -269,23 +272,23 @@ class WorkerAnswer(Exchange):
 
     def become_reply(self, head: ResponseHead) -> Reply:
         """Let the rest pass as it comes; return what it goes to."""
-        reply = Reply(self, head)
+        reply = Reply(self, head, is_read=False)
         self._become(reply)
         return reply
 
     def _become(self, kind: Kind) -> None:
         self._kind = kind
-        self.receive: Callable[[bytes], None] = kind.receive
+        self.receive = kind.receive
 
     def _kind_of(self, head: ResponseHead) -> Kind:
-        media_type = b"" if head.is_encoded or self.bodiless else head.media_type
+        media_type = b"" if self.bodiless or head.is_encoded else head.media_type
         if media_type == b"text/event-stream":
             return Stream(self, head)
         if self.sink.has_head:
             return LateReply(self)
         if head.status >= 500 and not head.is_encoded and self.may_move(Event.DIED):
             return ErrorBody(self, head)
-        return Reply(self, head)
+        return Reply(self, head, is_read=media_type == b"application/json" and head.status < 300)
 
     def _abandon(self) -> None:
         if not self._is_over:

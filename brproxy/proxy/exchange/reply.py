@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from brproxy.relay.framing import choose_framing
 from brproxy.relay.response import ResponseHead
 
 if TYPE_CHECKING:
@@ -15,18 +16,18 @@ class Reply:
 
     __slots__ = ("_answer", "_copy", "_copy_bytes", "_head")
 
-    def __init__(self, answer: WorkerAnswer, head: ResponseHead) -> None:
+    def __init__(self, answer: WorkerAnswer, head: ResponseHead, *, is_read: bool) -> None:
         self._answer = answer
         self._head = head
-        is_read = head.status < 300 and not head.is_encoded and head.media_type == b"application/json"
-        self._copy: list[bytes] | None = [] if is_read and not answer.bodiless else None
+        self._copy: list[bytes] | None = [] if is_read else None
         self._copy_bytes = 0
 
     def receive(self, payload: bytes) -> None:
         """See Kind.receive."""
         answer = self._answer
         answer.progressed = True
-        self.begin()
+        if not answer.has_begun:
+            self._begin()
         copy = self._copy
         if copy is not None:
             copy.append(payload)
@@ -44,21 +45,21 @@ class Reply:
         if self._copy:
             answer.account.reply(b"".join(self._copy))
         answer.account.learn()
-        self.begin()
+        if not answer.has_begun:
+            self._begin()
         sink.finish(trailers)
         answer.succeed()
-        sink.close_if_unframed()
+        if sink.ends_by_close:
+            sink.client.close()
 
     def tell(self) -> None:
         """Send the head before there is a body: an error is known by it, and its body may never come."""
-        self.begin()
+        self._begin()
         self._answer.sink.flush()
 
-    def begin(self) -> None:
-        """Put the head in front of what is sent next; does nothing if that was done already."""
+    def _begin(self) -> None:
         answer, sink = self._answer, self._answer.sink
-        if answer.has_begun:
-            return
-        framing = sink.framing_for(self._head, bodiless=answer.bodiless, rewritten=False)
+        http10 = sink.client.is_http10
+        framing = choose_framing(self._head, http10=http10, bodiless=answer.bodiless, rewritten=False)
         answer.begins()
         sink.begin(self._head, framing, is_stream=False)

@@ -16,7 +16,7 @@ from brproxy.journey import Event
 from brproxy.proxy.errors import stream_broke_off
 from brproxy.proxy.events import EventReader
 from brproxy.proxy.plain_chunks import plain_chunk_taker
-from brproxy.relay.framing import Framing
+from brproxy.relay.framing import Framing, choose_framing
 from brproxy.relay.response import ResponseHead
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ class Stream:
         self._account.learn()
         sink.finish(trailers)
         self._answer.succeed()
-        sink.close_if_unframed()
+        if sink.ends_by_close:
+            sink.client.close()
 
     def _pass_plain(self, data: bytes, events: int) -> None:
         """Pass on plain chunks as they came: the parser need not see whole chunks."""
@@ -141,8 +142,8 @@ class Stream:
         self._head = self._head.framing_only()
 
     def _framing(self) -> Framing:
-        account = self._account
-        return self._sink.framing_for(self._head, bodiless=False, rewritten=account.usage_was_added)
+        http10, rewritten = self._sink.client.is_http10, self._account.usage_was_added
+        return choose_framing(self._head, http10=http10, bodiless=False, rewritten=rewritten)
 
     def _pass_comments(self) -> None:
         """Pass on the comments that have come so far, in a head's wake; the request may still move on."""

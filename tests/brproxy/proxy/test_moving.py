@@ -290,7 +290,7 @@ async def test_a_target_means_the_same_to_all(target, seen, raw_worker, answerin
         (Reply, "end", fixed(b"{}")),
         (ClientSink, "begin", SERVED),
         (ClientSink, "finish", fixed(b"{}")),
-        (ClientSink, "framing_for", SERVED),
+        (ClientSink, "pass_on", SERVED),
     ],
 )
 async def test_a_bug_in_one_answer_ends_that_one(

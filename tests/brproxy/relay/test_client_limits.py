@@ -101,12 +101,12 @@ async def test_a_file_number_that_is_too_high_tells_that_files_run_out(serve, wi
     await within(client.answer(), "there are files enough")
 
 
-def highest_file_number():
+def greatest_file_number():
     return max(int(file.name) for file in Path("/proc/self/fd").iterdir())
 
 
 async def test_as_many_give_way_as_files_are_taken_beyond_the_limit(serve, within, stack):
-    number_max = highest_file_number() + 60
+    number_max = greatest_file_number() + 60
     connect = await serve(Answering(), limits=ClientLimits(file_number_max=number_max))
     clients = []
     for _ in range(10):

@@ -209,4 +209,4 @@ def test_a_place_at_the_worker_leads_nowhere_else(origin, rest):
     # What browsers make of it (WHATWG URL, section 4.4): no tabs, and a backslash is a slash.
     seen = urljoin("http://proxy/v1/x?y", place.replace("\t", "").replace("\\", "/"))
     assert urlsplit(seen).netloc == "proxy"
-    assert place.removeprefix("/.") == rest or place == "/" + rest
+    assert place in {rest, "/." + rest, "/" + rest}

@@ -1,0 +1,86 @@
+"""Workers that join a running group, are drained, leave it and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from brproxy.fleet import Group
+from brproxy.roster import MemberState, WorkerLimits
+from tests.simulation.loop import VirtualLoop
+from tests.simulation.workers import Worker
+
+
+class Members:
+    """The members of ``groups`` and the ``workers`` that they stand for; ``start`` starts one more worker."""
+
+    def __init__(
+        self, loop: VirtualLoop, groups: tuple[Group, ...], workers: list[Worker], start: Callable[[], Worker]
+    ) -> None:
+        self._loop = loop
+        self._groups = groups
+        self._workers = workers
+        self._start = start
+        self._out_s: dict[Worker, int] = {}
+
+    def leave(self, worker: Worker, lasts_s: float) -> None:
+        """Drain a worker, remove it in the middle of ``lasts_s`` and take it back behind; never the last."""
+        group = self._group_of(worker)
+        if group is None:
+            return
+        member = group.roster.find(worker.key)
+        active = [one for one in group.roster.members if one.state is MemberState.ACTIVE]
+        if member not in active or len(active) < 2:
+            return
+        group.drain(worker.key)
+        self._loop.call_later(lasts_s / 2, self._remove, group, member)
+        self._loop.call_later(lasts_s, self._come_back, group, member, worker)
+
+    def join(self, group: Group) -> None:
+        """Add a new worker."""
+        like = group.roster.members[0]
+        worker = self._start()
+        group.add(worker.key, like.limits, worker.url)
+
+    def join_like(self, worker: Worker) -> None:
+        """Add a new worker to the group of ``worker``."""
+        self.join(self._group_of(worker) or self._groups[0])
+
+    def _remove(self, group: Group, member: Any) -> None:
+        if member in group.roster.members:
+            group.remove(member.key)
+
+    def _come_back(self, group: Group, member: Any, worker: Worker) -> None:
+        if member in group.roster.members:
+            # Its last request has not ended yet.
+            self._loop.call_later(1.0, self._come_back, group, member, worker)
+        else:
+            limits = WorkerLimits(member.limits.slots, member.limits.kv_capacity_tokens)
+            group.add(worker.key, limits, worker.url)
+
+    def _group_of(self, worker: Worker) -> Group | None:
+        for group in self._groups:
+            if any(member.key == worker.key for member in group.roster.members):
+                return group
+        return None
+
+    def stuck(self, retries_max: int) -> str | None:
+        """Say which request stays unread with a worker that is out although there is another, if any does.
+
+        To be called once a second.
+        """
+        workers = {worker.key: worker for worker in self._workers}
+        for group in self._groups:
+            members = group.roster.members
+            for member in members:
+                worker = workers[member.key]
+                is_out = member.state is MemberState.ACTIVE and not member.is_routable
+                self._out_s[worker] = self._out_s.get(worker, 0) + 1 if is_out else 0
+                others = any(other.is_routable for other in members)
+                # The first look may come at once, and requests of the last moment are on their way.
+                if self._out_s[worker] < 2 or not others:
+                    continue
+                for record in worker.unanswered():
+                    if record.ask.kind in {"chat", "completion"} and len(record.attempts) < retries_max:
+                        return f"request {record.ask.id} stays with {worker.host}"
+        return None
