@@ -224,7 +224,11 @@ class Ledger:
         if not 0 <= worker < len(self._is_here) or not self._is_here[worker]:
             self.roster.member(worker)
         curve, length_max, certain = prospect or _NO_PROSPECT
-        curve, length_max = bounded(curve, _CURVE_MAX), bounded(length_max, LENGTH_UNLIMITED)
+        # Asked by a call only where something is odd: each request comes by here.
+        if type(curve) is not int or not 0 <= curve <= _CURVE_MAX:
+            curve = bounded(curve, _CURVE_MAX)
+        if type(length_max) is not int or not 0 <= length_max <= LENGTH_UNLIMITED:
+            length_max = bounded(length_max, LENGTH_UNLIMITED)
         certain = bool(certain)
         state = after(entry.state, Event.BIND)
         # From here on nothing can fail: each value fits its column, those of the entry since it arrived.

@@ -1,4 +1,4 @@
-"""The map says what is there: its files exist, every module is on it, the life of a request names functions."""
+"""The map says what is there: its files exist, all modules are on it, and a request takes steps that are."""
 
 import ast
 import re

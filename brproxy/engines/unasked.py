@@ -26,37 +26,32 @@ class UsageRemover:
     """Takes the events of one stream, and returns what the client gets of them.
 
     ``takes_fingerprint``: see Dialect.USAGE_TAKES_FINGERPRINT. At most one event is held. An event without
-    news for this passes as it came: plain ones may go by, as long as ``is_holding`` is False.
+    news for this passes as it came: plain ones may go by, as long as nothing is ``held``.
     """
 
-    __slots__ = ("_held", "_is_for_all", "_takes_fingerprint")
+    __slots__ = ("_is_for_all", "_takes_fingerprint", "held")
 
     def __init__(self, *, takes_fingerprint: bool) -> None:
         self._takes_fingerprint = takes_fingerprint
-        self._held = b""
+        self.held = b""
         self._is_for_all = False
-
-    @property
-    def is_holding(self) -> bool:
-        """Whether an event waits for the next one."""
-        return bool(self._held)
 
     def pass_on(self, event: bytes, facts: EventFacts) -> bytes:
         """Return what goes to the client now that ``event`` has come, with its blank line."""
-        held, self._held = self._held, b""
+        held, self.held = self.held, b""
         if facts.usage_only and not self._is_for_all:
             # Blank lines before an event are the worker's own.
             return _with_fingerprint(held, event) + event[: -len(event.lstrip(b"\r\n"))]
         if facts.usage is not None and not facts.finishes:
             self._is_for_all = True
         if facts.finishes and self._takes_fingerprint and _FINGERPRINT_KEY not in event:
-            self._held = event
+            self.held = event
             return held
         return held + event
 
     def rest(self) -> bytes:
         """Return what is still held, when no more comes."""
-        held, self._held = self._held, b""
+        held, self.held = self.held, b""
         return held
 
 

@@ -40,30 +40,26 @@ class EventReader:
     @property
     def is_between(self) -> bool:
         """Whether the last event that has come is whole, and known to be worth passing on."""
-        is_holding = self._remover is not None and self._remover.is_holding
+        is_holding = self._remover is not None and self._remover.held
         return self.is_taken and not self._splitter.tail and not is_holding
 
-    def read(self, payload: bytes) -> EventFacts | None:
-        """Take in bytes of the stream.
+    def read(self, payload: bytes, events: list[bytes] | None = None) -> EventFacts | None:
+        """Take in bytes of the stream; ``events`` are what they are already known to be.
 
         Returns what the first event says if that turns the request down, and then waits: ``go_on`` has it and
         all that follows pass after all.
         """
-        return self._read(self._splitter.feed(payload))
-
-    def go_on(self) -> None:
-        """Take the event that turned the request down for the answer."""
-        self.is_taken = True
-        events, self._rest = self._rest, []
-        self._read(events)
-
-    def _read(self, events: list[bytes]) -> EventFacts | None:
-        account = self._account
+        account, remover = self._account, self._remover
+        if events is None:
+            events = self._splitter.feed(payload)
         plain_events = 0
         for position, event in enumerate(events):
             if account.plain is not None and account.plain.matches(event):
                 plain_events += 1
-                self._held += self._wanted(event, PLAIN_TOKENS)
+                if remover is None or not remover.held:
+                    self._held += event
+                else:
+                    self._held += remover.pass_on(event, PLAIN_TOKENS)
                 continue
             # Before a report of all tokens so far, which the next event may be.
             if plain_events:
@@ -73,7 +69,7 @@ class EventReader:
             if (facts.refused or facts.died) and not self.is_taken:
                 self._rest = events[position:]
                 return facts
-            self._held += self._wanted(event, facts)
+            self._held += event if remover is None else remover.pass_on(event, facts)
             # Comments may come before the first data, which alone tells if it was taken.
             if facts is not NO_DATA or len(self._held) > HELD_BYTES_MAX:
                 self.is_taken = True
@@ -81,9 +77,11 @@ class EventReader:
             account.count(plain_events)
         return None
 
-    def _wanted(self, event: bytes, facts: EventFacts) -> bytes:
-        """Return what the client gets now that ``event`` has come."""
-        return event if self._remover is None else self._remover.pass_on(event, facts)
+    def go_on(self) -> None:
+        """Take the event that turned the request down for the answer."""
+        self.is_taken = True
+        events, self._rest = self._rest, []
+        self.read(b"", events)
 
     def take(self) -> bytes:
         """Return what goes on to the client, b"" for nothing yet."""
@@ -103,7 +101,7 @@ class EventReader:
     def end(self) -> EventFacts | None:
         """Take what is left for an event, for there is no more; returns what ``read`` does."""
         tail, self._splitter.tail = self._splitter.tail, b""
-        facts = self._read([tail]) if tail else None
+        facts = self.read(tail, [tail]) if tail else None
         if facts is None and self._remover is not None:
             self._held += self._remover.rest()
         return facts

@@ -26,11 +26,10 @@ class ClientSink:
     the body goes out in chunks. ``ends_by_close``: the end of the connection is that of the body; it comes
     when the outcome is settled, as else aiohttp cancels the handler as if the client had left, and that is
     how the request would end in the books. ``write`` sends bytes that are framed already. ``request_id`` is
-    told to the client, unless the worker has.
+    told to the client, unless the worker has. ``is_corked``: the last of the answer is being put together.
     """
 
     __slots__ = (
-        "_corked",
         "_framing",
         "_is_stream",
         "_unsent",
@@ -38,6 +37,7 @@ class ClientSink:
         "client",
         "ends_by_close",
         "has_head",
+        "is_corked",
         "request_id",
         "write",
     )
@@ -51,7 +51,7 @@ class ClientSink:
         self.request_id = b""
         self._framing = Framing.NONE
         self._is_stream = False
-        self._corked = False
+        self.is_corked = False
         self._unsent = b""
 
     def interim(self, head: ResponseHead) -> None:
@@ -92,18 +92,20 @@ class ClientSink:
         """Send more of the body."""
         # Without bytes there is nothing to frame: an empty chunk would be the end.
         if payload:
-            self._unsent += chunk(payload) if self.chunked else payload
-        if not self._corked:
+            payload = chunk(payload) if self.chunked else payload
+            if self.is_corked:
+                self._unsent += payload
+            elif self._unsent:
+                self.write(self._unsent + payload)
+                self._unsent = b""
+            else:
+                self.write(payload)
+        elif not self.is_corked:
             self.flush()
-
-    @property
-    def is_corked(self) -> bool:
-        """Whether the last of the answer is being put together."""
-        return self._corked
 
     def cork(self) -> None:
         """Hold back what is passed on until ``finish``: all that is left goes out in one write."""
-        self._corked = True
+        self.is_corked = True
 
     def flush(self) -> None:
         """Write what has come together: a write is a system call, and those are what a relay costs."""
@@ -119,7 +121,7 @@ class ClientSink:
 
     def say(self, event: bytes) -> None:
         """Send what is held back and an event of the proxy's own, where that can be told from the rest."""
-        self._corked = False
+        self.is_corked = False
         self.pass_on(event if self.can_say_more else b"")
 
     def end_with(self, event: bytes) -> None:

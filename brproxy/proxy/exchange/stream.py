@@ -76,7 +76,8 @@ class Stream:
         if not self._head.is_framed and not events.ends_properly(self._answer.path):
             self._end_broken()
             return
-        if self._turns_down(events.end()):
+        facts = events.end()
+        if facts is not None and self._turns_down(facts):
             return
         if not self._answer.has_begun:
             self._begin()
@@ -95,7 +96,8 @@ class Stream:
 
     def _receive_exactly(self, payload: bytes) -> None:
         answer, events = self._answer, self._events
-        if self._turns_down(events.read(payload)):
+        facts = events.read(payload)
+        if facts is not None and self._turns_down(facts):
             return
         if events.is_taken:
             if not answer.has_begun:
@@ -110,10 +112,8 @@ class Stream:
         else:
             answer.take_chunks = None
 
-    def _turns_down(self, facts: EventFacts | None) -> bool:
+    def _turns_down(self, facts: EventFacts) -> bool:
         """Tell whether another worker gets the request that ``facts`` turn down; else they are the answer."""
-        if facts is None:
-            return False
         event = Event.DIED if facts.died else Event.REFUSED
         if self._answer.may_move(event):
             self._is_turned_down = True

@@ -90,7 +90,7 @@ def test_others_only_send_one_event_more(name):
     remover = UsageRemover(takes_fingerprint=make_dialect(name).USAGE_TAKES_FINGERPRINT)
     last = finish(0)
     assert remover.pass_on(last, make_dialect(name).read_event(last[6:-2])) == last
-    assert not remover.is_holding
+    assert not remover.held
     events = [content(0, "a"), last, event(choices=[], usage=USAGE), DONE]
     assert without_usage(make_dialect(name), events) == events[0] + events[1] + DONE
 

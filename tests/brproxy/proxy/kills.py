@@ -33,6 +33,10 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGUSR
 HOWS = (*SIGNALS, "poison")
 
 
+class LoadError(Exception):
+    """What was to be unanswered when a worker dies had an answer before."""
+
+
 class Load(NamedTuple):
     """How many streams, of which two thirds begin at once, and other requests.
 
@@ -56,7 +60,7 @@ class Case:
         self.table = []
         begun = load.streams * 2 // 3
         self.begun = [
-            Ask(f"begun-{i}", stream=True, prefill_s=0.0, interval_s=0.25, tokens=2000) for i in range(begun)
+            Ask(f"begun-{i}", stream=True, prefill_s=0.0, interval_s=0.25, tokens=1200) for i in range(begun)
         ]
         self.held = self._unanswered("held", load.streams - begun, load.requests)
         self.late = self._unanswered("late", load.streams // 10, load.requests // 10)
@@ -113,7 +117,8 @@ class Case:
     def _die(self):
         self.victims = [self.workers[0]]
         self.at_signal = {worker.name: worker.reached() for worker in self.workers}
-        self.answered_before = {ask.name for ask in self.held if ask.first_s is not None}
+        if any(ask.first_s for ask in self.held):
+            raise LoadError("the load took longer than a prefill: this machine needs a longer --prefill-s")
         self.signal_s = time.monotonic()
         if self.how == "poison":
             self.poison.start(self.proxy.port)
@@ -137,15 +142,21 @@ class Case:
             await until(lambda: all(ask.has_ended or ask.first_s for ask in moving))
 
     def on_victims(self, asks):
-        """Those of ``asks`` that were with a worker that died, and had no answer before if they were held."""
+        """Those of ``asks`` that were with a worker that died."""
         there = set().union(*(self.at_signal[worker.name] for worker in self.victims))
-        return [ask for ask in asks if ask.name in there - self.answered_before]
+        return [ask for ask in asks if ask.name in there]
 
     def moved_s(self, ask):
         """When ``ask`` reached a worker that lives on after the signal, None if it has not."""
         others = [worker for worker in self.workers if worker not in self.victims]
         times = [worker.reached().get(ask.name, 0.0) for worker in others]
         return next((at_s for at_s in times if at_s > self.signal_s), None)
+
+    def unsettled(self):
+        """Say who has not ended, and the last that the proxy logged."""
+        names = [ask.name for ask in self.asks if not ask.has_ended]
+        last = self.proxy.log.read_text()[-500:]
+        return f"{len(names)} have not ended: {', '.join(names[:20])}; the proxy's last words: {last}"
 
     # What to make of it.
 
@@ -270,6 +281,8 @@ async def kills(how, load, *, timeout_s=TIMEOUT_S, limit_s=300.0):
             try:
                 async with asyncio.timeout(limit_s):
                     await case.run()
+            except TimeoutError:
+                raise TimeoutError(f"{limit_s:g} s have passed, and {case.unsettled()}") from None
             finally:
                 for ask in (*case.asks, case.poison):
                     ask.cancel()

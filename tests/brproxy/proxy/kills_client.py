@@ -25,7 +25,7 @@ class Ask:
         self.stream = stream
         self.tokens = tokens
         self.status = 0
-        self.body = b""
+        self.body = bytearray()
         self.first_s = self.last_s = None
         self.is_whole = False
         order = {"name": name, "prefill_s": prefill_s, "interval_s": interval_s}
@@ -48,7 +48,7 @@ class Ask:
 
     @property
     def has_ended(self):
-        return self._task.done()
+        return self._task is not None and self._task.done()
 
     async def end(self):
         await self._task
@@ -113,4 +113,4 @@ class Ask:
 
     def __str__(self):
         what = "stream" if self.stream else "request"
-        return f"{what} {self.name} ({self.status}, whole: {self.is_whole}): …{self.body[-200:]!r}"
+        return f"{what} {self.name} ({self.status}, whole: {self.is_whole}): …{bytes(self.body[-200:])!r}"
