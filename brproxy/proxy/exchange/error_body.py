@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 HELD_BYTES_MAX = 1 << 16
 """An engine says in a few hundred bytes that it is dead; what is longer passes as any error does."""
 
-
 HELD_S = 0.8
-"""And at once: an error whose body does not come is told without it (seconds)."""
+"""It says that at once: an error whose body does not come is told without it (seconds)."""
 
 
 class ErrorBody:

@@ -26,7 +26,8 @@ class Reply:
         """See Kind.receive."""
         answer = self._answer
         answer.progressed = True
-        self.begin()
+        if not answer.has_begun:
+            self._begin()
         copy = self._copy
         if copy is not None:
             copy.append(payload)
@@ -44,7 +45,8 @@ class Reply:
         if self._copy:
             answer.account.reply(b"".join(self._copy))
         answer.account.learn()
-        self.begin()
+        if not answer.has_begun:
+            self._begin()
         sink.finish(trailers)
         answer.succeed()
         if sink.ends_by_close:
@@ -52,14 +54,11 @@ class Reply:
 
     def tell(self) -> None:
         """Send the head before there is a body: an error is known by it, and its body may never come."""
-        self.begin()
+        self._begin()
         self._answer.sink.flush()
 
-    def begin(self) -> None:
-        """Put the head in front of what is sent next; does nothing if that was done already."""
+    def _begin(self) -> None:
         answer, sink = self._answer, self._answer.sink
-        if answer.has_begun:
-            return
         http10 = sink.client.is_http10
         framing = choose_framing(self._head, http10=http10, bodiless=answer.bodiless, rewritten=False)
         answer.begins()
