@@ -16,7 +16,7 @@ Promises, with the check that holds each. Behind every event of the loop:
   in requests (GroupChecks._check_books).
 * ``ends-once``: every request that came in is in the ledger or has ended, once (GroupChecks.check).
 * ``round-due``: while anybody waits, a decision round is due (GroupChecks.check).
-* ``limits``: nobody is over a limit: requests at once, requests that wait, slots, idle connections
+* ``limits``: nobody is over a limit: requests at once, requests that wait, slots, idle connections, bodies
   (GroupChecks.check, _check_books, _check_pool; Checks.check).
 * ``bounded-buffers``: for a client that does not read, little waits (Checks._check_proxy).
 * ``one-owner``: a connection in the pool is there once, and nobody uses it (GroupChecks._check_pool).

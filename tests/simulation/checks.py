@@ -198,6 +198,9 @@ class Checks:
         limit = proxy.service.limits.requests_max
         if not 0 <= handlers._requests <= limit:
             raise Violation("limits", f"{handlers._requests} requests of at most {limit}")
+        room: Any = proxy.service.body_room
+        if not 0 <= room.taken_bytes <= room._bytes_max:
+            raise Violation("limits", f"bodies have {room.taken_bytes} bytes of {room._bytes_max}")
 
     def complain(self) -> None:
         """Raise what the loop or a log was told as an error."""

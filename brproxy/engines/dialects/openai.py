@@ -82,11 +82,15 @@ class OpenAIDialect(Dialect):
         choices = document.get("choices")
         if isinstance(choices, list):
             usage = _usage_in(document)
+            has_tokens = finishes = False
+            for choice in choices:
+                has_tokens = has_tokens or _has_output(choice)
+                finishes = finishes or (type(choice) is dict and choice.get("finish_reason") is not None)
             return EventFacts(
-                has_tokens=any(_has_output(choice) for choice in choices),
+                has_tokens=has_tokens,
                 usage=usage,
                 usage_only=not choices and usage is not None,
-                finishes=any(_is_finished(choice) for choice in choices),
+                finishes=finishes,
                 sequence=_sequence(choices[0]) if usage is not None and choices else None,
             )
         meta = document.get("meta_info")
@@ -163,10 +167,6 @@ def _has_output(choice: object) -> bool:
         return True
     delta = choice.get("delta")
     return isinstance(delta, dict) and any(delta.get(key) for key in _TEXT_KEYS)
-
-
-def _is_finished(choice: object) -> bool:
-    return isinstance(choice, dict) and choice.get("finish_reason") is not None
 
 
 def _sequence(holder: object) -> int:
