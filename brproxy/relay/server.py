@@ -72,6 +72,9 @@ class ClientLimits:
     unread_s: float = 120.0
 
 
+_USUAL_LIMITS = ClientLimits()
+
+
 class ClientProtocol(RequestHandler):
     """aiohttp's server protocol, with limits, which also tells whoever writes how fast the client reads."""
 
@@ -225,7 +228,7 @@ class RelayServer(web.Server):
         handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
         body_bytes_max: int,
         *,
-        limits: ClientLimits = ClientLimits(),
+        limits: ClientLimits = _USUAL_LIMITS,
         error_page: Callable[[int, str], web.Response] = _plain_page,
         **settings: Any,
     ) -> None:

@@ -300,9 +300,10 @@ def test_a_scanned_body_says_what_a_parsed_one_does(data):
     }
     body = json.dumps(document, indent=data.draw(st.sampled_from([None, 2]))).encode()
     parsed = read(TEXTS, body)
+    member_bytes_max = data.draw(st.sampled_from([8, 4096]))
     limits = body_module.PARSED_BYTES_MAX, body_module.VALUES_MAX, body_module._MEMBER_BYTES_MAX
     body_module.PARSED_BYTES_MAX = body_module.VALUES_MAX = 0
-    body_module._MEMBER_BYTES_MAX = data.draw(st.sampled_from([8, 4096]))
+    body_module._MEMBER_BYTES_MAX = member_bytes_max
     try:
         scanned = read(TEXTS, body)
     finally:

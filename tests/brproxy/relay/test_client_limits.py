@@ -142,7 +142,7 @@ async def test_dripping_does_not_make_a_head_last_longer(serve, within):
     client.send(b"GET / HTTP/1.1\r\n")
 
     async def drip():
-        while not client.reader.at_eof():
+        while not client.reader.at_eof() and not client.writer.is_closing():
             client.send(b"X: y\r\n")
             await asyncio.sleep(0.01)
 
