@@ -38,6 +38,7 @@ By clients and workers, whenever something has come:
   connection that was closed (World._count_deliveries).
 
 * ``moves-on``: what a worker that is out has not even read goes to another (Members.stuck).
+* ``runs``: what a worker may have worked on goes to one more at most (World._count_deliveries).
 * ``retries``: whoever is refused is tried elsewhere, and nobody is tried for ever (World._count_deliveries).
 
 Once all trouble is over:

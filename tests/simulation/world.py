@@ -26,6 +26,10 @@ from tests.simulation.workers import Record, Worker
 PATIENCE_S = 600.0
 """Within which every visit must have ended once the last has begun: far more than all limits together."""
 
+RUNS_MAX = 3
+"""Times that a request may come to a worker that does not refuse it: one, one more as that broke off, and one
+on a connection that was closed already."""
+
 SETTLE_S = 16.0
 """After which workers are healthy again, and everything idle was closed."""
 
@@ -238,6 +242,9 @@ class World:
                 self._checks.wrong("deliveries", f"request {record.ask.id} went to workers {where}")
                 if len(where) > 2 * (retries + 1):
                     self._checks.wrong("retries", f"request {record.ask.id} went to workers {where}")
+            ran = [attempt.worker for attempt in record.attempts if not attempt.response.is_refusal]
+            if len(ran) > RUNS_MAX:
+                self._checks.wrong("runs", f"request {record.ask.id} may have run on workers {ran}")
             # All workers of a group are asked, if there are as many retries.
             enough = min(retries + 1, self._workers_for(record.ask))
             if (
