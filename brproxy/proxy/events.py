@@ -43,6 +43,11 @@ class EventReader:
         is_holding = self._remover is not None and self._remover.held
         return self.is_taken and not self._splitter.tail and not is_holding
 
+    @property
+    def has_held(self) -> bool:
+        """Whether something whole is held back."""
+        return bool(self._held)
+
     def read(self, payload: bytes, events: list[bytes] | None = None) -> EventFacts | None:
         """Take in bytes of the stream; ``events`` are what they are already known to be.
 

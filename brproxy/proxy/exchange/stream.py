@@ -103,7 +103,7 @@ class Stream:
             if not answer.has_begun:
                 self._begin()
             self._sink.pass_on(events.take())
-        elif self._timer is None and not self._sink.is_corked:
+        elif self._timer is None and events.has_held and not self._sink.is_corked:
             self._timer = asyncio.get_running_loop().call_later(COMMENTS_S, self._pass_comments)
         self._is_whole = events.is_between
         plain = self._account.plain

@@ -196,7 +196,9 @@ def check_break(exchange, sent, got, proxied, *, is_stream):
 
 
 def check_heads(exchange, direct, proxied):
-    assert (proxied.status, proxied.reason) == (direct.status, direct.reason)
+    # No reason phrase may hold control characters, so the proxy takes them out.
+    reason = re.sub(r"[\x00-\x08\x0a-\x1f\x7f]", "", direct.reason)
+    assert (proxied.status, proxied.reason) == (direct.status, reason)
     may_lose_length = exchange.usage_is_added
     wanted = end_to_end(direct.fields, FRAMING)
     assert end_to_end(proxied.fields, FRAMING) == wanted, f"{proxied.fields} for {direct.fields}"

@@ -149,6 +149,24 @@ async def test_a_client_that_has_had_comments_is_told_when_nobody_answers(start_
     await proxy.idle()
 
 
+async def test_a_head_alone_is_no_sign_of_life_and_waits_for_what_it_is_the_head_of(
+    start_pair, answering, raw
+):
+    async def script(worker, reader, writer):
+        await worker.read_request(reader)
+        writer.write(CHUNKED_STREAM + as_chunk(CHUNK[:9]))
+        # Longer than comments would be held.
+        await asyncio.sleep(1.0)
+        writer.transport.abort()
+
+    answer = fixed(b'{"error":{"message":"no such"}}', status=b"400 Bad Request")
+    proxy, _ = await start_pair(script, answering(answer))
+    client = await raw(proxy)
+    client.send(post(CHAT, ASK))
+    assert (await client.answer()).status == 400
+    await proxy.idle()
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/load_lora_adapter"])
 async def test_a_kept_connection_that_closes_at_once_was_closed_before(path, raw_worker, start_proxy, raw):
     async def script(worker, reader, writer):
