@@ -107,6 +107,10 @@ class ClientSink:
         """Hold back what is passed on until ``finish``: all that is left goes out in one write."""
         self.is_corked = True
 
+    def uncork(self) -> None:
+        """Pass on at once what comes from now on."""
+        self.is_corked = False
+
     def flush(self) -> None:
         """Write what has come together: a write is a system call, and those are what a relay costs."""
         if self._unsent:
@@ -121,7 +125,7 @@ class ClientSink:
 
     def say(self, event: bytes) -> None:
         """Send what is held back and an event of the proxy's own, where that can be told from the rest."""
-        self.is_corked = False
+        self.uncork()
         self.pass_on(event if self.can_say_more else b"")
 
     def end_with(self, event: bytes) -> None:

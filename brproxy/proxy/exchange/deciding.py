@@ -105,6 +105,8 @@ class WorkerAnswer(Exchange):
     def send(self, connection: WorkerConnection, request: bytes, *, whole: bool) -> None:
         """Put the request on ``connection``."""
         self._connection = connection
+        # An earlier answer may have been turned down at its very end.
+        self.sink.uncork()
         connection.send(self, request, whole=whole)
         self.sink.client.follow(self)
 

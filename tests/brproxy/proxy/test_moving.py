@@ -149,6 +149,35 @@ async def test_a_client_that_has_had_comments_is_told_when_nobody_answers(start_
     await proxy.idle()
 
 
+TURNED_DOWN = {
+    "refused": CHUNKED_STREAM + chunks(REFUSED, DONE),
+    "without [DONE]": b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + CHUNK[:20],
+}
+
+
+@pytest.mark.parametrize("turned_down", TURNED_DOWN.values(), ids=TURNED_DOWN)
+async def test_a_stream_that_comes_after_one_that_was_turned_down_at_its_end_still_streams(
+    turned_down, start_pair, answering, raw
+):
+    go_on = asyncio.Event()
+
+    async def script(worker, reader, writer):
+        await worker.read_request(reader)
+        writer.write(CHUNKED_STREAM + as_chunk(CHUNK))
+        await go_on.wait()
+        writer.write(chunks(CHUNK, DONE))
+        await reader.read()
+
+    proxy, _ = await start_pair(answering(turned_down, close=True), script)
+    client = await raw(proxy)
+    client.send(post(CHAT, ASK))
+    while CHUNK not in client.received:
+        client.received += await client.reader.read(1 << 16)
+    go_on.set()
+    assert (await client.answer()).body == CHUNK + CHUNK + DONE
+    await proxy.idle()
+
+
 async def test_a_head_alone_is_no_sign_of_life_and_waits_for_what_it_is_the_head_of(
     start_pair, answering, raw
 ):
