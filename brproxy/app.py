@@ -122,7 +122,7 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
             stall_s=timeouts.client_stall_s,
             whole_s=timeouts.client_body_s,
         ),
-        body_room=BodyRoom(limits.bodies_bytes_max),
+        body_room=BodyRoom(limits.bodies_bytes_max, limits.retry_after_s),
         relay_limits=RelayLimits(
             first_byte_s=timeouts.first_byte_s,
             stall_s=timeouts.stall_s,

@@ -70,7 +70,7 @@ class Attempts:
                 action = await self._send(afresh=action is Action.SEND_AFRESH)
             if action is not Action.WAIT:
                 break
-            await self._move(worker)
+            await self._move()
         if action is Action.ANSWER:
             raise self._failure()
 
@@ -137,7 +137,9 @@ class Attempts:
         # Put together here and not kept: the frame stays as long as the stream.
         answer.send(
             connection,
-            request_head(self._sink.client.method, incoming.target, endpoint.host_field, self._lines())
+            request_head(
+                self._sink.client.method, incoming.target, endpoint.host_field, self._lines(member.lines)
+            )
             + upload.framed_beginning(),
             whole=upload.is_whole,
         )
@@ -154,10 +156,10 @@ class Attempts:
             watch.discard(answer)
             answer.close()
 
-    def _lines(self) -> bytes:
+    def _lines(self, lines_of_worker: bytes) -> bytes:
         """Return the header fields for the worker, but for its name."""
         incoming = self._incoming
-        lines = incoming.lines + incoming.upload.framing(self._sink.client.method)
+        lines = incoming.lines + lines_of_worker + incoming.upload.framing(self._sink.client.method)
         if not incoming.accept_encoding:
             return lines
         if self._usage_was_added:
@@ -167,7 +169,9 @@ class Attempts:
 
     def _not_connected(self, error: WorkerFailedError) -> Action:
         if isinstance(error, ShortageError):
-            return self._after(Event.SHORTAGE, errors.no_connection_left(str(error)))
+            return self._after(
+                Event.SHORTAGE, errors.no_connection_left(str(error), self._service.limits.retry_after_s)
+            )
         # Without active checks nothing would ever bring the worker back.
         if self._service.health_checks:
             now_s = self._service.clock.now_s()
@@ -176,9 +180,9 @@ class Attempts:
             )
         return self._after(Event.UNREACHABLE, error)
 
-    async def _move(self, worker: WorkerIndex) -> None:
-        """Take the request back from ``worker``, so that another gets it."""
-        name, limits = self._group.member(worker).key, self._service.limits
+    async def _move(self) -> None:
+        """Take the request back from its worker, so that another gets it."""
+        name, limits = self._group.member(self._worker).key, self._service.limits
         log.warning("worker %s failed before its first byte: %s", name, self._error)
         # Whoever has just failed need not be the only one: all at once would be a storm.
         await asyncio.sleep(self._journey.wait_s(limits.retry_wait_s, limits.retry_wait_s_max))

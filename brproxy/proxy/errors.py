@@ -95,7 +95,7 @@ def body_too_slow(seconds: float) -> ProxyError:
     )
 
 
-def no_room_for_bodies(limit_bytes: int, retry_after_s: int = 1) -> ProxyError:
+def no_room_for_bodies(limit_bytes: int, retry_after_s: int) -> ProxyError:
     """Return 429: the bodies of all requests together exceed ``limits.bodies_bytes_max``."""
     return ProxyError(
         HTTPStatus.TOO_MANY_REQUESTS,
@@ -105,9 +105,11 @@ def no_room_for_bodies(limit_bytes: int, retry_after_s: int = 1) -> ProxyError:
     )
 
 
-def no_connection_left(reason: str) -> ProxyError:
+def no_connection_left(reason: str, retry_after_s: int) -> ProxyError:
     """Return 503: this machine, not a worker, could open no connection."""
-    return ProxyError(HTTPStatus.SERVICE_UNAVAILABLE, f"Overloaded: {reason}.", "overloaded_error", 1)
+    return ProxyError(
+        HTTPStatus.SERVICE_UNAVAILABLE, f"Overloaded: {reason}.", "overloaded_error", retry_after_s
+    )
 
 
 def pool_full(message: str, retry_after_s: int) -> ProxyError:

@@ -288,7 +288,11 @@ class WorkerAnswer(Exchange):
             return Stream(self, head)
         if self.sink.has_head:
             return LateReply(self)
-        if head.status >= 500 and not head.is_encoded and self.may_move(Event.DIED):
+        if (
+            self.account.dialect.may_tell_death(head.status)
+            and not head.is_encoded
+            and self.may_move(Event.DIED)
+        ):
             return ErrorBody(self, head)
         return Reply(self, head, is_read=media_type == b"application/json" and head.status < 300)
 

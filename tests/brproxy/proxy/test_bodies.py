@@ -92,7 +92,9 @@ async def test_a_chunk_that_is_none_is_a_400_at_once(start, damage, served, raw)
 
 
 async def test_all_bodies_together_have_a_limit(served, raw):
-    proxy, _ = await served(limits={"bodies_bytes_max": 100_000}, timeouts={"client_stall_s": 60.0})
+    proxy, _ = await served(
+        limits={"bodies_bytes_max": 100_000, "retry_after_s": 7}, timeouts={"client_stall_s": 60.0}
+    )
     room = proxy.running.service.body_room
     first = await raw(proxy)
     first.send(CHUNKED, as_chunk(b" " * 90_000))
@@ -102,7 +104,7 @@ async def test_all_bodies_together_have_a_limit(served, raw):
     body = ASK + b" " * 20_000
     second.send(post(CHAT, body))
     answer = await second.answer()
-    assert (answer.status, answer.one(b"Retry-After")) == (429, b"1")
+    assert (answer.status, answer.one(b"Retry-After")) == (429, b"7")
     assert orjson.loads(answer.body)["error"]["type"] == "rate_limit_error"
     first.send(as_chunk(ASK), b"0\r\n\r\n")
     assert (await first.answer()).status == 200
@@ -125,7 +127,7 @@ async def test_a_client_that_leaves_gives_its_room_back(served, raw):
 
 
 def test_room_that_is_not_there_is_not_taken():
-    room = BodyRoom(10)
+    room = BodyRoom(10, 1)
     room.take(7)
     with pytest.raises(ProxyError):
         room.take(4)

@@ -121,3 +121,15 @@ async def test_time_with_a_worker_that_failed_is_no_wait(start_worker, start_emu
     assert 'brproxy_wait_seconds_bucket{group="default",le="0.1"} 2.0' in text
     key = proxy.groups[0].roster.member(0).key
     assert f'brproxy_retries_total{{group="default",worker="{key}"}} 1.0' in text
+
+
+async def test_every_request_has_the_lines_of_its_member(start_worker, start_proxy, client, answer, fixed):
+    workers = [await start_worker(answer(fixed(b"{}"))) for _ in range(2)]
+    proxy = await start_proxy([workers[0].url], health=False)
+    group = proxy.groups[0]
+    group.drain(group.roster.member(0).key)
+    group.add("second", WorkerLimits(8), workers[1].url, b"X-Rank: 3\r\n")
+    assert (await ask(client, proxy))[0] == 200
+    ((_, fields, _),) = workers[1].requests
+    assert fields["x-rank"] == "3"
+    await proxy.idle()
