@@ -56,8 +56,7 @@ class Rounds:
             if dispatcher.undecidable:
                 self._end(dispatcher.undecidable.copy(), Event.FAIL, now_s, settled)
             if dispatcher.waiting.count:
-                late = dispatcher.waiting.late(now_s, dispatcher.limits.wait_s_max)
-                self._end((entry.id for entry in late), Event.EXPIRE, now_s, settled)
+                self._end(dispatcher.expired(now_s), Event.EXPIRE, now_s, settled)
         except Exception as error:  # noqa: BLE001 - as above
             dispatcher.faults.note("round", error)
         return settled

@@ -8,7 +8,7 @@ What is simulated: ``loop`` (time), ``network`` and ``transport`` (connections),
 (scripts), ``scenario`` (a seed's script, made of ``actions``), ``messages`` (its bytes), ``outside`` (all
 else that would differ from run to run). What is not: handlers, relay, pools, ledger, dispatcher, health
 checks and aiohttp's server are the real ones, started by ``app.running_proxy``. ``world`` runs one scenario,
-``checks`` looks into the proxy, ``shrink`` makes scripts short, ``known`` says what is not held yet.
+``checks`` looks into the proxy, ``shrink`` makes scripts short.
 
 Promises, with the check that holds each. Behind every event of the loop:
 

@@ -153,10 +153,9 @@ class GroupChecks(Observer):
 class Checks:
     """All that is looked at from outside while a scenario runs."""
 
-    def __init__(self, loop: VirtualLoop, errors: ErrorLog, ignored: frozenset[str]) -> None:
+    def __init__(self, loop: VirtualLoop, errors: ErrorLog) -> None:
         self._loop = loop
         self._errors = errors
-        self._ignored = ignored
         self._groups: list[GroupChecks] = []
         self._wrong: Violation | None = None
         self._proxy: RunningProxy | None = None
@@ -164,7 +163,7 @@ class Checks:
 
     def wrong(self, promise: str, what: str) -> None:
         """Note what a script has seen; the check behind this event raises it."""
-        if self._wrong is None and promise not in self._ignored:
+        if self._wrong is None:
             self._wrong = Violation(promise, what)
 
     def follow(self, proxy: RunningProxy) -> None:
@@ -179,13 +178,8 @@ class Checks:
             raise self._wrong
         if self._loop.complaints or self._errors.said:
             self.complain()
-        if self._proxy is None:
-            return
-        try:
+        if self._proxy is not None:
             self._check_proxy(self._proxy)
-        except Violation as violation:
-            if violation.promise not in self._ignored:
-                raise
 
     def _check_proxy(self, proxy: RunningProxy) -> None:
         for group in self._groups:
@@ -207,8 +201,7 @@ class Checks:
         said = [f"{c['message']}: {c.get('exception')!r}" for c in self._loop.complaints] + self._errors.said
         self._loop.complaints.clear()
         self._errors.said.clear()
-        if "no-exception" not in self._ignored:
-            raise Violation("no-exception", "; ".join(said))
+        raise Violation("no-exception", "; ".join(said))
 
     def idle(self) -> None:
         """Raise Violation if anything of the requests, which have all ended, is left."""

@@ -7,12 +7,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tests.simulation.actions import Scenario, describe
-from tests.simulation.known import BROKEN_FAULTS, BROKEN_PROMISES
 from tests.simulation.scenario import FAULTS, draw
 from tests.simulation.shrink import shrink
 from tests.simulation.world import Report, World
-
-HELD = FAULTS - BROKEN_FAULTS
 
 
 @contextmanager
@@ -26,9 +23,9 @@ def still_memory() -> Iterator[None]:
         gc.unfreeze()
 
 
-def run(scenario: Scenario, ignored: frozenset[str] = BROKEN_PROMISES) -> Report:
+def run(scenario: Scenario) -> Report:
     """Run one scenario, and leave nothing of it in memory."""
-    report = World(scenario, ignored).run()
+    report = World(scenario).run()
     if report.violation is not None:
         # Its frames are the whole run.
         report.violation.__traceback__ = None
@@ -37,30 +34,28 @@ def run(scenario: Scenario, ignored: frozenset[str] = BROKEN_PROMISES) -> Report
     return report
 
 
-def reports(
-    seeds: Iterable[int], allowed: frozenset[str] = HELD, ignored: frozenset[str] = BROKEN_PROMISES
-) -> Iterator[tuple[int, Report]]:
-    """Run the scenarios of ``seeds``."""
+def reports(seeds: Iterable[int], allowed: frozenset[str] = FAULTS) -> Iterator[tuple[int, Report]]:
+    """Run the scenarios of ``seeds``, in which only faults that are ``allowed`` are drawn."""
     with still_memory():
         for seed in seeds:
-            yield seed, run(draw(seed, allowed), ignored)
+            yield seed, run(draw(seed, allowed))
 
 
-def explain(seed: int, allowed: frozenset[str], ignored: frozenset[str] = BROKEN_PROMISES) -> str:
+def explain(seed: int, allowed: frozenset[str] = FAULTS) -> str:
     """Return what broke in the run of ``seed``, the shortest script that breaks it, and how to repeat it."""
     scenario = draw(seed, allowed)
-    violation = run(scenario, ignored).violation
+    violation = run(scenario).violation
     assert violation is not None
     promise = violation.promise
 
     def breaks(other: Scenario) -> bool:
-        found = run(other, ignored).violation
+        found = run(other).violation
         return found is not None and found.promise == promise
 
     shrunk = shrink(scenario, breaks)
-    said = [f"seed {seed} breaks {violation}", f"shrunk, {run(shrunk, ignored).violation}:"]
+    said = [f"seed {seed} breaks {violation}", f"shrunk, {run(shrunk).violation}:"]
     said += [f"  {describe(action)}" for action in shrunk.actions]
     said += [f"  workers {shrunk.workers}, {shrunk.settings}"]
-    extra = " --everything" if allowed - HELD else ""
-    said.append(f"again: python -m tests.simulation --seed {seed}{extra}")
+    only = f" --only {','.join(sorted(allowed))}" if allowed != FAULTS else ""
+    said.append(f"again: python -m tests.simulation --seed {seed}{only}")
     return "\n".join(said)

@@ -55,11 +55,10 @@ class LoopClock:
 
 
 class World:
-    """Runs ``scenario``; promises in ``ignored`` may be broken."""
+    """Runs ``scenario``."""
 
-    def __init__(self, scenario: Scenario, ignored: frozenset[str] = frozenset()) -> None:
+    def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario
-        self._ignored = ignored
         self._loop = VirtualLoop()
         self._loop.network.seed = scenario.seed
         self._records: dict[int, Record] = {}
@@ -75,7 +74,7 @@ class World:
         loop = self._loop
         try:
             with cut_off(loop, self._scenario.seed) as errors:
-                self._checks = Checks(loop, errors, self._ignored)
+                self._checks = Checks(loop, errors)
                 loop.after_event = self._checks.check
                 violation = self._run()
                 seconds = loop.time() - START_S

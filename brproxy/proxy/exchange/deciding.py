@@ -164,7 +164,7 @@ class WorkerAnswer(Exchange):
         self._is_over = True
         if isinstance(self._kind, Tunnel):
             # It has no other end.
-            self.succeed()
+            self._attempt.settle(Event.FINISHED, None)
             self.sink.client.close()
         elif self.has_begun:
             self.break_off(stream_broke_off())
@@ -261,9 +261,13 @@ class WorkerAnswer(Exchange):
         """End this attempt: the client has had nothing of it."""
         self._attempt.settle(event, WorkerFailedError(reason))
 
-    def succeed(self) -> None:
-        """Wake the handler: the answer is complete."""
+    def complete(self, trailers: bytes) -> None:
+        """Send what is left of the answer and its end, and wake the handler."""
+        sink = self.sink
+        sink.finish(trailers)
         self._attempt.settle(Event.FINISHED, None)
+        if sink.ends_by_close:
+            sink.client.close()
 
     def break_off(self, error: ProxyError, event: bytes | None = None) -> None:
         """End an answer of which the client has had a part; ``event`` says why, else ``error`` does."""

@@ -41,5 +41,4 @@ class LateReply:
             self.receive(piece)
         lines = [] if self._is_long else self._held.splitlines()
         event = b"".join(b"data: %b\n" % line for line in lines) + b"\n" if lines else None
-        self._answer.begins()
         self._answer.break_off(stream_broke_off(), event)

@@ -47,10 +47,7 @@ class Reply:
         answer.account.learn()
         if not answer.has_begun:
             self._begin()
-        sink.finish(trailers)
-        answer.succeed()
-        if sink.ends_by_close:
-            sink.client.close()
+        answer.complete(trailers)
 
     def tell(self) -> None:
         """Send the head before there is a body: an error is known by it, and its body may never come."""

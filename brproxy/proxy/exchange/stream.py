@@ -83,10 +83,7 @@ class Stream:
             self._begin()
         sink.pass_on(events.take())
         self._account.learn()
-        sink.finish(trailers)
-        self._answer.succeed()
-        if sink.ends_by_close:
-            sink.client.close()
+        self._answer.complete(trailers)
 
     def _pass_plain(self, data: bytes, events: int) -> None:
         """Pass on plain chunks as they came: the parser need not see whole chunks."""
