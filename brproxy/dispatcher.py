@@ -23,14 +23,13 @@ from brproxy.foresight import Foresight, RoutingError
 from brproxy.happenings import Happenings
 from brproxy.learning import Learner
 from brproxy.ledger import Ledger, entry_of
-from brproxy.lifecycle import Entry, Event, LifecycleError, after
+from brproxy.lifecycle import AFTER, Entry, Event, LifecycleError
 from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.roster import Change, Member
 from brproxy.routing.policy import AnyPolicy, least
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, RoundState
 from brproxy.types import (
-    Assignment,
     BrproxyError,
     InvalidInputError,
     PendingRequest,
@@ -88,7 +87,7 @@ class Dispatcher:
         self.faults = Faults(group)
         self.happenings = Happenings(self.faults)
         self.happenings.tell(Learner(predictor, self.quality))
-        self.admitted: list[Assignment] = []
+        self.admitted: list[Entry] = []
         self.undecidable: list[RequestId] = []
         self._ids = cast("Iterator[RequestId]", count())
         self._rng = rng
@@ -130,7 +129,7 @@ class Dispatcher:
         self.happenings.arrived(entry)
         return entry
 
-    def decide(self, now_s: float, routable: Sequence[bool]) -> list[Assignment]:
+    def decide(self, now_s: float, routable: Sequence[bool]) -> list[Entry]:
         """Run one decision round over everything that waits, bind what it admits and return that.
 
         ``routable`` (by index) are the workers that may be chosen. Requests that a worker failed and those
@@ -197,7 +196,7 @@ class Dispatcher:
         entry, waited_s = self.ledger.find(request_id), None
         if entry is None:
             entry = self.entry(request_id)
-            entry.state = after(entry.state, event)
+            entry.state = AFTER[entry.state][event]
             self.waiting.leave(entry)
             waited_s = None if now_s is None else now_s - entry.waiting_since_s
         else:
@@ -219,14 +218,18 @@ class Dispatcher:
     def _place(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> None:
         """Decide on requests one by one, as on most arrivals, when there is one; the same as ``_route``."""
         discounts, _ = self._foresight.discounts()
-        load = self._foresight.discounted_load(state, discounts)
+        # Policies take integers for numbers, and most look no steps ahead.
+        load: list[float] = state.kv_tokens  # type: ignore[assignment]
+        if len(discounts) > 1:
+            load = self._foresight.discounted_load(state, discounts)
+        present = self.roster.present
         for entry in waiting:
             place = self._choose(entry, state, load)
             if place == NOT_ADMITTED:
                 if entry.id in self.undecidable:
                     continue
                 break
-            self._bind(entry, self._at(place), now_s)
+            self._bind(entry, WorkerIndex(place if present is None else present[place]), now_s)
             if len(waiting) > 1:
                 state.admit(place, entry.prompt_tokens, entry.sequences)
                 if load is not state.kv_tokens:
@@ -237,7 +240,8 @@ class Dispatcher:
         if not self._policy_is_broken:
             try:
                 worker = self.policy.place(state, entry.prompt_tokens, load, self._rng)
-                return _checked(worker, state)
+                # Asked by a call only what is no worker: each request comes by here.
+                return worker if worker >= 0 and state.slots_free[worker] > 0 else _checked(worker, state)
             except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
                 self.faults.note("policy", error)
             try:
@@ -263,7 +267,7 @@ class Dispatcher:
             self.faults.note("predictor", error)
             self.ledger.bind(entry, worker, now_s)
         self.waiting.leave(entry)
-        self.admitted.append(Assignment(entry.id, worker))
+        self.admitted.append(entry)
         self.happenings.bound(entry, now_s - entry.waiting_since_s)
 
     def _route(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> None:

@@ -76,11 +76,9 @@ class Foresight:
         return self._discounts_now, self._turnover_steps
 
     def discounted_load(self, state: RoundState, discounts: FloatArray) -> list[float]:
-        """Return each worker's discounted load; the load as it is where there is no forecast."""
+        """Return each worker's load over ``discounts`` (more than one); as it is if there is no forecast."""
         # Not copied: policies take integers for numbers.
         now: list[float] = state.kv_tokens  # type: ignore[assignment]
-        if len(discounts) == 1:
-            return now
         workers = len(now)
         try:
             active = self._active(len(discounts) - 1)

@@ -123,7 +123,10 @@ class JourneyError(BrproxyError):
     """An event that the request's state does not allow: a bug in the caller, never in the input."""
 
 
-_after = TransitionTable("a request", TRANSITIONS, JourneyError).after
+AFTER = TransitionTable("a request", TRANSITIONS, JourneyError)
+
+# As plain names: looking a member of an enumeration up costs more than comparing it.
+_WAITING, _BOUND, _SEND = State.WAITING, Event.BOUND, Action.SEND
 
 
 class Journey:
@@ -137,17 +140,17 @@ class Journey:
         self._reruns_left = RERUNS_MAX
         self._is_stale = False
         self._moves = 0
-        self.state = State.WAITING
+        self.state = _WAITING
 
     def bound(self) -> Action:
         """Note that the request has a worker; return how to send it there."""
-        self.state = _after(self.state, Event.BOUND)
+        self.state = AFTER[self.state][_BOUND]
         # After a failure kept connections are not to be trusted: what closed one may have closed all.
-        return Action.SEND_AFRESH if self._moves or self._is_stale else Action.SEND
+        return Action.SEND_AFRESH if self._moves or self._is_stale else _SEND
 
     def happened(self, event: Event) -> None:
         """Note what needs no decision: BEGUN, BROKE_OFF, FINISHED, LEFT; raises JourneyError."""
-        self.state = _after(self.state, event)
+        self.state = AFTER[self.state][event]
 
     def failed(self, event: Event, *, repeatable: bool, others: bool) -> Action:
         """Decide what follows a failed attempt; raises JourneyError.
@@ -155,7 +158,7 @@ class Journey:
         ``repeatable``: the whole request can be sent once more. ``others``: a worker may be chosen that has
         not failed it.
         """
-        state = _after(self.state, event)
+        state = AFTER[self.state][event]
         if event is Event.STALE:
             if repeatable and not self._is_stale:
                 self._is_stale = True

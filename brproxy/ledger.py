@@ -20,13 +20,16 @@ from operator import index, sub
 import numpy as np
 from numpy.typing import NDArray
 
-from brproxy.lifecycle import NO_ROW, NO_WORKER, TERMINAL, Entry, Event, LifecycleError, after
+from brproxy.lifecycle import AFTER, NO_ROW, NO_WORKER, TERMINAL, Entry, Event, LifecycleError
 from brproxy.prediction.predictor import LENGTH_UNLIMITED, ActiveRequests, Prospect
 from brproxy.roster import Change, Member, MemberState, Roster, WorkerLimits
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
 from brproxy.types import SEQUENCES_MAX, TOKENS_MAX, InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 BoolArray = NDArray[np.bool_]
+
+# As plain names: looking a member of an enumeration up costs more than comparing it.
+_BIND, _FIRST_TOKEN = Event.BIND, Event.FIRST_TOKEN
 
 _NO_PROSPECT = Prospect()
 _NOTHING = WorkerLimits(0, 0)
@@ -63,7 +66,8 @@ def entry_of(request_id: RequestId, request: PendingRequest, now_s: float, promp
 class Ledger:
     """Sticky bindings and KV tokens of the workers of one barrier group.
 
-    ``kv_tokens`` and ``requests`` are by index of the member; a gap has none.
+    ``kv_tokens`` and ``requests`` are by index of the member; a gap has none. ``kv_capacity_tokens_max`` is
+    what the largest worker holds: a longer prompt can never be served.
     """
 
     def __init__(self, roster: Roster) -> None:
@@ -71,7 +75,7 @@ class Ledger:
         self._slots: list[int] = []
         self._kv_capacity: list[int] = []
         self._slots_total = 0
-        self._kv_capacity_max = KV_UNLIMITED_TOKENS
+        self.kv_capacity_tokens_max = KV_UNLIMITED_TOKENS
         self._is_here: list[bool] = []
         self._kv_tokens: list[int] = []
         self._requests: list[int] = []
@@ -123,11 +127,6 @@ class Ledger:
     def requests(self) -> tuple[int, ...]:
         """Bound requests of each worker."""
         return tuple(self._requests)
-
-    @property
-    def kv_capacity_tokens_max(self) -> int:
-        """KV capacity of the largest worker; a longer prompt can never be served."""
-        return self._kv_capacity_max
 
     @property
     def slots_total(self) -> int:
@@ -230,7 +229,7 @@ class Ledger:
         if type(length_max) is not int or not 0 <= length_max <= LENGTH_UNLIMITED:
             length_max = bounded(length_max, LENGTH_UNLIMITED)
         certain = bool(certain)
-        state = after(entry.state, Event.BIND)
+        state = AFTER[entry.state][_BIND]
         # From here on nothing can fail: each value fits its column, those of the entry since it arrived.
         prompt_tokens, sequences = entry.prompt_tokens, entry.sequences
         entry.state, entry.worker, entry.bound_s, entry.row = state, worker, now_s, len(self._rows)
@@ -252,8 +251,8 @@ class Ledger:
 
     def first_token(self, request_id: RequestId, now_s: float) -> None:
         """Note that prefill is over."""
-        entry = self.entry(request_id)
-        entry.state = after(entry.state, Event.FIRST_TOKEN)
+        entry = self._entries.get(request_id) or self.entry(request_id)
+        entry.state = AFTER[entry.state][_FIRST_TOKEN]
         entry.first_token_s = now_s
 
     def grow(self, request_id: RequestId, tokens: int) -> None:
@@ -261,7 +260,7 @@ class Ledger:
 
         The output is never more than TOKENS_MAX.
         """
-        entry = self.entry(request_id)
+        entry = self._entries.get(request_id) or self.entry(request_id)
         row = entry.row
         before = self._row_output_tokens[row]
         after_it = before + tokens
@@ -285,7 +284,7 @@ class Ledger:
 
     def correct_prompt(self, request_id: RequestId, prompt_tokens: int) -> None:
         """Replace the prompt estimate by what the worker reports, at least 0 and at most TOKENS_MAX."""
-        entry = self.entry(request_id)
+        entry = self._entries.get(request_id) or self.entry(request_id)
         change = bounded(prompt_tokens, TOKENS_MAX) - entry.prompt_tokens
         entry.prompt_tokens += change
         self._row_kv_tokens[entry.row] += change
@@ -293,7 +292,7 @@ class Ledger:
 
     def take_back(self, entry: Entry, now_s: float) -> None:
         """Unbind a request that its worker failed, so that it waits again; raises LifecycleError."""
-        state = after(entry.state, Event.RETRY)
+        state = AFTER[entry.state][Event.RETRY]
         worker = entry.worker
         self._unbind(entry)
         entry.avoid |= {worker}
@@ -303,7 +302,7 @@ class Ledger:
 
     def end(self, entry: Entry, event: Event) -> None:
         """Return the load of a bound request that ends by FINISH, FAIL or CANCEL; raises LifecycleError."""
-        state = after(entry.state, event)
+        state = AFTER[entry.state][event]
         if state not in TERMINAL:
             msg = f"{event.name} does not end a request"
             raise LifecycleError(msg)
@@ -348,7 +347,9 @@ class Ledger:
         members = self.roster.members
         self._slots_total = sum(m.limits.slots for m in members)
         takers = [m for m in members if m.state is MemberState.ACTIVE] or members
-        self._kv_capacity_max = max((_kv_capacity(m.limits) for m in takers), default=KV_UNLIMITED_TOKENS)
+        self.kv_capacity_tokens_max = max(
+            (_kv_capacity(m.limits) for m in takers), default=KV_UNLIMITED_TOKENS
+        )
 
 
 def _kv_capacity(limits: WorkerLimits) -> int:

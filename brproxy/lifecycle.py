@@ -80,7 +80,7 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
     State.EXPIRED: {},
 }
 
-after = TransitionTable("a request", TRANSITIONS, LifecycleError).after
+AFTER = TransitionTable("a request", TRANSITIONS, LifecycleError)
 
 
 @dataclass(slots=True)

@@ -61,7 +61,7 @@ TRANSITIONS: Final[dict[MemberState, dict[MemberEvent, MemberState]]] = {
     MemberState.GONE: {},
 }
 
-after = TransitionTable("a member", TRANSITIONS, RosterError).after
+AFTER = TransitionTable("a member", TRANSITIONS, RosterError)
 
 
 class Change(Enum):
@@ -190,7 +190,7 @@ class Roster:
     def drain(self, key: str) -> Member:
         """Have a member take nothing new; raises RosterError."""
         member = self.find(key)
-        state = after(member.state, MemberEvent.DRAIN)
+        state = AFTER[member.state][MemberEvent.DRAIN]
         if state is not member.state:
             member.state = state
             self._changed(member, Change.DRAINING)
@@ -211,7 +211,7 @@ class Roster:
         """Note that nothing is bound to a member any more: one that leaves has gone then."""
         member = self._members[index]
         if member.leaves and member.state is MemberState.DRAINING:
-            member.state = after(member.state, MemberEvent.GO)
+            member.state = AFTER[member.state][MemberEvent.GO]
             self._changed(member, Change.GONE)
 
     def record(self, index: int, *, ok: bool, reason: str, now_s: float, refused: bool = False) -> bool:

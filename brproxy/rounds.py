@@ -20,16 +20,16 @@ _LATE_S_MIN = 1.0
 class Rounds:
     """Runs the rounds of ``dispatcher``, one every ``tick_s`` seconds while requests wait.
 
-    ``due_s`` is when the next one is due, None while none is needed. ``stopwatch_s`` (seconds) tells how long
-    a round takes.
+    ``due_s`` is when the next one is due, None while none is needed. ``now_s`` tells the time when a round is
+    over (seconds).
     """
 
-    def __init__(self, dispatcher: Dispatcher, tick_s: float, stopwatch_s: Callable[[], float]) -> None:
+    def __init__(self, dispatcher: Dispatcher, tick_s: float, now_s: Callable[[], float]) -> None:
         self._dispatcher = dispatcher
         self._tick_s = tick_s
         # A loop that is busy runs its timers late: that is no reason to call the group stuck.
         self._late_s = max(_LATE_S_MIN, _LATE_TICKS * tick_s)
-        self._stopwatch_s = stopwatch_s
+        self._now_s = now_s
         self.due_s: float | None = None
 
     @property
@@ -43,15 +43,13 @@ class Rounds:
         Never raises; what does is noted as a fault, and what the round did until then is told.
         """
         dispatcher = self._dispatcher
-        settled: list[Entry] = []
         try:
-            started_s = self._stopwatch_s()
             admitted = dispatcher.decide(now_s, dispatcher.roster.routable())
             if admitted:
-                dispatcher.happenings.decided(self._stopwatch_s() - started_s, len(admitted))
+                dispatcher.happenings.decided(self._now_s() - now_s, len(admitted))
         except Exception as error:  # noqa: BLE001 - a round that fails must not be the last
             dispatcher.faults.note("round", error)
-        settled += [dispatcher.ledger.entry(assignment.request_id) for assignment in dispatcher.admitted]
+        settled = dispatcher.admitted.copy()
         try:
             if dispatcher.undecidable:
                 self._end(dispatcher.undecidable.copy(), Event.FAIL, now_s, settled)

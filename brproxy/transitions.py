@@ -6,9 +6,9 @@ another. The table is the whole rule, and whatever it does not list is a bug in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import NoReturn, TypeVar
 
 from brproxy.types import BrproxyError
 
@@ -16,19 +16,25 @@ S = TypeVar("S", bound=Enum)
 E = TypeVar("E", bound=Enum)
 
 
-class TransitionTable(Generic[S, E]):
-    """Where each event leads from each state of ``what`` ("a request"): ``after(state, event)``.
+class _Row(dict[E, S]):
+    """Where each event leads from one state."""
 
-    It raises ``error`` where ``rows`` do not list the event.
+    def __init__(self, what: str, state: S, steps: Mapping[E, S], error: type[BrproxyError]) -> None:
+        super().__init__(steps)
+        self._what = f"{what} in state {state.name}"
+        self._error = error
+
+    def __missing__(self, event: E) -> NoReturn:
+        msg = f"{self._what} cannot {event.name}"
+        raise self._error(msg)
+
+
+class TransitionTable(dict[S, Mapping[E, S]]):
+    """Where each event leads from each state of ``what`` ("a request"): ``table[state][event]``.
+
+    It raises ``error`` where ``rows`` do not list the event. A dictionary and no method, as this is asked for
+    some times for each request: a look-up makes no frame.
     """
 
     def __init__(self, what: str, rows: Mapping[S, Mapping[E, S]], error: type[BrproxyError]) -> None:
-        def after(state: S, event: E) -> S:
-            try:
-                return rows[state][event]
-            except KeyError:
-                msg = f"{what} in state {state.name} cannot {event.name}"
-                raise error(msg) from None
-
-        # No method: this is called some times for each request, and needs nothing of the table but the rows.
-        self.after: Callable[[S, E], S] = after
+        super().__init__({state: _Row(what, state, steps, error) for state, steps in rows.items()})

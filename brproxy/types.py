@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, NewType
+from typing import NewType
 
 RequestId = NewType("RequestId", int)
 """Number of a request in one process; never reused."""
@@ -52,10 +52,3 @@ class PendingRequest:
     output_tokens_true: int | None = None
     prompt_is_exact: bool = False
     sequences: int = 1
-
-
-class Assignment(NamedTuple):
-    """One decision: ``request_id`` is bound to ``worker`` for the rest of its life."""
-
-    request_id: RequestId
-    worker: WorkerIndex

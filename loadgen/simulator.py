@@ -136,11 +136,9 @@ class _Run:
             self._next += 1
 
     def _decide(self, now_s: float) -> None:
-        for assignment in self._dispatcher.decide(now_s, self._routable):
-            request = self._requests[assignment.request_id]
-            self._cluster.submit(
-                assignment.request_id, assignment.worker, request.prompt_tokens, request.output_tokens
-            )
+        for entry in self._dispatcher.decide(now_s, self._routable):
+            request = self._requests[entry.id]
+            self._cluster.submit(entry.id, entry.worker, request.prompt_tokens, request.output_tokens)
 
     def _step(self, begun_s: float, ended_s: float) -> int:
         """Decode a token for everything that runs; return how many there were."""

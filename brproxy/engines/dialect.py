@@ -110,7 +110,7 @@ class Dialect(ABC):
         """Return the usage in a complete JSON reply, None without one; never raises."""
 
     def may_tell_death(self, status: int) -> bool:
-        """Tell whether the body of a response with ``status`` may say that the engine is dead."""
+        """Tell whether the body of a response with ``status``, an error, may say that the engine is dead."""
         return False
 
     def is_death(self, status: int, body: bytes) -> bool:
@@ -119,7 +119,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def is_refusal(self, status: int) -> bool:
-        """Tell whether a response with ``status`` means that the engine did not take the request."""
+        """Tell whether a response with ``status``, an error, means that the engine took no request."""
 
 
 DIALECTS: Registry[type[Dialect]] = Registry("engine", "brproxy.engines.dialects")

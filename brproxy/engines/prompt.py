@@ -166,7 +166,7 @@ def _measure(value: object) -> tuple[int, int, bool]:
                 else:
                     stack.append(part)
         elif kind is list and item:
-            if _is_token(item[0]):
+            if type(item[0]) is int:
                 tokens += len(item)
             else:
                 stack += item
@@ -195,7 +195,3 @@ def _json_bytes(value: object) -> int:
 
 def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-def _is_token(value: object) -> bool:
-    return type(value) is int

@@ -68,12 +68,14 @@ def read_request(
         stream,
         min(size.tokens, TOKENS_MAX) if is_exact else None,
         0 if is_exact else size.text_bytes + size.tokens * _TOKEN_BYTES,
-        _sequences(kind, size, choices),
+        min(size.prompts * choices, SEQUENCES_MAX)
+        if kind.work is _GENERATES
+        else int(kind.work is _SCHEDULED),
         output_tokens_max,
         runs_to_max,
         prompt_hash,
         prefix_hash,
-        _text(document.get("user"), USER_CHARS_MAX),
+        _text(document["user"], USER_CHARS_MAX) if "user" in document else "",
         stream and kind.has_stream_options and "stream_options" not in document and _can_be_asked(read),
         is_exact and size.prompts == 1,
         size.is_all and not size.tokens and document.get("truncation") in _UNCUT,
@@ -135,12 +137,6 @@ def _stated(options: dict[str, Any]) -> _Generation:
 def _most(one: _Generation, other: _Generation) -> _Generation:
     limits = [limit for limit in (one[1], other[1]) if limit is not None]
     return max(one[0], other[0]), max(limits, default=None), one[2] or other[2]
-
-
-def _sequences(kind: PathKind, size: PromptSize, choices: int) -> int:
-    if kind.work is _GENERATES:
-        return min(size.prompts * choices, SEQUENCES_MAX)
-    return int(kind.work is _SCHEDULED)
 
 
 def _can_be_asked(read: JsonBody) -> bool:

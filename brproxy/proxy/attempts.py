@@ -14,7 +14,6 @@ from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.service import GroupService, Service
-from brproxy.relay.connection import WorkerConnection
 from brproxy.relay.errors import ClientGoneError, ShortageError, WorkerFailedError
 from brproxy.relay.request import request_head
 from brproxy.types import WorkerIndex
@@ -22,6 +21,11 @@ from brproxy.types import WorkerIndex
 log = logging.getLogger(__name__)
 
 _IDENTITY = b"Accept-Encoding: identity\r\n"
+
+# As plain names: looking a member of an enumeration up costs more than comparing it.
+_SEND, _SEND_AFRESH, _WAIT = Action.SEND, Action.SEND_AFRESH, Action.WAIT
+_ANSWER, _NOTHING = Action.ANSWER, Action.NOTHING
+_BEGUN, _FINISHED = Event.BEGUN, Event.FINISHED
 
 
 class Attempts:
@@ -66,12 +70,12 @@ class Attempts:
                 worker = await lease.worker()
             self._worker = worker
             action = journey.bound()
-            while action is Action.SEND or action is Action.SEND_AFRESH:
-                action = await self._send(afresh=action is Action.SEND_AFRESH)
-            if action is not Action.WAIT:
+            while action is _SEND or action is _SEND_AFRESH:
+                action = await self._send(afresh=action is _SEND_AFRESH)
+            if action is not _WAIT:
                 break
             await self._move()
-        if action is Action.ANSWER:
+        if action is _ANSWER:
             raise self._failure()
 
     # What an answer tells (see deciding.Attempt).
@@ -82,7 +86,7 @@ class Attempts:
 
     def begun(self, *, is_long: bool) -> None:
         """See deciding.Attempt.begun."""
-        self._journey.happened(Event.BEGUN)
+        self._journey.happened(_BEGUN)
         if is_long:
             self._incoming.upload.forget()
             self._incoming.lines = b""
@@ -91,6 +95,12 @@ class Attempts:
         """See deciding.Attempt.settle."""
         if not self._outcome.done():
             self._outcome.set_result(self._after(event, error))
+
+    def finished(self) -> None:
+        """See deciding.Attempt.finished."""
+        if not self._outcome.done():
+            self._journey.happened(_FINISHED)
+            self._outcome.set_result(_NOTHING)
 
     # How it is done.
 
@@ -105,7 +115,7 @@ class Attempts:
                 event, repeatable=self._is_repeatable, others=self._lease.has_others()
             )
         self._journey.happened(event)
-        return Action.NOTHING if event is Event.FINISHED else Action.ANSWER
+        return Action.ANSWER
 
     async def _send(self, *, afresh: bool) -> Action:
         """Send the request to its worker and return what is to be done when that has come to an end."""
@@ -143,17 +153,13 @@ class Attempts:
             + upload.framed_beginning(),
             whole=upload.is_whole,
         )
-        return await self._outcome_of(answer, connection)
-
-    async def _outcome_of(self, answer: WorkerAnswer, connection: WorkerConnection) -> Action:
-        watch, upload = self._service.watch, self._incoming.upload
-        watch.add(answer)
+        service.watch.add(answer)
         try:
             if not upload.is_whole:
                 await upload.pass_on(connection, answer, self._outcome)
             return await self._outcome
         finally:
-            watch.discard(answer)
+            service.watch.discard(answer)
             answer.close()
 
     def _lines(self, lines_of_worker: bytes) -> bytes:

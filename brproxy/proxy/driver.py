@@ -18,6 +18,9 @@ from brproxy.relay.errors import ClientGoneError
 from brproxy.rounds import Rounds
 from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
 
+# As plain names: looking a member of an enumeration up costs more than comparing it.
+_PENDING, _PREFILL, _FINISH = State.PENDING, State.PREFILL, Event.FINISH
+
 
 class WaitExpiredError(BrproxyError):
     """A request waited for longer than the limit; ``reason`` says what for."""
@@ -57,7 +60,7 @@ class GroupDriver:
 
     def decide_now(self, entry: Entry) -> None:
         """Decide on ``entry`` at once if nobody waits for the next round, or if it takes no slot."""
-        if not entry.sequences and entry.state is State.PENDING:
+        if not entry.sequences and entry.state is _PENDING:
             routable = self.group.roster.routable()
             self._dispatcher.place_at_once(entry, self.clock.now_s(), routable)
         if self._rounds.is_open and self._dispatcher.waiting.count:
@@ -65,7 +68,7 @@ class GroupDriver:
 
     async def wait(self, entry: Entry) -> WorkerIndex:
         """Wait until ``entry`` is bound; raises WaitExpiredError or DecisionFailedError."""
-        if entry.state is not State.PENDING:
+        if entry.state is not _PENDING:
             return self._outcome(entry)
         waiter: asyncio.Future[WorkerIndex] = asyncio.get_running_loop().create_future()
         self._waiters[entry.id] = waiter
@@ -98,8 +101,10 @@ class GroupDriver:
             self._go_on(now_s)
 
     def end(self, entry: Entry, event: Event) -> None:
-        """End a request; what it held goes to those that wait, on the next tick."""
-        now_s = self.clock.now_s() if entry.state is State.PENDING else None
+        """End a request, with all that it has streamed; what it held goes to those that wait."""
+        if self._growth:
+            self.catch_up()
+        now_s = self.clock.now_s() if entry.state is _PENDING else None
         self._dispatcher.end(entry.id, event, now_s)
 
     def is_stuck(self) -> bool:
@@ -124,13 +129,16 @@ class GroupDriver:
 
     def _run_round(self) -> None:
         """Run one round, wake those that it settled, and have another one while any wait."""
-        self.catch_up()
+        if self._growth:
+            self.catch_up()
         now_s = self.clock.now_s()
         settled = self._rounds.run(now_s)
         if self._waiters:
             for entry in settled:
                 self._wake(entry)
-        self._go_on(now_s)
+        # On most arrivals none was due, and none is.
+        if self._timer is not None or self._dispatcher.waiting.count:
+            self._go_on(now_s)
 
     def _go_on(self, now_s: float) -> None:
         """Have the next round come, if any request waits."""
@@ -176,7 +184,7 @@ class Lease:
     def __init__(self, driver: GroupDriver, entry: Entry) -> None:
         self._driver = driver
         self._ledger = driver.group.dispatcher.ledger
-        self._outcome = Event.FINISH
+        self._outcome = _FINISH
         self.entry = entry
 
     def __enter__(self) -> Self:
@@ -190,10 +198,9 @@ class Lease:
     ) -> None:
         if self.entry.state in TERMINAL:
             return
-        self._driver.catch_up()
         if exc_type is None:
             # A handler can only leave before a worker was found by failing.
-            event = Event.FAIL if self.entry.state is State.PENDING else self._outcome
+            event = Event.FAIL if self.entry.state is _PENDING else self._outcome
         else:
             gone = issubclass(exc_type, asyncio.CancelledError | ClientGoneError)
             event = Event.CANCEL if gone else Event.FAIL
@@ -203,7 +210,7 @@ class Lease:
         """Return a worker if one can be had at once, else None: then wait for one."""
         entry = self.entry
         self._driver.decide_now(entry)
-        return entry.worker if entry.state is State.PREFILL else None
+        return entry.worker if entry.state is _PREFILL else None
 
     async def worker(self) -> WorkerIndex:
         """Wait for a worker; raises WaitExpiredError or DecisionFailedError."""
@@ -233,7 +240,7 @@ class Lease:
 
     def first_token(self) -> None:
         """Note that prefill is over; later calls do nothing."""
-        if self.entry.state is State.PREFILL:
+        if self.entry.state is _PREFILL:
             self._ledger.first_token(self.entry.id, self._driver.clock.now_s())
 
     def correct_prompt(self, prompt_tokens: int) -> None:

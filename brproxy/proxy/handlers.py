@@ -16,7 +16,7 @@ from brproxy.proxy.incoming import Reader
 from brproxy.proxy.pages import MODELS_PATH, Pages
 from brproxy.proxy.service import Service
 from brproxy.proxy.upload import Upload
-from brproxy.relay.client import Client, answered
+from brproxy.relay.client import Client
 from brproxy.relay.errors import ClientGoneError, UnknownExpectationError
 from brproxy.types import BrproxyError, InvalidInputError, PendingRequest
 
@@ -37,7 +37,7 @@ class Handlers:
         page = self.pages.by_path.get(request.path)
         if page is not None and request.method in {"GET", "HEAD"}:
             return await page(request)
-        client = Client(request)
+        client = Client(request, self._service.relay_limits.stall_s)
         sink = ClientSink(client)
         upload = Upload(request, self._service.body_limits, self._service.body_room)
         try:
@@ -52,7 +52,7 @@ class Handlers:
             self._service.metrics.reject("stream")
         finally:
             upload.give_back()
-        return answered(client, self._service.relay_limits.stall_s)
+        return client.answered
 
     async def _answer(self, request: web.BaseRequest, sink: ClientSink, upload: Upload) -> None:
         """Have a worker answer ``request``; raises ProxyError, BrproxyError or ClientGoneError."""

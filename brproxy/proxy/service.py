@@ -13,7 +13,7 @@ from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.driver import GroupDriver
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.watch import Watch
-from brproxy.roster import Change, Member
+from brproxy.roster import Change, Member, RosterError
 from brproxy.telemetry.metrics import Metrics
 from brproxy.types import WorkerIndex
 
@@ -31,13 +31,13 @@ class GroupService:
         self.driver = driver
         self.dialect = dialect
         self._connect = connect
-        self._endpoints = {member: connect(member) for member in group.roster.members}
+        self._reachable = {member.index: (member, connect(member)) for member in group.roster.members}
         group.roster.observe(self._member_changed)
 
     @property
     def endpoints(self) -> Collection[Endpoint]:
         """What connects to the members that are there."""
-        return self._endpoints.values()
+        return [endpoint for _, endpoint in self._reachable.values()]
 
     def member(self, worker: WorkerIndex) -> Member:
         """Return the member with that index; raises RosterError."""
@@ -49,14 +49,17 @@ class GroupService:
 
     def reach(self, worker: WorkerIndex) -> tuple[Member, Endpoint]:
         """Return the member with that index, and what connects to it; raises RosterError."""
-        member = self.group.dispatcher.roster.member(worker)
-        return member, self._endpoints[member]
+        try:
+            return self._reachable[worker]
+        except KeyError:
+            msg = f"there is no worker {worker}"
+            raise RosterError(msg) from None
 
     def _member_changed(self, member: Member, change: Change) -> None:
         if change is Change.ADDED:
-            self._endpoints[member] = self._connect(member)
+            self._reachable[member.index] = member, self._connect(member)
         elif change is Change.GONE:
-            self._endpoints.pop(member).close()
+            self._reachable.pop(member.index)[1].close()
 
 
 @dataclass(frozen=True, slots=True)

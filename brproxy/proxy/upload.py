@@ -83,8 +83,9 @@ class Upload:
 
     def give_back(self) -> None:
         """Return the room that the body has taken; more than once does nothing."""
-        self._room.give_back(self._room_bytes)
-        self._room_bytes = 0
+        if self._room_bytes:
+            self._room.give_back(self._room_bytes)
+            self._room_bytes = 0
 
     # How it comes.
 

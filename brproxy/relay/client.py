@@ -35,37 +35,14 @@ _LOOKED_AT_BYTES_MAX = 1 << 16
 """Far below what makes aiohttp stop reading: larger bodies are read the usual way."""
 
 
-class _Answered:
-    """Stands for a response that the client has had already; aiohttp asks for no more than this of it."""
-
-    __slots__ = ("_client", "_drain_s", "keep_alive")
-
-    def __init__(self, client: Client, drain_s: float) -> None:
-        self._client = client
-        self._drain_s = drain_s
-        self.keep_alive = client.keep_alive
-
-    async def prepare(self, _request: web.BaseRequest) -> None:
-        """Do nothing: the head has been sent."""
-
-    async def write_eof(self) -> None:
-        """Wait for a slow client, so that it cannot pile up responses by pipelining."""
-        if self._client.is_paused:
-            await self._client.drained(self._drain_s)
-
-
-def answered(client: Client, drain_s: float) -> web.StreamResponse:
-    """Return what a handler returns when the client has had its response, past aiohttp's writer.
-
-    A client that does not read it for ``drain_s`` seconds is disconnected.
-    """
-    return cast(web.StreamResponse, _Answered(client, drain_s))
-
-
 class Client:
-    """The client of one request: what it asks for, where its response goes, what it can read."""
+    """The client of one request: what it asks for, where its response goes, what it can read.
+
+    One that does not read the end of its response for ``drain_s`` seconds is disconnected.
+    """
 
     __slots__ = (
+        "_drain_s",
         "_protocol",
         "_request",
         "has_begun",
@@ -78,8 +55,9 @@ class Client:
         "write",
     )
 
-    def __init__(self, request: web.BaseRequest) -> None:
+    def __init__(self, request: web.BaseRequest, drain_s: float) -> None:
         self._request = request
+        self._drain_s = drain_s
         self._protocol = cast(ClientProtocol, request.protocol)
         transport = request.transport
         if transport is None:
@@ -150,10 +128,22 @@ class Client:
         self.keep_alive = False
         self.transport.abort()
 
-    async def drained(self, limit_s: float) -> None:
-        """Wait until the client has read enough; after ``limit_s`` seconds the connection is aborted."""
+    @property
+    def answered(self) -> web.StreamResponse:
+        """What a handler returns when the client has had its response, past aiohttp's writer."""
+        return self  # type: ignore[return-value]  # cast would be a call for each request
+
+    # What aiohttp asks of a response that has been sent.
+
+    async def prepare(self, _request: web.BaseRequest) -> None:
+        """Do nothing: the head has been sent."""
+
+    async def write_eof(self) -> None:
+        """Wait for a slow client, so that it cannot pile up responses by pipelining."""
+        if not self._protocol.writing_paused:
+            return
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(self._drain_s):
                 await self._request.writer.drain()
         except TimeoutError:
             self.abort()

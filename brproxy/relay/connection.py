@@ -16,11 +16,13 @@ from httptools import HttpParserError
 
 from brproxy.relay.errors import BrokenResponseError, StaleConnectionError, WorkerFailedError
 from brproxy.relay.response import ResponseHead, ResponseParser, broken
-from brproxy.relay.states import Event, State, after
+from brproxy.relay.states import AFTER, Event, State
 
 log = logging.getLogger(__name__)
 
-_BODY = State.BODY
+# As plain names: looking a member of an enumeration up costs more than comparing it.
+_IDLE, _BODY, _TUNNEL = State.IDLE, State.BODY, State.TUNNEL
+_SEND, _HEAD, _END_KEEP = Event.SEND, Event.HEAD, Event.END_KEEP
 
 STALE_S = 0.2
 """A kept connection that closes within this time after a request was sent on it had been closed before: the
@@ -119,7 +121,7 @@ class WorkerConnection(asyncio.Protocol):
         self._loop = loop
         self._sent_s = 0.0
         self.origin = origin
-        self.state = State.IDLE
+        self.state = _IDLE
         self.idle_since_s = 0.0
         self.request_is_whole = True
         self._on_idle = on_idle
@@ -135,7 +137,7 @@ class WorkerConnection(asyncio.Protocol):
 
     def send(self, exchange: Exchange, request: bytes, *, whole: bool = True) -> None:
         """Put ``exchange`` on the connection; not ``whole``: the rest of the body comes by ``write``."""
-        self.state = after(self.state, Event.SEND)
+        self.state = AFTER[self.state][_SEND]
         self._exchange = exchange
         self._heard = False
         if self._used:
@@ -167,18 +169,18 @@ class WorkerConnection(asyncio.Protocol):
         What a tunnel was given still goes out; anything else is not worth the wait.
         """
         self._exchange = self._take_chunks = None
-        if self.state is State.TUNNEL:
+        if self.state is _TUNNEL:
             self._transport.close()
             # A worker that does not read would keep the connection for ever.
             self._loop.call_later(TUNNEL_CLOSE_S, self._transport.abort)
         else:
             self._transport.abort()
-        self.state = after(self.state, Event.LOST)
+        self.state = AFTER[self.state][Event.LOST]
 
     @property
     def is_idle(self) -> bool:
         """Whether a request can be sent on it."""
-        return self.state is State.IDLE
+        return self.state is _IDLE
 
     # What the event loop tells it.
 
@@ -221,7 +223,7 @@ class WorkerConnection(asyncio.Protocol):
         if exchange is None:
             # Nobody has asked for anything: whatever this is, it belongs to no request.
             self.abandon()
-        elif self.state is State.TUNNEL:
+        elif self.state is _TUNNEL:
             exchange.receive(data)
         else:
             self._heard = True
@@ -278,10 +280,10 @@ class WorkerConnection(asyncio.Protocol):
         if parser.head is None:
             return
         if parser.upgraded_rest is not None:
-            self.state = after(self.state, Event.UPGRADE)
+            self.state = AFTER[self.state][Event.UPGRADE]
             exchange.upgraded(parser.head, parser.upgraded_rest)
             return
-        self.state = after(self.state, Event.HEAD)
+        self.state = AFTER[self.state][_HEAD]
         exchange.head(parser.head)
         if exchange is not self._exchange:
             # It has seen enough, and has abandoned the connection.
@@ -297,14 +299,14 @@ class WorkerConnection(asyncio.Protocol):
         self._exchange = self._take_chunks = None
         # A worker that has answered before it read the whole request will not read the rest as one.
         if self._parser.keep_alive and self.request_is_whole:
-            self.state = after(self.state, Event.END_KEEP)
+            self.state = AFTER[self.state][_END_KEEP]
             # Told first: nobody gets a connection whose last response has not found its end.
             exchange.end(piece, self._parser.trailers)
             self._used = True
-            if self.state is State.IDLE:
+            if self.state is _IDLE:
                 self._on_idle(self)
         else:
-            self.state = after(self.state, Event.END_CLOSE)
+            self.state = AFTER[self.state][Event.END_CLOSE]
             # Not close(): that waits until the worker has read the rest of what was written.
             self._transport.abort()
             exchange.end(piece, self._parser.trailers)
@@ -312,7 +314,7 @@ class WorkerConnection(asyncio.Protocol):
     def _break(self, error: BrokenResponseError) -> None:
         exchange, state = self._exchange, self.state
         self._exchange = self._take_chunks = None
-        self.state = after(state, Event.LOST)
+        self.state = AFTER[state][Event.LOST]
         self._transport.abort()
         if exchange is None:
             return
@@ -327,7 +329,7 @@ class WorkerConnection(asyncio.Protocol):
         """End what was on the connection, and it: a callback has raised what is a bug, not the worker's."""
         log.error("a response from %s could not be handled: %r", self.origin, error, exc_info=error)
         self._exchange = self._take_chunks = None
-        self.state = after(self.state, Event.LOST)
+        self.state = AFTER[self.state][Event.LOST]
         self._transport.abort()
         if exchange is not None:
             exchange.crashed(error)

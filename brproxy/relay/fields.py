@@ -65,6 +65,9 @@ class Fields(NamedTuple):
     def media_type(self) -> str:
         """The content type without parameters, in lower case; empty without one."""
         content_type = self.known.get(b"content-type", b"")
+        # The usual one, as it comes.
+        if content_type == b"application/json":
+            return "application/json"
         return content_type.partition(b";")[0].strip().lower().decode("latin-1")
 
 

@@ -21,6 +21,10 @@ class Framing(Enum):
     UNTIL_CLOSE = auto()
 
 
+# As plain names: looking a member of an enumeration up costs more than comparing it.
+NONE, LENGTH, CHUNKED, UNTIL_CLOSE = Framing
+
+
 def choose_framing(head: ResponseHead, *, http10: bool, bodiless: bool, rewritten: bool) -> Framing:
     """Return the framing for a client.
 
@@ -28,10 +32,10 @@ def choose_framing(head: ResponseHead, *, http10: bool, bodiless: bool, rewritte
     shorter than its Content-Length says.
     """
     if bodiless or head.has_no_body:
-        return Framing.NONE
+        return NONE
     if head.length is not None and not rewritten:
-        return Framing.LENGTH
-    return Framing.UNTIL_CLOSE if http10 else Framing.CHUNKED
+        return LENGTH
+    return UNTIL_CLOSE if http10 else CHUNKED
 
 
 def response_head(
@@ -39,9 +43,9 @@ def response_head(
 ) -> bytes:
     """Return the head for a client; ``more`` are further lines."""
     lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), head.lines, more]
-    if framing is Framing.CHUNKED:
+    if framing is CHUNKED:
         lines.append(b"Transfer-Encoding: chunked\r\n")
-    elif framing is not Framing.UNTIL_CLOSE and head.length is not None:
+    elif framing is not UNTIL_CLOSE and head.length is not None:
         lines.append(b"Content-Length: %b\r\n" % head.length)
     if not keep_alive:
         lines.append(b"Connection: close\r\n")

@@ -59,4 +59,4 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
 }
 
 
-after = TransitionTable("a worker connection", TRANSITIONS, ConnectionStateError).after
+AFTER = TransitionTable("a worker connection", TRANSITIONS, ConnectionStateError)

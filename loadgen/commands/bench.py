@@ -169,11 +169,11 @@ class _SteadyState:
         while len(self._dispatcher.waiting) < self._case.waiting:
             self._dispatcher.arrive(PendingRequest(next(self._prompts)), 0.0)
         started_cpu_s, started_s = time.thread_time(), time.perf_counter()
-        assignments = self._dispatcher.decide(0.0, self._routable)
+        admitted = self._dispatcher.decide(0.0, self._routable)
         duration_s, cpu_s = time.perf_counter() - started_s, time.thread_time() - started_cpu_s
-        for assignment in assignments:
-            ledger.first_token(assignment.request_id, 0.0)
-        return duration_s, cpu_s, len(assignments)
+        for entry in admitted:
+            ledger.first_token(entry.id, 0.0)
+        return duration_s, cpu_s, len(admitted)
 
     def _leaving(self, bound: int) -> BoolArray:
         """Return bool[N]: the requests that end in a step, as many as arrive where one arrives alone."""

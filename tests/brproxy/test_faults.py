@@ -109,8 +109,8 @@ def test_whatever_the_parts_do_each_request_ends_once_and_the_books_balance(
         sane = number > 20
         for _ in range(2):
             for assignment in dispatcher.decide(float(number), ALL):
-                assert assignment.request_id in living
-                running.append(assignment.request_id)
+                assert assignment.id in living
+                running.append(assignment.id)
             for request_id in list(dispatcher.undecidable):
                 dispatcher.end(request_id, Event.FAIL)
                 ended.append(request_id)
@@ -126,7 +126,7 @@ def test_whatever_the_parts_do_each_request_ends_once_and_the_books_balance(
             ended.append(request_id)
     sane = True
     for _ in range(len(requests) + 1):
-        running += [assignment.request_id for assignment in dispatcher.decide(100.0, ALL)]
+        running += [assignment.id for assignment in dispatcher.decide(100.0, ALL)]
         assert not dispatcher.undecidable
         while running:
             request_id = running.pop()
@@ -165,7 +165,7 @@ def test_a_poisonous_request_fails_alone(policy, others):
     poisoned(dispatcher.policy)
     poison = dispatcher.arrive(PendingRequest(POISON), 0.0)
     innocent = {dispatcher.arrive(PendingRequest(10 + i), 0.0) for i in range(others)}
-    assert {a.request_id for a in dispatcher.decide(0.0, ALL)} == innocent
+    assert {a.id for a in dispatcher.decide(0.0, ALL)} == innocent
     assert dispatcher.undecidable == [poison]
     assert dispatcher.ledger.requests.count(2) <= 1, "load is spread all the same"
     assert dispatcher.faults.counts["policy"] >= 1
@@ -178,7 +178,7 @@ def test_a_poisonous_retry_fails_alone():
     poisoned(dispatcher.policy)
     dispatcher.retry(poison, 0.0)
     innocent = dispatcher.arrive(PendingRequest(10), 0.0)
-    assert [a.request_id for a in dispatcher.decide(0.0, ALL)] == [innocent]
+    assert [a.id for a in dispatcher.decide(0.0, ALL)] == [innocent]
     assert dispatcher.undecidable == [poison]
 
 

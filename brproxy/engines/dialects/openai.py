@@ -35,6 +35,8 @@ _PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,20})\b(?![.eE])')
 _META_KEY = b'"meta_info"'
 _CACHED_KEYS = ("cache_read_input_tokens", "cache_creation_input_tokens")
 _ERROR_BYTES_MAX = 1 << 16
+_ERROR_KEYS = frozenset({"error", "type"})
+"""An event that is an error, or holds one, has one of these."""
 _USAGE_HOLDERS = (None, "response", "message")
 # Events of the newer APIs name their type, and most of those carry no output.
 _NOT_PLAIN = re.compile(rb'"(?:error"|type"|role":"|usage"(?!:null)|meta_info"|finish_reason": ?")')
@@ -74,7 +76,7 @@ class OpenAIDialect(Dialect):
         return _SILENT if document is None else self._read_document(document)
 
     def _read_document(self, document: dict[str, Any]) -> EventFacts:
-        error = _error_in(document)
+        error = None if _ERROR_KEYS.isdisjoint(document) else _error_in(document)
         if error is not None:
             return EventFacts(
                 error=True, refused=self.is_refusal_error(error), died=self.is_death_error(error)
@@ -166,7 +168,7 @@ def _has_output(choice: object) -> bool:
     if choice.get("text") or choice.get("finish_reason") or choice.get("token_ids"):
         return True
     delta = choice.get("delta")
-    return isinstance(delta, dict) and any(delta.get(key) for key in _TEXT_KEYS)
+    return isinstance(delta, dict) and any(map(delta.get, _TEXT_KEYS))
 
 
 def _sequence(holder: object) -> int:
@@ -205,6 +207,15 @@ def _usage_in(holder: dict[str, Any]) -> Usage | None:
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
+    prompt_tokens, completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    # Nearly every report, without a call for each number.
+    if (
+        type(prompt_tokens) is int
+        and type(completion_tokens) is int
+        and 0 <= prompt_tokens <= TOKENS_MAX
+        and 0 <= completion_tokens <= TOKENS_MAX
+    ):
+        return Usage(prompt_tokens, completion_tokens)
     prompt_tokens = first_count(usage, ("prompt_tokens",))
     if prompt_tokens is None:
         prompt_tokens = first_count(usage, ("input_tokens",))

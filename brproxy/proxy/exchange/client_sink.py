@@ -9,6 +9,10 @@ from __future__ import annotations
 from brproxy.relay.client import Client
 from brproxy.relay.fields import REQUEST_ID
 from brproxy.relay.framing import (
+    CHUNKED,
+    LENGTH,
+    NONE,
+    UNTIL_CLOSE,
     Framing,
     chunk,
     interim_head,
@@ -26,7 +30,8 @@ class ClientSink:
     the body goes out in chunks. ``ends_by_close``: the end of the connection is that of the body; it comes
     when the outcome is settled, as else aiohttp cancels the handler as if the client had left, and that is
     how the request would end in the books. ``write`` sends bytes that are framed already. ``request_id`` is
-    told to the client, unless the worker has. ``is_corked``: the last of the answer is being put together.
+    told to the client, unless the worker has. While it ``is_corked`` the last of the answer is put together:
+    what is passed on is held back until ``finish``, and all that is left goes out in one write.
     """
 
     __slots__ = (
@@ -49,7 +54,7 @@ class ClientSink:
         self.chunked = False
         self.ends_by_close = False
         self.request_id = b""
-        self._framing = Framing.NONE
+        self._framing = NONE
         self._is_stream = False
         self.is_corked = False
         self._unsent = b""
@@ -71,8 +76,8 @@ class ClientSink:
             return
         client = self.client
         self._framing, self._is_stream = framing, is_stream
-        self.chunked = framing is Framing.CHUNKED
-        if framing is Framing.UNTIL_CLOSE:
+        self.chunked = framing is CHUNKED
+        if framing is UNTIL_CLOSE:
             client.keep_alive = False
             self.ends_by_close = True
         more = b"" if REQUEST_ID in head.known else b"X-Request-Id: %b\r\n" % self.request_id
@@ -86,7 +91,7 @@ class ClientSink:
     def can_say_more(self) -> bool:
         """Whether an event of the proxy's own can be told from what the worker's body lacks."""
         # Within a Content-Length the event could be taken for the missing rest.
-        return self._is_stream and self._framing is not Framing.LENGTH
+        return self._is_stream and self._framing is not LENGTH
 
     def pass_on(self, payload: bytes) -> None:
         """Send more of the body."""
@@ -103,14 +108,6 @@ class ClientSink:
         elif not self.is_corked:
             self.flush()
 
-    def cork(self) -> None:
-        """Hold back what is passed on until ``finish``: all that is left goes out in one write."""
-        self.is_corked = True
-
-    def uncork(self) -> None:
-        """Pass on at once what comes from now on."""
-        self.is_corked = False
-
     def flush(self) -> None:
         """Write what has come together: a write is a system call, and those are what a relay costs."""
         if self._unsent:
@@ -125,7 +122,7 @@ class ClientSink:
 
     def say(self, event: bytes) -> None:
         """Send what is held back and an event of the proxy's own, where that can be told from the rest."""
-        self.uncork()
+        self.is_corked = False
         self.pass_on(event if self.can_say_more else b"")
 
     def end_with(self, event: bytes) -> None:

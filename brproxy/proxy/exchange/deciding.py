@@ -49,6 +49,9 @@ class Attempt(Protocol):
     def settle(self, event: Event, error: Exception | None) -> None:
         """Take the end of this attempt; only the first counts."""
 
+    def finished(self) -> None:
+        """Take the end of a complete answer; as ``settle``."""
+
     def begun(self, *, is_long: bool) -> None:
         """Note that the client gets this answer: the request is not sent again."""
 
@@ -106,7 +109,7 @@ class WorkerAnswer(Exchange):
         """Put the request on ``connection``."""
         self._connection = connection
         # An earlier answer may have been turned down at its very end.
-        self.sink.uncork()
+        self.sink.is_corked = False
         connection.send(self, request, whole=whole)
         self.sink.client.follow(self)
 
@@ -131,7 +134,8 @@ class WorkerAnswer(Exchange):
         known = head.known
         if b"location" in known or b"content-location" in known:
             head = head.relative_to(self._connection.origin)
-        if self.account.dialect.is_refusal(head.status):
+        is_error = head.status >= _ERROR
+        if is_error and self.account.dialect.is_refusal(head.status):
             if self._attempt.may_move(Event.REFUSED):
                 # Acted on at once: a body that is left open would hold the request up.
                 self.receive = _ignore
@@ -140,7 +144,7 @@ class WorkerAnswer(Exchange):
             self.account.refused()
         self._kind = kind = self._kind_of(head)
         self.receive = kind.receive
-        if head.status >= _ERROR and not self.bodiless and isinstance(kind, Reply):
+        if is_error and not self.bodiless and isinstance(kind, Reply):
             kind.tell()
 
     def end(self, piece: bytes, trailers: bytes) -> None:
@@ -164,7 +168,7 @@ class WorkerAnswer(Exchange):
         self._is_over = True
         if isinstance(self._kind, Tunnel):
             # It has no other end.
-            self._attempt.settle(Event.FINISHED, None)
+            self._attempt.finished()
             self.sink.client.close()
         elif self.has_begun:
             self.break_off(stream_broke_off())
@@ -265,7 +269,7 @@ class WorkerAnswer(Exchange):
         """Send what is left of the answer and its end, and wake the handler."""
         sink = self.sink
         sink.finish(trailers)
-        self._attempt.settle(Event.FINISHED, None)
+        self._attempt.finished()
         if sink.ends_by_close:
             sink.client.close()
 
@@ -287,14 +291,16 @@ class WorkerAnswer(Exchange):
         self.receive = kind.receive
 
     def _kind_of(self, head: ResponseHead) -> Kind:
-        media_type = b"" if self.bodiless or head.is_encoded else head.media_type
+        is_encoded = b"content-encoding" in head.known and head.is_encoded
+        media_type = b"" if self.bodiless or is_encoded else head.media_type
         if media_type == b"text/event-stream":
             return Stream(self, head)
         if self.sink.has_head:
             return LateReply(self)
         if (
-            self.account.dialect.may_tell_death(head.status)
-            and not head.is_encoded
+            head.status >= _ERROR
+            and not is_encoded
+            and self.account.dialect.may_tell_death(head.status)
             and self.may_move(Event.DIED)
         ):
             return ErrorBody(self, head)

@@ -39,7 +39,7 @@ class Reply:
     def end(self, piece: bytes, trailers: bytes) -> None:
         """See Kind.end."""
         answer, sink = self._answer, self._answer.sink
-        sink.cork()
+        sink.is_corked = True
         if piece:
             self.receive(piece)
         if self._copy:

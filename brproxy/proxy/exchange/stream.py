@@ -16,7 +16,7 @@ from brproxy.journey import Event
 from brproxy.proxy.errors import stream_broke_off
 from brproxy.proxy.events import EventReader
 from brproxy.proxy.plain_chunks import plain_chunk_taker
-from brproxy.relay.framing import Framing, choose_framing
+from brproxy.relay.framing import LENGTH, Framing, choose_framing
 from brproxy.relay.response import ResponseHead
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Stream:
     def end(self, piece: bytes, trailers: bytes) -> None:
         """See Kind.end."""
         sink, events = self._sink, self._events
-        sink.cork()
+        sink.is_corked = True
         self._is_whole = False
         if piece:
             self._receive_exactly(piece)
@@ -132,7 +132,8 @@ class Stream:
 
     def _begin(self) -> None:
         """Send the head, if the client has none: from here on nothing can be retried."""
-        self._stop_timer()
+        if self._timer is not None:
+            self._stop_timer()
         # A stream takes minutes: a thousand of them should not hold what nobody needs.
         self._answer.begins(is_long=True)
         self._sink.begin(self._head, self._framing(), is_stream=True)
@@ -147,7 +148,7 @@ class Stream:
         self._timer = None
         framing = self._framing()
         # Another worker's stream would have another length.
-        if self._answer.is_over or self._answer.has_begun or framing is Framing.LENGTH:
+        if self._answer.is_over or self._answer.has_begun or framing is LENGTH:
             return
         self._sink.begin(self._head, framing, is_stream=True)
         self._sink.pass_on(self._events.take())

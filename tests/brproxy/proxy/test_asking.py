@@ -274,7 +274,8 @@ class Members:
         self.gate.set()
 
         async def answer(endpoint, *_):
-            key = next(m.key for m, e in self.group._endpoints.items() if e is endpoint)
+            members = self.group.group.roster.members
+            key = next(m.key for m in members if self.group.endpoint(m.index) is endpoint)
             self.asked[key] += 1
             await self.gate.wait()
             if key in fails:

@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from brproxy.relay.client import Client, answered
+from brproxy.relay.client import Client
 from brproxy.relay.server import ClientProtocol
 from tests.brproxy.wire import get
 
@@ -48,13 +48,13 @@ class Watching:
         self.requests, self.clients, self.noted = [], [], []
 
     async def __call__(self, request):
-        client, noted = Client(request), Noted()
+        client, noted = Client(request, self.drain_s), Noted()
         client.follow(noted)
         self.requests.append(request)
         self.clients.append(client)
         self.noted.append(noted)
         reply(client, self.body)
-        return answered(client, self.drain_s)
+        return client.answered
 
 
 async def read_large(client):
@@ -74,7 +74,7 @@ class Tunnelled:
         self.cancelled = False
 
     async def __call__(self, request):
-        client = Client(request)
+        client = Client(request, 600.0)
         self.clients.append(client)
         try:
             await self.may_begin.wait()
@@ -134,12 +134,12 @@ async def test_whoever_follows_a_client_that_is_paused_is_told_at_once_and_after
     late, early = Noted(), Noted()
 
     async def handler(request):
-        client = Client(request)
+        client = Client(request, 600.0)
         client.follow(early)
         client.finish()
         reply(client, LARGE)
         client.follow(late)
-        return answered(client, 600.0)
+        return client.answered
 
     client = await (await serve(handler))(receive_bytes=1 << 16)
     client.writer.transport.pause_reading()
@@ -156,14 +156,14 @@ async def test_leaving_is_told_first_and_then_cancels_the_handler(reset, serve, 
         task = asyncio.current_task()
         noted = Noted()
         noted.client_gone = lambda: order.append(("gone", task.cancelling(), request.transport is None))
-        Client(request).follow(noted)
+        Client(request, 600.0).follow(noted)
         order.append("here")
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             order.append("cancelled")
             with pytest.raises(ConnectionResetError):
-                Client(request)
+                Client(request, 600.0)
             order.append("no transport")
             raise
 
@@ -192,9 +192,9 @@ async def test_a_response_is_asked_for_nothing_but_what_answered_has(serve, with
             return object.__getattribute__(self, name)
 
     async def handler(request):
-        client = Client(request)
+        client = Client(request, 600.0)
         reply(client)
-        return Asked(answered(client, 600.0))
+        return Asked(client.answered)
 
     client = await (await serve(handler))()
     for _ in range(2):
@@ -208,10 +208,10 @@ async def test_a_response_is_asked_for_nothing_but_what_answered_has(serve, with
 
 async def test_an_answer_that_says_so_ends_the_connection(serve, within):
     async def handler(request):
-        client = Client(request)
+        client = Client(request, 600.0)
         reply(client)
         client.keep_alive = "stay" in request.path
-        return answered(client, 600.0)
+        return client.answered
 
     client = await (await serve(handler))()
     client.send(get("/stay"), get("/go"))
@@ -243,7 +243,7 @@ async def test_what_the_client_can_and_wants(request_bytes, http10, keep_alive, 
 
 async def test_no_error_page_comes_behind_a_response_that_has_begun(serve, within, caplog):
     async def handler(request):
-        client = Client(request)
+        client = Client(request, 600.0)
         if "begin" in request.path:
             client.begin()
             client.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nso far")
@@ -266,7 +266,7 @@ async def test_output_size_is_a_plain_number_that_counts_from_nothing(serve, wit
 
     async def handler(request):
         sizes.append(request.writer.output_size)
-        Client(request).begin()
+        Client(request, 600.0).begin()
         sizes.append(request.writer.output_size)
         return web.Response(text="ok")
 
@@ -280,10 +280,10 @@ async def test_pages_and_answers_keep_their_order(serve, within):
     async def handler(request):
         if "page" in request.path:
             return web.Response(text="page")
-        client = Client(request)
+        client = Client(request, 600.0)
         await asyncio.sleep(0.001)
         reply(client)
-        return answered(client, 600.0)
+        return client.answered
 
     client = await (await serve(handler))()
     client.send(get("/a"), get("/page"), get("/b"), get("/page"))
@@ -332,11 +332,11 @@ async def test_an_upgrade_is_told_by_the_message(fields, wanted, serve, within):
     seen = []
 
     async def handler(request):
-        client = Client(request)
+        client = Client(request, 600.0)
         client.names_upgrade(",".join(request.headers.getall("Upgrade", [])).encode())
         seen.append(client.wants_upgrade)
         reply(client)
-        return answered(client, 600.0)
+        return client.answered
 
     client = await (await serve(handler))()
     for number in (1, 2):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from aiohttp import web
 
-from brproxy.relay.client import Client, answered, body_so_far, continue_upload, forget_body
+from brproxy.relay.client import Client, body_so_far, continue_upload, forget_body
 from brproxy.relay.errors import UnknownExpectationError
 from tests.brproxy.wire import as_chunk, get, post
 
@@ -33,11 +33,11 @@ class Looking:
             await self.wait(request)
         body = body_so_far(request) if request.body_exists else b""
         self.seen.append(body)
-        client = Client(request)
+        client = Client(request, 600.0)
         client.begin()
         shown = b"none" if body is None else body
         client.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(shown), shown))
-        return answered(client, 600.0)
+        return client.answered
 
 
 async def come_whole(request):
@@ -94,10 +94,10 @@ async def test_a_body_that_is_forgotten_is_gone_and_the_connection_goes_on(
         forget_body(request)
         # Wherever aiohttp keeps a body, reading it out again shows it.
         left.append(await request.read())
-        client = Client(request)
+        client = Client(request, 600.0)
         client.begin()
         client.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(seen), seen))
-        return answered(client, 600.0)
+        return client.answered
 
     client = await (await serve(handler))()
     client.send(request_bytes, request_bytes)

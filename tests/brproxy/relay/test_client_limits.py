@@ -12,7 +12,7 @@ from aiohttp import web
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from brproxy.relay.client import Client, answered
+from brproxy.relay.client import Client
 from brproxy.relay.errors import BadBodyError
 from brproxy.relay.server import ClientLimits, RelayServer
 from tests.brproxy.wire import RawClient, get, post, read_answer
@@ -31,13 +31,13 @@ class Answering:
     async def __call__(self, request):
         if request.path == "/page":
             return web.Response(text="page")
-        client = Client(request)
+        client = Client(request, 5.0)
         if request.path == "/hold":
             self.held += 1
             await self.go_on.wait()
         client.begin()
         client.write(OK)
-        return answered(client, 5.0)
+        return client.answered
 
 
 async def ended(client, within):
