@@ -32,6 +32,11 @@ BoolArray = NDArray[np.bool_]
 _BIND, _FIRST_TOKEN = Event.BIND, Event.FIRST_TOKEN
 
 _NO_PROSPECT = Prospect()
+
+_ID, _WORKER, _KV_TOKENS, _OUTPUT_TOKENS, _SEQUENCES, _CURVE, _LENGTH_MAX, _CERTAIN = range(8)
+"""What a row holds, by position."""
+_WIDTH = 8
+
 _NOTHING = WorkerLimits(0, 0)
 """What a member that has gone holds."""
 
@@ -85,24 +90,9 @@ class Ledger:
         self._unusual_rows = 0
         self._entries: dict[RequestId, Entry] = {}
         self._rows: list[Entry] = []
-        self._row_id = array("q")
-        self._row_worker = array("q")
-        self._row_kv_tokens = array("q")
-        self._row_output_tokens = array("q")
-        self._row_sequences = array("q")
-        self._row_curve = array("q")
-        self._row_length_max = array("q")
-        self._row_certain = array("b")
-        self._columns = (
-            self._row_id,
-            self._row_worker,
-            self._row_kv_tokens,
-            self._row_output_tokens,
-            self._row_sequences,
-            self._row_curve,
-            self._row_length_max,
-            self._row_certain,
-        )
+        # A row for each bound request, one behind the other: coming and going, which each request does, is
+        # then two calls, where a column for each number would be sixteen.
+        self._cells = array("q")
         for member in roster.members:
             self._member_changed(member, Change.ADDED)
         roster.observe(self._member_changed)
@@ -151,34 +141,34 @@ class Ledger:
 
     def active(self) -> ActiveRequests:
         """Return the bound requests as arrays (copies); workers are by place, which is their index mostly."""
-        worker = np.array(self._row_worker, dtype=np.int64)
-        output_tokens = np.array(self._row_output_tokens, dtype=np.int64)
-        sequences = None
+        # Transposed, so that each column is in one piece.
+        columns = self._table().T.copy()
+        worker, output_tokens, sequences = columns[_WORKER], columns[_OUTPUT_TOKENS], None
         if self._unusual_rows:
-            sequences = np.array(self._row_sequences, dtype=np.int64)
+            sequences = columns[_SEQUENCES]
             output_tokens //= np.maximum(sequences, 1)
         place = self.roster.place
         return ActiveRequests(
             worker=worker if place is None else place[worker],
-            kv_tokens=np.array(self._row_kv_tokens, dtype=np.int64),
+            kv_tokens=columns[_KV_TOKENS],
             output_tokens=output_tokens,
-            curve=np.array(self._row_curve, dtype=np.int64),
-            length_max=np.array(self._row_length_max, dtype=np.int64),
-            certain=np.array(self._row_certain, dtype=bool),
+            curve=columns[_CURVE],
+            length_max=columns[_LENGTH_MAX],
+            certain=columns[_CERTAIN].astype(bool),
             sequences=sequences,
         )
 
     def output_tokens(self, request_id: RequestId) -> int:
         """Return the output tokens booked for a bound request."""
-        return self._row_output_tokens[self.entry(request_id).row]
+        return self._cells[self.entry(request_id).row * _WIDTH + _OUTPUT_TOKENS]
 
     def row_sequences(self, row: int) -> int:
         """Return the sequences of the request in ``row``, in the order of ``active``."""
-        return self._row_sequences[row]
+        return self._cells[row * _WIDTH + _SEQUENCES]
 
     def row_ids(self) -> IntArray:
         """Return the ids of the bound requests in the order of ``active`` and ``grow_rows``, int64[N]."""
-        return np.array(self._row_id, dtype=np.int64)
+        return self._table()[:, _ID].copy()
 
     def state(self, routable: Sequence[bool], *, late_binding: bool) -> RoundState:
         """Return the workers as a decision round finds them (copies), by place.
@@ -224,25 +214,16 @@ class Ledger:
             self.roster.member(worker)
         curve, length_max, certain = prospect or _NO_PROSPECT
         # Asked by a call only where something is odd: each request comes by here.
-        if type(curve) is not int or not 0 <= curve <= _CURVE_MAX:
-            curve = bounded(curve, _CURVE_MAX)
-        if type(length_max) is not int or not 0 <= length_max <= LENGTH_UNLIMITED:
-            length_max = bounded(length_max, LENGTH_UNLIMITED)
-        certain = bool(certain)
-        state = AFTER[entry.state][_BIND]
-        # From here on nothing can fail: each value fits its column, those of the entry since it arrived.
+        if not (0 <= curve <= _CURVE_MAX and 0 <= length_max <= LENGTH_UNLIMITED):
+            curve, length_max = bounded(curve, _CURVE_MAX), bounded(length_max, LENGTH_UNLIMITED)
         prompt_tokens, sequences = entry.prompt_tokens, entry.sequences
+        state = AFTER[entry.state][_BIND]
+        row = array("q", (entry.id, worker, prompt_tokens, 0, sequences, curve, length_max, bool(certain)))
+        # From here on nothing can fail: what is no integer has just raised.
         entry.state, entry.worker, entry.bound_s, entry.row = state, worker, now_s, len(self._rows)
         self._entries[entry.id] = entry
         self._rows.append(entry)
-        self._row_id.append(entry.id)
-        self._row_worker.append(worker)
-        self._row_kv_tokens.append(prompt_tokens)
-        self._row_output_tokens.append(0)
-        self._row_sequences.append(sequences)
-        self._row_curve.append(curve)
-        self._row_length_max.append(length_max)
-        self._row_certain.append(certain)
+        self._cells += row
         self._kv_tokens[worker] += prompt_tokens
         self._requests[worker] += 1
         self._sequences[worker] += sequences
@@ -260,15 +241,15 @@ class Ledger:
 
         The output is never more than TOKENS_MAX.
         """
-        entry = self._entries.get(request_id) or self.entry(request_id)
-        row = entry.row
-        before = self._row_output_tokens[row]
+        entry, cells = self._entries.get(request_id) or self.entry(request_id), self._cells
+        first = entry.row * _WIDTH
+        before = cells[first + _OUTPUT_TOKENS]
         after_it = before + tokens
         if not 0 <= after_it <= TOKENS_MAX:
             after_it = bounded(after_it, TOKENS_MAX)
         change = after_it - before
-        self._row_output_tokens[row] += change
-        self._row_kv_tokens[row] += change
+        cells[first + _OUTPUT_TOKENS] = after_it
+        cells[first + _KV_TOKENS] += change
         self._kv_tokens[entry.worker] += change
 
     def grow_rows(self, rows: BoolArray) -> None:
@@ -276,9 +257,10 @@ class Ledger:
 
         For a simulator, in which a step is one instant: the same as ``grow`` one by one.
         """
-        for column in (self._row_output_tokens, self._row_kv_tokens):
-            np.frombuffer(column, dtype=np.int64)[rows] += 1
-        workers = np.array(self._row_worker, dtype=np.int64)[rows]
+        table = self._table()
+        for column in (_OUTPUT_TOKENS, _KV_TOKENS):
+            table[rows, column] += 1
+        workers = table[rows, _WORKER]
         grown = np.bincount(workers, minlength=len(self._kv_tokens))
         self._kv_tokens = [kv + more for kv, more in zip(self._kv_tokens, grown.tolist(), strict=True)]
 
@@ -287,7 +269,7 @@ class Ledger:
         entry = self._entries.get(request_id) or self.entry(request_id)
         change = bounded(prompt_tokens, TOKENS_MAX) - entry.prompt_tokens
         entry.prompt_tokens += change
-        self._row_kv_tokens[entry.row] += change
+        self._cells[entry.row * _WIDTH + _KV_TOKENS] += change
         self._kv_tokens[entry.worker] += change
 
     def take_back(self, entry: Entry, now_s: float) -> None:
@@ -312,22 +294,26 @@ class Ledger:
 
     def _unbind(self, entry: Entry) -> None:
         """Return the entry's load and close its row with the last one."""
-        row, worker = entry.row, entry.worker
-        entry.output_tokens = self._row_output_tokens[row]
-        self._kv_tokens[worker] -= self._row_kv_tokens[row]
+        worker, cells = entry.worker, self._cells
+        first = entry.row * _WIDTH
+        entry.output_tokens = cells[first + _OUTPUT_TOKENS]
+        self._kv_tokens[worker] -= cells[first + _KV_TOKENS]
         self._requests[worker] -= 1
         self._sequences[worker] -= entry.sequences
         if entry.sequences != 1:
             self._unusual_rows -= 1
         del self._entries[entry.id]
-        last = self._rows.pop()
-        moved = [column.pop() for column in self._columns]
+        last, row = self._rows.pop(), cells[-_WIDTH:]
+        del cells[-_WIDTH:]
         if last is not entry:
-            self._rows[row] = last
-            last.row = row
-            for column, value in zip(self._columns, moved, strict=True):
-                column[row] = value
+            self._rows[entry.row] = last
+            last.row = entry.row
+            cells[first : first + _WIDTH] = row
         entry.row = NO_ROW
+
+    def _table(self) -> IntArray:
+        """Return all rows, int64[N, 8]: not to be kept, as nothing can be bound while it is there."""
+        return np.frombuffer(self._cells, dtype=np.int64).reshape(-1, _WIDTH)
 
     def _let_go(self, worker: WorkerIndex) -> None:
         if not self._requests[worker]:

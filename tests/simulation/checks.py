@@ -105,25 +105,17 @@ class GroupChecks(Observer):
 
     def _check_books(self) -> None:
         ledger = self._ledger
-        rows, workers, kv_tokens = ledger._rows, ledger._row_worker, ledger._row_kv_tokens
-        for column in ledger._columns:
-            if len(column) != len(rows):
-                raise Violation(
-                    "books", f"columns of {[len(c) for c in ledger._columns]} for {len(rows)} rows"
-                )
+        rows, table = ledger._rows, ledger._table().tolist()
+        if len(table) != len(rows):
+            raise Violation("books", f"{len(table)} rows of numbers for {len(rows)} requests")
         columns = ledger.roster.columns
         load, requests, takers = [0] * columns, [0] * columns, [0] * columns
         for row, entry in enumerate(rows):
-            worker = workers[row]
-            load[worker] += kv_tokens[row]
+            request_id, worker, kv_tokens = table[row][:3]
+            load[worker] += kv_tokens
             requests[worker] += 1
             takers[worker] += entry.sequences > 0
-            if (
-                entry.row != row
-                or entry.worker != worker
-                or ledger._row_id[row] != entry.id
-                or kv_tokens[row] < 0
-            ):
+            if entry.row != row or entry.worker != worker or request_id != entry.id or kv_tokens < 0:
                 raise Violation("books", f"row {row} is not that of {entry}")
         if load != ledger._kv_tokens or requests != ledger._requests:
             raise Violation("books", f"rows say {load} KV tokens, {requests} requests, the ledger {ledger!r}")
