@@ -1,4 +1,4 @@
-"""From a configuration to a running proxy: builds the parts, listens, and stops in good order."""
+"""A running proxy: it listens, drains and stops in good order."""
 
 from __future__ import annotations
 
@@ -6,45 +6,25 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 from aiohttp import web
 
-from brproxy.clock import Clock, MonotonicClock
-from brproxy.config import Config, Listen, Worker
-from brproxy.dispatcher import Dispatcher, PoolLimits
-from brproxy.engines.dialect import make_dialect
-from brproxy.estimate import TokenEstimator
-from brproxy.fleet import Fleet, Group
-from brproxy.health import HealthThresholds
-from brproxy.ledger import Ledger
+from brproxy.build import build_service, predictors_of
+from brproxy.clock import Clock
+from brproxy.config import Config
+from brproxy.config_sections import Listen
 from brproxy.listening import start_listening, url_of
-from brproxy.open_files import (
-    clients_for_open_files,
-    file_number_max,
-    raise_open_files_limit,
-    requests_for_open_files,
-)
-from brproxy.prediction.predictor import AnyPredictor, make_predictor
+from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
 from brproxy.proxy.asking import Prober, ProbeSettings
-from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.cors import Cors
-from brproxy.proxy.departures import Departures
-from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
-from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
-from brproxy.relay.endpoint import Endpoint, EndpointSettings
+from brproxy.proxy.service import Service
 from brproxy.relay.server import ClientLimits, RelayServer
-from brproxy.relay.watch import Watch
-from brproxy.roster import Roster, WorkerLimits
-from brproxy.routing.policy import make_policy
-from brproxy.state_file import load_state, save_state
-from brproxy.telemetry.metrics import Metrics
+from brproxy.state_file import save_state
 
 log = logging.getLogger(__name__)
 
@@ -53,108 +33,6 @@ Listening = Callable[[web.ServerRunner, Listen], Awaitable[int]]
 
 _GC_THRESHOLD = 20_000
 """Container objects more than at the last collection that start one; Python's own 700 is a few requests."""
-
-
-def build_group(config: Config, name: str, workers: list[Worker], seed: np.random.SeedSequence) -> Group:
-    """Build the decision core of one barrier group."""
-    checks = config.health
-    thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
-    roster = Roster(thresholds, checked=checks.enabled)
-    for worker in workers:
-        roster.add(worker.label, WorkerLimits(worker.slots, worker.kv_capacity_tokens), worker.url)
-    dispatcher = Dispatcher(
-        Ledger(roster),
-        make_policy(config.routing.policy, config.policy_params()),
-        make_predictor(config.prediction.predictor, config.predictor_params()),
-        np.random.default_rng(seed),
-        PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
-        name,
-    )
-    return Group(name, workers[0].models, dispatcher)
-
-
-def build_service(config: Config, clock: Clock | None = None) -> Service:
-    """Build everything behind the handlers; needs a running event loop. ``clock``: None for the machine's."""
-    seeds = np.random.SeedSequence(config.routing.seed).spawn(len(config.groups))
-    clock = clock or MonotonicClock()
-    fleet = Fleet(
-        [
-            build_group(config, name, workers, seed)
-            for (name, workers), seed in zip(config.groups.items(), seeds, strict=True)
-        ]
-    )
-    if config.prediction.state_file:
-        load_state(Path(config.prediction.state_file), _predictors(fleet), config.prediction.predictor)
-    metrics = Metrics(fleet)
-    limits, timeouts = config.limits, config.timeouts
-    settings = endpoint_settings(config)
-    services = {
-        group.name: GroupService(
-            group,
-            GroupDriver(group, clock, config.routing.tick_ms / 1000),
-            make_dialect(config.groups[group.name][0].engine),
-            lambda member: Endpoint(member.origin, settings),
-        )
-        for group in fleet.groups
-    }
-    watch = Watch(_look_interval_s(config), partial(_look_after, services.values()))
-    watch.also(Departures(services.values(), watch, timeouts.gone_s).look)
-    return Service(
-        groups=services,
-        fleet=fleet,
-        watch=watch,
-        estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
-        metrics=metrics,
-        clock=clock,
-        limits=ServiceLimits(
-            requests_max=min(limits.requests_max, requests_for_open_files()),
-            retries_max=limits.retries_max,
-            retry_wait_s=timeouts.retry_wait_s,
-            retry_wait_s_max=timeouts.retry_wait_s_max,
-            retry_after_s=limits.retry_after_s,
-            control_timeout_s=config.health.timeout_s,
-            control_bytes_max=limits.control_bytes_max,
-            models_kept_s=limits.models_kept_s,
-        ),
-        body_limits=BodyLimits(
-            bytes_max=limits.body_bytes_max,
-            upload_bytes_max=limits.upload_bytes_max,
-            stall_s=timeouts.client_stall_s,
-            whole_s=timeouts.client_body_s,
-        ),
-        body_room=BodyRoom(limits.bodies_bytes_max, limits.retry_after_s),
-        relay_limits=RelayLimits(
-            first_byte_s=timeouts.first_byte_s,
-            stall_s=timeouts.stall_s,
-            event_bytes_max=limits.event_bytes_max,
-            response_parse_bytes_max=limits.response_parse_bytes_max,
-        ),
-        ask_usage=config.estimate.ask_usage,
-        hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
-        health_checks=config.health.enabled,
-    )
-
-
-def endpoint_settings(config: Config) -> EndpointSettings:
-    """Return how the proxy connects to workers."""
-    timeouts, limits = config.timeouts, config.limits
-    return EndpointSettings(
-        timeouts.connect_s, timeouts.keepalive_s, limits.idle_connections_max, limits.header_bytes_max
-    )
-
-
-def _look_interval_s(config: Config) -> float:
-    """Return how often time-outs are looked at: they are late by up to that, a tenth of the shortest."""
-    timeouts = config.timeouts
-    return min(1.0, 0.1 * min(timeouts.first_byte_s, timeouts.stall_s, timeouts.keepalive_s))
-
-
-def _look_after(services: Iterable[GroupService], now_s: float) -> None:
-    for service in services:
-        for endpoint in service.endpoints:
-            endpoint.expire(now_s)
-        # Nobody has to look at the load for what is unbooked to stay little.
-        service.driver.look_after()
 
 
 class RunningProxy:
@@ -229,11 +107,7 @@ async def _keep_state(config: Config, service: Service) -> None:
 def _save_state(config: Config, service: Service) -> None:
     if config.prediction.state_file:
         path = Path(config.prediction.state_file)
-        save_state(path, _predictors(service.fleet), config.prediction.predictor)
-
-
-def _predictors(fleet: Fleet) -> dict[str, AnyPredictor]:
-    return {group.name: group.dispatcher.predictor for group in fleet.groups}
+        save_state(path, predictors_of(service.fleet), config.prediction.predictor)
 
 
 async def serve(config: Config) -> None:

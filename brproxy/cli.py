@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 import uvloop
 
-from brproxy.app import endpoint_settings
 from brproxy.app import serve as serve_until_stopped
+from brproxy.build import endpoint_settings
 from brproxy.command import USAGE_ERROR, make_command, run_command
-from brproxy.config import Config, Worker, load_config
+from brproxy.config import Config, load_config
 from brproxy.config_reference import reference_table
+from brproxy.config_workers import Worker
 from brproxy.engines.dialect import make_dialect
 from brproxy.logs import configure_logging
 from brproxy.proxy.asking import Question, Verdict, ask, probe

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from brproxy.config import Config, Worker
+from brproxy.config import Config
+from brproxy.config_workers import Worker
 from brproxy.validation import table_model
 
 _WORKER_TABLE = "[[worker]] "

@@ -10,7 +10,7 @@ import ssl
 
 from aiohttp import web
 
-from brproxy.config import Listen
+from brproxy.config_sections import Listen
 from brproxy.types import InvalidInputError
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from aiohttp import web
 
 from brproxy.app import RunningProxy, running_proxy
-from brproxy.config import Config, Listen, parse_config
+from brproxy.config import Config, parse_config
+from brproxy.config_sections import Listen
 from brproxy.learning import Learner
 from tests.simulation.actions import Ask, Scenario, Trouble, Visit
 from tests.simulation.checks import Checks, Violation

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from brproxy.app import build_service
+from brproxy.build import build_service
 from brproxy.clock import VirtualClock
 from brproxy.config import parse_config
 from brproxy.health import Health

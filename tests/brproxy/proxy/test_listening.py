@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from brproxy.config import Listen
+from brproxy.config_sections import Listen
 from brproxy.listening import ListenError, url_of
 from brproxy.relay.server import ClientProtocol
 

@@ -20,7 +20,7 @@ from functools import partial
 
 import httptools
 
-from brproxy.app import build_service
+from brproxy.build import build_service
 from brproxy.config import parse_config
 from brproxy.engines.dialects.vllm import VllmDialect
 from brproxy.proxy.handlers import Handlers
