@@ -25,23 +25,23 @@ _MODELS = b'{"object":"list","data":[{"id":"a"},{"id":"b"}]}'
 
 @dataclass
 class Attempt:
-    """One request that has come to a worker: what it was answered, and how much of that was sent."""
+    """One request that has come to a worker: what it was answered, and how much of that was sent.
+
+    ``has_ended``: all was sent, and nobody had left before that could be seen by the connection's end.
+    """
 
     worker: int
     answer: Answer
     response: Response
     wire: Wire
     sent_bytes: int = 0
+    has_ended: bool = False
 
     @property
     def sent_all(self) -> bool:
         """Whether all that belongs to the answer was sent."""
-        if (
-            self.answer.framing == "close"
-            and self.answer.ending == "hang"
-            and self.answer.stop_at is not None
-        ):
-            # Its end is the connection's, which never comes.
+        if self.answer.framing == "close" and not self.has_ended:
+            # Its end is the connection's, which never came, or too late.
             return False
         needed = self.response.pieces[:-1] if self.answer.extra else self.response.pieces
         return self.sent_bytes >= sum(map(len, needed))
@@ -217,6 +217,7 @@ class Worker:
                 attempt.sent_bytes += left
                 await wire.send(piece[:left])
                 await self._end_early(wire, answer)
+                attempt.has_ended = answer.ending == "cut" and not wire.lost
                 return False
             left = None if left is None else left - len(piece)
             attempt.sent_bytes += len(piece)
@@ -226,8 +227,8 @@ class Worker:
             return False
         if answer.ending == "stale":
             await self._pause(0.1)
-            return False
-        return True
+        attempt.has_ended = not wire.lost
+        return answer.ending != "stale"
 
     async def _end_early(self, wire: Wire, answer: Answer) -> None:
         if answer.ending == "hang":
