@@ -19,13 +19,18 @@ from brproxy.relay.response import ResponseHead
 
 ENCODE = {"identity": bytes, "gzip": gzip.compress, "x-gzip": gzip.compress, "deflate": zlib.compress}
 BYTES_MAX = 1 << 12
-ENTRIES = st.fixed_dictionaries(
-    {"id": st.sampled_from("abc") | st.integers()}, optional={"n": st.integers(0, 9)}
-)
+ENTRIES = st.fixed_dictionaries({"id": st.sampled_from("abc")}, optional={"n": st.integers(0, 9)})
 LISTS = st.lists(ENTRIES, max_size=4).map(lambda entries: orjson.dumps({"object": "list", "data": entries}))
-BODIES = LISTS | st.sampled_from(
-    [b"", b"[]", b'{"data":{}}', b'{"data":null}', b"\xff", bytes(2 * BYTES_MAX)]
-)
+NO_LISTS = [
+    b"",
+    b"[]",
+    b'{"data":{}}',
+    b'{"data":null}',
+    b'{"data":[{"id":1}]}',
+    b"\xff",
+    bytes(2 * BYTES_MAX),
+]
+BODIES = st.one_of(LISTS, LISTS, LISTS, st.sampled_from(NO_LISTS))
 
 
 @st.composite
