@@ -196,7 +196,8 @@ class Client:
         number, _, attempt = named.partition(b".")
         if int(number) != ask.id:
             self._wrong("own-answer", f"request {ask.id} is answered what request {int(number)} should be")
-        return self._records[int(number)].attempts[int(attempt)]
+        attempts = self._records[int(number)].attempts
+        return next(one for one in attempts if one.number == int(attempt))
 
     def _judge_own(self, ask: Ask, answer: Received) -> None:
         if answer.status not in self._own_status:

@@ -27,9 +27,11 @@ _MODELS = b'{"object":"list","data":[{"id":"a"},{"id":"b"}]}'
 class Attempt:
     """One request that has come to a worker: what it was answered, and how much of that was sent.
 
+    ``number``: how many of that request had come before, to any worker; its answer names it.
     ``has_ended``: all was sent, and nobody had left before that could be seen by the connection's end.
     """
 
+    number: int
     worker: int
     answer: Answer
     response: Response
@@ -58,10 +60,14 @@ class Attempt:
 
 @dataclass
 class Record:
-    """What workers have seen of one request; ``was_refused``: and its client got a refusal of theirs."""
+    """What workers have seen of one request, which ``came`` to them so many times.
+
+    ``attempts`` are those whose body has come too. ``was_refused``: its client got a refusal of theirs.
+    """
 
     ask: Ask
     attempts: list[Attempt] = field(default_factory=list)
+    came: int = 0
     was_refused: bool = False
 
 
@@ -156,12 +162,13 @@ class Worker:
         if NAME not in known:
             return await self._serve_proxy(wire, line)
         record = self._records[int(known[NAME])]
-        number = len(record.attempts)
+        number = record.came
+        record.came += 1
         answer = record.ask.answers[min(number, len(record.ask.answers) - 1)]
         body = None if answer.early else await self._body(wire, known)
         asked_usage = record.ask.own_usage or (body is not None and b'"include_usage":true' in body)
         response = respond(record.ask, answer, number, asked_usage=asked_usage)
-        attempt = Attempt(self.index, answer, response, wire)
+        attempt = Attempt(number, self.index, answer, response, wire)
         record.attempts.append(attempt)
         if body is not None:
             self._compare(record.ask, body)
