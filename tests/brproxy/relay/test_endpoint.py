@@ -181,7 +181,7 @@ async def test_what_the_worker_has_closed_makes_room_when_others_expire(kept, un
 
 
 async def test_close_closes_what_is_idle_at_once_and_what_is_busy_when_it_is_over(kept, until):
-    worker, pool, connections = await kept(3)
+    worker, pool, _ = await kept(3)
     busy = pool.take_idle()
     pool.close()
     await until(lambda: sorted(worker.ended) == [0, 1])
