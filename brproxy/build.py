@@ -37,7 +37,9 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
     thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
     roster = Roster(thresholds, checked=checks.enabled)
     for worker in workers:
-        roster.add(worker.label, WorkerLimits(worker.slots, worker.kv_capacity_tokens), worker.url)
+        limits = WorkerLimits(worker.slots, worker.kv_capacity_tokens)
+        for seat in worker.seats:
+            roster.add(seat.key, limits, worker.url, seat.lines, seat.rank)
     dispatcher = Dispatcher(
         Ledger(roster),
         make_policy(config.routing.policy, config.policy_params()),

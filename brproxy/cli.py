@@ -40,7 +40,7 @@ def serve(config: ConfigFile) -> None:
 def check(config: ConfigFile) -> None:
     """Validate the configuration and probe each worker, a line each; exit code 2 if any does not answer."""
     settings = load_config(config)
-    groups = ", ".join(f"{name} ({len(workers)})" for name, workers in settings.groups.items())
+    groups = ", ".join(f"{name} ({size})" for name, size in settings.group_sizes.items())
     typer.echo(f"{config}: valid; policy {settings.routing.policy}; workers by group: {groups}")
     if not asyncio.run(_probe_all(settings)):
         raise typer.Exit(USAGE_ERROR)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
 from brproxy.engines.dialect import DIALECTS
 from brproxy.origins import read_origin
+from brproxy.ranks import RANK_MAX, rank_line, read_ranks
 from brproxy.registry import Registry, UnknownNameError
 from brproxy.types import InvalidInputError
 from brproxy.validation import Disagreement, Section
@@ -36,8 +37,30 @@ def _origin(url: str) -> str:
         raise ValueError(str(error)) from error
 
 
+def _ranks(text: str) -> str:
+    """Check a list of ranks; the empty one is of a worker that is no server of several."""
+    try:
+        if text:
+            read_ranks(text)
+    except InvalidInputError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+MEMBERS_MAX = 4096
+"""Members of a file: workers, and ranks of those that have several (members)."""
+
+
+class Seat(NamedTuple):
+    """One member that a worker's table stands for: its name, its rank (None: the URL is one), its lines."""
+
+    key: str
+    rank: int | None
+    lines: bytes
+
+
 class Worker(Section):
-    """One DP rank behind a port of its own."""
+    """One DP rank behind a port of its own, or a server with several ranks behind one."""
 
     url: Annotated[str, AfterValidator(_origin)] = Field(
         description='Where the worker listens, as "http://host:port".'
@@ -58,13 +81,37 @@ class Worker(Section):
         description="Model or list of models that the worker serves; empty: whatever a request names.",
     )
     slots: int = Field(
-        default=64, ge=1, le=1 << 20, description="Most requests that it runs at once (vLLM: --max-num-seqs)."
+        default=64,
+        ge=1,
+        le=1 << 20,
+        description="Most requests that it runs at once, of several ranks each one (vLLM: --max-num-seqs).",
     )
     kv_capacity_tokens: int | None = Field(
-        default=None, ge=1, description="KV cache size (tokens); unknown and not watched when left out."
+        default=None,
+        ge=1,
+        description="KV cache size, of several ranks each one's (tokens); left out: unknown and not watched.",
     )
     engine: Annotated[str, known_name(DIALECTS)] = Field(
         default="vllm", description="What the worker speaks."
+    )
+    ranks: Annotated[str, AfterValidator(_ranks)] = Field(
+        default="",
+        max_length=8192,
+        description="The DP ranks behind the URL, numbered as in the whole deployment and its metrics, "
+        'as "0-7" or "0,2,4-6": each is a worker, addressed by X-data-parallel-rank; '
+        "empty: the URL is one.",
+    )
+    rank_mode: Literal["local", "global"] = Field(
+        default="local",
+        description='Which number addresses a rank: rank - rank_base ("local": vLLM, by default) or the '
+        'rank itself ("global": SGLang, vLLM\'s Rust frontend). `brproxy check` tries it.',
+    )
+    rank_base: int = Field(
+        default=0,
+        ge=0,
+        le=RANK_MAX,
+        description='The rank that the server itself calls 0, with rank_mode "local" '
+        "(vLLM: --data-parallel-start-rank).",
     )
 
     @property
@@ -77,22 +124,40 @@ class Worker(Section):
         """The models as a set; empty for any."""
         return frozenset([self.model] if isinstance(self.model, str) else self.model) - {""}
 
+    @property
+    def seats(self) -> list[Seat]:
+        """The members that this table stands for: one for each rank, or the URL as one."""
+        if not self.ranks:
+            return [Seat(self.label, None, b"")]
+        return [
+            Seat(f"{self.label}/{rank}", rank, rank_line(self.rank_number(rank)))
+            for rank in read_ranks(self.ranks)
+        ]
+
+    def rank_number(self, rank: int) -> int:
+        """Return what the server calls ``rank``."""
+        return rank - self.rank_base if self.rank_mode == "local" else rank
+
 
 def disagreements(workers: Sequence[Worker]) -> Iterator[Disagreement]:
-    """Yield what is wrong with workers beside others; each is compared with the first that is like it."""
+    """Yield what is wrong with workers; beside others each is compared with the first that is like it."""
     by_url: dict[str, int] = {}
-    by_label: dict[str, int] = {}
+    by_key: dict[str, int] = {}
     by_group: dict[str, int] = {}
+    members = 0
     for i, worker in enumerate(workers):
+        yield from (Disagreement((i, key), text) for key, text in _of_ranks(worker))
         same_url = by_url.setdefault(worker.url, i)
-        same_label = by_label.setdefault(worker.label, i)
         first = workers[by_group.setdefault(worker.group, i)]
         if same_url != i:
             text = f"{worker.url!r} is worker[{same_url}]'s already; each worker must have its own"
             yield Disagreement((i, "url"), text)
+        seats = worker.seats
+        members += len(seats)
+        taken = next((seat.key for seat in seats if by_key.setdefault(seat.key, i) != i), None)
         # Without a name it is the URL's: then one of the two says it.
-        if same_label != i and (worker.name or workers[same_label].url != worker.url):
-            text = f"{worker.label!r} is worker[{same_label}]'s already; each worker must have its own"
+        if taken is not None and (worker.name or workers[by_key[taken]].url != worker.url):
+            text = f"{taken!r} is worker[{by_key[taken]}]'s already; each worker must have its own"
             yield Disagreement((i, "name"), text)
         if worker.models != first.models or worker.engine != first.engine:
             text = (
@@ -100,3 +165,23 @@ def disagreements(workers: Sequence[Worker]) -> Iterator[Disagreement]:
                 "the workers of a group must agree, others belong in a group of their own"
             )
             yield Disagreement((i,), text)
+    if members > MEMBERS_MAX:
+        yield Disagreement((), f"must be {MEMBERS_MAX} workers at most, each rank counted, got {members}")
+
+
+def _of_ranks(worker: Worker) -> Iterator[tuple[str, str]]:
+    """Yield keys that do not fit a worker's ranks, and why."""
+    if not worker.ranks:
+        if worker.rank_mode != "local":
+            yield "rank_mode", "needs ranks, which are not given"
+        if worker.rank_base:
+            yield "rank_base", "needs ranks, which are not given"
+        return
+    least = read_ranks(worker.ranks)[0]
+    if worker.rank_mode == "global" and worker.rank_base:
+        yield (
+            "rank_base",
+            f'must be 0 with rank_mode "global", which sends ranks as they are, got {worker.rank_base}',
+        )
+    if worker.rank_mode == "local" and worker.rank_base > least:
+        yield "rank_base", f"must be at most the least of the ranks, {least}, got {worker.rank_base}"

@@ -14,6 +14,7 @@ from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.service import GroupService, Service
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ClientGoneError, ShortageError, WorkerFailedError
 from brproxy.relay.request import request_head
 from brproxy.types import WorkerIndex
@@ -127,7 +128,7 @@ class Attempts:
             try:
                 connection = await endpoint.connect()
             except WorkerFailedError as error:
-                return self._not_connected(error)
+                return self._not_connected(endpoint, error)
         self._outcome = service.watch.loop.create_future()
         answer = WorkerAnswer(
             self,
@@ -173,7 +174,7 @@ class Attempts:
             return lines + _IDENTITY
         return lines + b"Accept-Encoding: %b\r\n" % incoming.accept_encoding
 
-    def _not_connected(self, error: WorkerFailedError) -> Action:
+    def _not_connected(self, endpoint: Endpoint, error: WorkerFailedError) -> Action:
         if isinstance(error, ShortageError):
             return self._after(
                 Event.SHORTAGE, errors.no_connection_left(str(error), self._service.limits.retry_after_s)
@@ -181,9 +182,7 @@ class Attempts:
         # Without active checks nothing would ever bring the worker back.
         if self._service.health_checks:
             now_s = self._service.clock.now_s()
-            self._group.group.roster.record(
-                self._worker, ok=False, reason=str(error), now_s=now_s, refused=error.refused
-            )
+            self._group.record(endpoint, ok=False, reason=str(error), now_s=now_s, refused=error.refused)
         return self._after(Event.UNREACHABLE, error)
 
     async def _move(self) -> None:

@@ -37,9 +37,15 @@ NOT_IN_TRAILERS = HOP_BY_HOP | {
 """Fields about framing, routing, authentication or the content, which no trailer section may bring in behind
 the head's back (RFC 9110, section 6.5.1)."""
 
+# Which of several workers behind one server it is: that is decided here, and by no client.
+_RANKS = frozenset(
+    {b"x-data-parallel-rank", b"x-override-routed-dp-rank", b"x-override-disagg-prefill-dp-rank"}
+)
 # Host and Content-Length are the upstream connection's own; Expect has been answered by this proxy, which
 # decides on Accept-Encoding as well.
-_NOT_TO_WORKERS = HOP_BY_HOP | {b"accept-encoding", b"host", b"content-length", b"expect", b"trailer"}
+NOT_TO_WORKERS = HOP_BY_HOP | _RANKS | {b"accept-encoding", b"host", b"content-length", b"expect", b"trailer"}
+"""Fields of a client that no worker gets."""
+
 # Content-Length goes with the framing that the client gets.
 _NOT_TO_CLIENTS = HOP_BY_HOP | {b"content-length"}
 # Lists that may come in several fields, all of which count.
@@ -73,7 +79,7 @@ class Fields(NamedTuple):
 
 def request_fields(fields: Sequence[tuple[bytes, bytes]]) -> Fields:
     """Return what a worker gets of a client's header fields."""
-    return _crossing(fields, _NOT_TO_WORKERS)
+    return _crossing(fields, NOT_TO_WORKERS)
 
 
 def response_fields(fields: Sequence[tuple[bytes, bytes]]) -> Fields:

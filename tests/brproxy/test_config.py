@@ -75,6 +75,35 @@ def test_groups_and_models():
     assert config.worker[1].url == "http://h:2"
 
 
+def test_ranks_behind_one_url_are_members_each():
+    config = parse(
+        WORKER + 'name = "a"\nranks = "8-9,11"\nrank_base = 8\n'
+        '[[worker]]\nurl = "http://h:2"\nranks = "2,1"\nrank_mode = "global"\n'
+        '[[worker]]\nurl = "http://h:3"\n'
+    )
+    assert [[(s.key, s.rank, s.lines) for s in worker.seats] for worker in config.worker] == [
+        [
+            ("a/8", 8, b"X-data-parallel-rank: 0\r\n"),
+            ("a/9", 9, b"X-data-parallel-rank: 1\r\n"),
+            ("a/11", 11, b"X-data-parallel-rank: 3\r\n"),
+        ],
+        [
+            ("h:2/1", 1, b"X-data-parallel-rank: 1\r\n"),
+            ("h:2/2", 2, b"X-data-parallel-rank: 2\r\n"),
+        ],
+        [("h:3", None, b"")],
+    ]
+    assert config.group_sizes == {"default": 6}
+
+
+def test_ranks_count_as_workers():
+    workers = [{"url": f"http://h:{i + 1}", "ranks": "0-1023"} for i in range(5)]
+    assert messages({"worker": workers}) == [
+        "x.toml: worker: must be 4096 workers at most, each rank counted, got 5120"
+    ]
+    assert parse_config({"worker": workers[:4]}, "x.toml").group_sizes == {"default": 4096}
+
+
 def test_each_policy_has_its_own_table():
     config = parse(
         WORKER + '[routing]\npolicy = "br-h"\n[routing.br-h]\ngamma = 0.5\n[routing.br-0]\nwindow = 7\n'
@@ -132,6 +161,26 @@ def test_each_policy_has_its_own_table():
         (
             WORKER + 'name="a"\n[[worker]]\nurl="http://h:1"\nname="a"',
             "x.toml: worker[1].name: 'a' is worker[0]'s already; each",
+        ),
+        (WORKER + 'ranks = "0-"', "x.toml: worker[0].ranks: must be numbers and ranges like"),
+        (WORKER + "ranks = 8", "x.toml: worker[0].ranks: must be a string, got 8"),
+        (WORKER + 'rank_mode = "global"', "x.toml: worker[0].rank_mode: needs ranks, which are not given"),
+        (WORKER + "rank_base = 8", "x.toml: worker[0].rank_base: needs ranks, which are not given"),
+        (
+            WORKER + 'ranks = "8-15"\nrank_base = 9',
+            "x.toml: worker[0].rank_base: must be at most the least of the ranks, 8, got 9",
+        ),
+        (
+            WORKER + 'ranks = "8-15"\nrank_base = 8\nrank_mode = "global"',
+            'x.toml: worker[0].rank_base: must be 0 with rank_mode "global", which sends ranks as',
+        ),
+        (
+            WORKER + 'ranks = "0-1"\nname = "a"\n[[worker]]\nurl="http://h:1"\nname="a/1"',
+            "x.toml: worker[1].name: 'a/1' is worker[0]'s already; each",
+        ),
+        (
+            WORKER + 'ranks = "0-1"\n' + WORKER + 'ranks = "2-3"',
+            "x.toml: worker[1].url: 'http://127.0.0.1:8001' is worker[0]'s already; each",
         ),
         (
             WORKER + '[[worker]]\nurl="http://h:1"\nmodel="m"',

@@ -1,6 +1,8 @@
 """Which header fields cross the proxy."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from brproxy.relay.fields import HOP_BY_HOP, request_fields, response_fields
 
@@ -27,6 +29,25 @@ def test_fields_that_belong_to_one_side():
     fields = ((b"Host", b"h"), (b"Content-Length", b"3"), (b"Expect", b"100-continue"), (b"Trailer", b"T"))
     assert request_fields(fields).lines == b""
     assert response_fields(fields).lines == b"Host: h\r\nExpect: 100-continue\r\nTrailer: T\r\n"
+
+
+RANKS = [b"x-data-parallel-rank", b"x-override-routed-dp-rank", b"x-override-disagg-prefill-dp-rank"]
+SPELLED = st.sampled_from(RANKS).flatmap(
+    lambda name: st.lists(st.booleans(), min_size=len(name), max_size=len(name)).map(
+        lambda upper: bytes(b - 32 if up and 97 <= b <= 122 else b for b, up in zip(name, upper, strict=True))
+    )
+)
+OTHER = st.tuples(
+    st.sampled_from([b"A", b"X-Data-Parallel", b"Connection"]), st.just(b"x-data-parallel-rank")
+)
+
+
+@given(st.lists(st.one_of(st.tuples(SPELLED, st.binary(max_size=5)), OTHER), max_size=6))
+def test_no_client_says_which_rank_however_it_spells_it(fields):
+    lines = request_fields(fields).lines
+    names = [line.partition(b":")[0].lower() for line in lines.split(b"\r\n")]
+    assert not set(names) & set(RANKS)
+    assert lines.count(b"A: ") == sum(name == b"A" for name, _ in fields), "the others pass"
 
 
 def test_the_bytes_and_the_order_stay():
