@@ -183,6 +183,8 @@ class Attempts:
         if self._service.health_checks:
             now_s = self._service.clock.now_s()
             self._group.record(endpoint, ok=False, reason=str(error), now_s=now_s, refused=error.refused)
+        # Of one server that nobody can reach the other ranks are no others.
+        self._lease.avoid(member.index for member in self._group.behind(endpoint))
         return self._after(Event.UNREACHABLE, error)
 
     async def _move(self) -> None:

@@ -93,6 +93,21 @@ async def test_a_server_that_refuses_is_out_with_all_its_ranks(
     await proxy.idle()
 
 
+async def test_a_retry_goes_to_another_server_and_not_to_another_rank_of_one_that_is_gone(
+    start_emulator, start_proxy, client, unused_tcp_port
+):
+    emulator = await start_emulator(1)
+    workers = [{"url": f"http://127.0.0.1:{unused_tcp_port}", "ranks": "0-7"}, {"url": emulator.urls[0]}]
+    limits = {"retries_max": 1}
+    proxy = await start_proxy([], workers=workers, limits=limits, routing={"policy": "round-robin"})
+    for _ in range(9):
+        assert (await ask(client, proxy))[0] == 200
+    await proxy.idle()
+    alone = await start_proxy([], workers=workers[:1], limits=limits)
+    status, body = await ask(client, alone)
+    assert (status, body.count(b"Connection refused")) == (502, 1), "there is nobody else"
+
+
 async def test_models_are_asked_for_once_for_all_ranks_behind_a_url(start_worker, start_proxy, client, fixed):
     async def script(writer):
         writer.write(fixed(b'{"object":"list","data":[{"id":"m"}]}'))
