@@ -281,3 +281,23 @@ def test_files_that_cannot_be_read(tmp_path):
     broken.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"broken.toml: must be UTF-8 text: byte 0 is not"):
         load_config(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("vllm-external-lb", {f"dp-{rank}": None for rank in range(4)}),
+        ("vllm-multi-port", {f"dp-{rank}": None for rank in range(4)}),
+        ("vllm-hybrid-lb", {f"node-{rank // 8}/{rank}": rank % 8 for rank in range(16)}),
+        ("vllm-internal-lb", {f"dp/{rank}": rank for rank in range(16)}),
+        ("sglang-dp-attention", {f"sglang/{rank}": rank for rank in range(8)}),
+    ],
+)
+def test_the_worked_examples_address_each_rank_as_its_server_counts(name, numbers):
+    config = load_config(CONFIG_FOLDER / f"{name}.toml")
+    lines = {seat.key: seat.lines for worker in config.worker for seat in worker.seats}
+    assert lines == {
+        key: b"" if number is None else b"X-data-parallel-rank: %d\r\n" % number
+        for key, number in numbers.items()
+    }
+    assert list(config.group_sizes) == ["default"], "ranks of one deployment wait for each other"
