@@ -20,10 +20,14 @@ from brproxy.engines.dialect import make_dialect
 from brproxy.logs import configure_logging
 from brproxy.proxy.asking import Question, Verdict, ask, probe
 from brproxy.proxy.models import listed_models
+from brproxy.proxy.rank_check import RankCheck
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
 
 app = make_command("brproxy", "A load balancer for barrier-synchronised data-parallel LLM serving.")
+
+_GENERATION_S = 15.0
+"""For one token of a worker that may be busy (seconds)."""
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="TOML configuration file.", show_default=False)]
 
@@ -84,7 +88,13 @@ async def _probe(endpoint: Endpoint, config: Config, worker: Worker) -> bool:
     note = f"; configured but not served: {', '.join(missing)}" if missing else ""
     served = ", ".join(models) or "none reported"
     typer.echo(f"worker {worker.label} [{worker.group}]: ok, {duration_ms:.0f} ms; models: {served}{note}")
-    return True
+    if not worker.ranks:
+        return True
+    model = min(worker.models, default=models[0] if models else "")
+    ranks = RankCheck(model, _GENERATION_S, config.limits.control_bytes_max)
+    verdict = await ranks.check(endpoint, worker.rank_guess)
+    typer.echo(f"worker {worker.label} [{worker.group}]: {'' if verdict.ok else 'FAILED: '}{verdict.text}")
+    return verdict.ok
 
 
 async def _models(endpoint: Endpoint, question: Question) -> list[str]:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from brproxy.engines.dialect import DIALECTS
 from brproxy.origins import read_origin
-from brproxy.ranks import RANK_MAX, rank_line, read_ranks
+from brproxy.ranks import RANK_MAX, RankGuess, rank_line, read_ranks
 from brproxy.registry import Registry, UnknownNameError
 from brproxy.types import InvalidInputError
 from brproxy.validation import Disagreement, Section
@@ -129,14 +129,13 @@ class Worker(Section):
         """The members that this table stands for: one for each rank, or the URL as one."""
         if not self.ranks:
             return [Seat(self.label, None, b"")]
-        return [
-            Seat(f"{self.label}/{rank}", rank, rank_line(self.rank_number(rank)))
-            for rank in read_ranks(self.ranks)
-        ]
+        guess = self.rank_guess
+        return [Seat(f"{self.label}/{rank}", rank, rank_line(guess.number(rank))) for rank in guess.ranks]
 
-    def rank_number(self, rank: int) -> int:
-        """Return what the server calls ``rank``."""
-        return rank - self.rank_base if self.rank_mode == "local" else rank
+    @property
+    def rank_guess(self) -> RankGuess:
+        """What the server is taken to understand; for workers with ranks."""
+        return RankGuess(read_ranks(self.ranks), self.rank_mode, self.rank_base)
 
 
 def disagreements(workers: Sequence[Worker]) -> Iterator[Disagreement]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from brproxy.types import InvalidInputError
 
@@ -41,3 +42,26 @@ def read_ranks(text: str) -> tuple[int, ...]:
 def rank_line(number: int) -> bytes:
     """Return the header line that sends a request to the rank that a server calls ``number``."""
     return b"X-data-parallel-rank: %d\r\n" % number
+
+
+class RankGuess(NamedTuple):
+    """What an operator takes a server to understand: the ranks behind it, and which number addresses one."""
+
+    ranks: tuple[int, ...]
+    mode: str
+    base: int
+
+    def number(self, rank: int) -> int:
+        """Return what the server calls ``rank``: less the base in mode "local", itself in mode "global"."""
+        return rank - self.base if self.mode == "local" else rank
+
+    def others(self) -> list[RankGuess]:
+        """Return the guesses that address the highest rank by another number."""
+        ranks = self.ranks
+        guesses = [RankGuess(ranks, "local", ranks[0]), RankGuess(ranks, "global", 0)]
+        return [guess for guess in guesses if guess.number(ranks[-1]) != self.number(ranks[-1])]
+
+    def __str__(self) -> str:
+        """Return the keys that say so, as they are written."""
+        base = f" and rank_base = {self.base}" if self.base else " without rank_base"
+        return f'rank_mode = "{self.mode}"{base}'

@@ -53,7 +53,7 @@ ALLOWED = {
     "origins": {"types"},
     "ranks": {"types"},
     "relay": {"types", "transitions", "origins", "logs"},
-    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs", "ranks"},
     "listening": {"types", "config_sections"},
     "open_files": set(),
     "build": CORE

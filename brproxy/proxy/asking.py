@@ -20,7 +20,7 @@ from brproxy.proxy.exchange.collect import Collect, Reply
 from brproxy.proxy.service import GroupService
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ShortageError, StaleConnectionError, WorkerFailedError
-from brproxy.relay.request import request_head
+from brproxy.relay.request import body_length, request_head
 from brproxy.roster import Change, Member
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class Question:
     """A GET for ``path``: answered as a whole within ``timeout_s``, with a body of ``bytes_max`` at most.
 
     ``lines`` are header fields that go with it, each with its line end. ``afresh``: on a new connection.
+    With a ``document``, which is JSON, it is a POST of that.
     """
 
     path: str
@@ -42,6 +43,14 @@ class Question:
     wants_body: bool = True
     lines: bytes = b""
     afresh: bool = False
+    document: bytes = b""
+
+    def request(self, host: bytes) -> bytes:
+        """Return the request to a worker with that host and port."""
+        if not self.document:
+            return request_head("GET", self.path, host, self.lines)
+        lines = self.lines + b"Content-Type: application/json\r\n" + body_length("POST", self.document)
+        return request_head("POST", self.path, host, lines) + self.document
 
 
 async def ask(endpoint: Endpoint, question: Question) -> Reply:
@@ -59,7 +68,7 @@ async def ask(endpoint: Endpoint, question: Question) -> Reply:
 
 
 async def _ask(endpoint: Endpoint, question: Question) -> Reply:
-    request = request_head("GET", question.path, endpoint.host_field, question.lines)
+    request = question.request(endpoint.host_field)
     loop = asyncio.get_running_loop()
     connection = None if question.afresh else endpoint.take_idle()
     while True:
