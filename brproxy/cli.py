@@ -11,7 +11,7 @@ import typer
 import uvloop
 
 from brproxy.app import serve as serve_until_stopped
-from brproxy.build import endpoint_settings
+from brproxy.build import endpoint_settings, reach_of
 from brproxy.command import USAGE_ERROR, make_command, run_command
 from brproxy.config import Config, load_config
 from brproxy.config_reference import reference_table
@@ -59,7 +59,7 @@ def reference() -> None:
 async def _probe_all(config: Config) -> bool:
     """Print a line for each worker; return whether all answered."""
     settings = endpoint_settings(config)
-    endpoints = [Endpoint(worker.url, settings) for worker in config.worker]
+    endpoints = [Endpoint(worker.url, settings, reach_of(worker)) for worker in config.worker]
     try:
         results = await asyncio.gather(
             *(

@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 
 from brproxy.engines.dialect import DIALECTS
-from brproxy.origins import read_origin
+from brproxy.origins import read_worker_url
 from brproxy.ranks import RANK_MAX, RankGuess, rank_line, read_ranks
 from brproxy.registry import Registry, UnknownNameError
+from brproxy.relay.fields import NOT_TO_WORKERS, is_field
+from brproxy.relay.tls import TlsFileError, TlsFiles, client_context
 from brproxy.types import InvalidInputError
 from brproxy.validation import Disagreement, Section
 
@@ -29,10 +31,10 @@ def known_name(registry: Registry[Any]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _origin(url: str) -> str:
+def _url(url: str) -> str:
     """Check a worker's URL and return it as it goes over the wire, without a trailing slash."""
     try:
-        return read_origin(url).url
+        return str(read_worker_url(url))
     except InvalidInputError as error:
         raise ValueError(str(error)) from error
 
@@ -46,6 +48,12 @@ def _ranks(text: str) -> str:
         raise ValueError(str(error)) from error
     return text
 
+
+HEADERS_MAX = 32
+"""Header fields of a worker's own (fields)."""
+
+HEADER_VALUE_MAX = 8192
+"""The value of one of them (bytes)."""
 
 MEMBERS_MAX = 4096
 """Members of a file: workers, and ranks of those that have several (members)."""
@@ -62,8 +70,9 @@ class Seat(NamedTuple):
 class Worker(Section):
     """One DP rank behind a port of its own, or a server with several ranks behind one."""
 
-    url: Annotated[str, AfterValidator(_origin)] = Field(
-        description='Where the worker listens, as "http://host:port".'
+    url: Annotated[str, AfterValidator(_url)] = Field(
+        description='Where the worker listens, as "http://host:port"; with a base path, as '
+        '"http://host:port/base", all paths are below that.'
     )
     name: str = Field(
         default="",
@@ -113,6 +122,23 @@ class Worker(Section):
         description='The rank that the server itself calls 0, with rank_mode "local" '
         "(vLLM: --data-parallel-start-rank).",
     )
+    headers: dict[str, str] = Field(
+        default_factory=dict,
+        max_length=HEADERS_MAX,
+        description="Header fields that the worker gets with every request, in place of a client's of the "
+        'same name, as { "Authorization" = "Bearer KEY" }.',
+    )
+    ca_file: str = Field(
+        default="",
+        description="Certificates (PEM) that an https worker's is checked with; empty: the system's.",
+    )
+    client_certificate_file: str = Field(
+        default="", description="Certificate chain (PEM) that the proxy shows an https worker; empty: none."
+    )
+    client_key_file: str = Field(
+        default="",
+        description="Its private key (PEM), unencrypted; empty: the certificate's file has it too.",
+    )
 
     @property
     def label(self) -> str:
@@ -133,6 +159,16 @@ class Worker(Section):
         return [Seat(f"{self.label}/{rank}", rank, rank_line(guess.number(rank))) for rank in guess.ranks]
 
     @property
+    def fields(self) -> tuple[tuple[bytes, bytes], ...]:
+        """The header fields as bytes."""
+        return tuple((name.encode(), value.encode()) for name, value in self.headers.items())
+
+    @property
+    def tls_files(self) -> TlsFiles:
+        """The files that TLS needs."""
+        return TlsFiles(self.ca_file, self.client_certificate_file, self.client_key_file)
+
+    @property
     def rank_guess(self) -> RankGuess:
         """What the server is taken to understand; for workers with ranks."""
         return RankGuess(read_ranks(self.ranks), self.rank_mode, self.rank_base)
@@ -144,8 +180,11 @@ def disagreements(workers: Sequence[Worker]) -> Iterator[Disagreement]:
     by_key: dict[str, int] = {}
     by_group: dict[str, int] = {}
     members = 0
+    usable: dict[TlsFiles, TlsFileError | None] = {TlsFiles(): None}
     for i, worker in enumerate(workers):
         yield from (Disagreement((i, key), text) for key, text in _of_ranks(worker))
+        yield from (Disagreement((i, "headers", name), text) for name, text in _of_headers(worker))
+        yield from (Disagreement((i, key), text) for key, text in _of_tls(worker, usable))
         same_url = by_url.setdefault(worker.url, i)
         first = workers[by_group.setdefault(worker.group, i)]
         if same_url != i:
@@ -184,3 +223,48 @@ def _of_ranks(worker: Worker) -> Iterator[tuple[str, str]]:
         )
     if worker.rank_mode == "local" and worker.rank_base > least:
         yield "rank_base", f"must be at most the least of the ranks, {least}, got {worker.rank_base}"
+
+
+def _of_headers(worker: Worker) -> Iterator[tuple[str, str]]:
+    """Yield names of fields that cannot be a worker's own, and why; never a value, which may be secret."""
+    names: set[bytes] = set()
+    for (name, value), key in zip(worker.fields, worker.headers, strict=True):
+        low = name.lower()
+        if not is_field(name, value):
+            yield (
+                key,
+                "must be a header field: a name of letters, digits and -, and a value in one line",
+            )
+        elif len(value) > HEADER_VALUE_MAX:
+            yield key, f"must have {HEADER_VALUE_MAX} bytes at most, got {len(value)}"
+        elif low in NOT_TO_WORKERS:
+            yield key, "must not be given here: the proxy itself says that to workers"
+        elif low in names:
+            yield key, "is given twice, in other letters"
+        names.add(low)
+
+
+_TLS_KEYS = {"authorities": "ca_file", "certificate": "client_certificate_file"}
+
+
+def _of_tls(worker: Worker, usable: dict[TlsFiles, TlsFileError | None]) -> Iterator[tuple[str, str]]:
+    """Yield keys of TLS that do not fit, and why; ``usable`` keeps what was found out about files."""
+    files = worker.tls_files
+    if files.key and not files.certificate:
+        yield "client_key_file", "needs client_certificate_file, which is not given"
+        return
+    if files not in usable:
+        if not worker.url.startswith("https:"):
+            yield (
+                "ca_file" if files.authorities else "client_certificate_file",
+                'needs a url like "https://host"',
+            )
+            return
+        try:
+            client_context(files)
+            usable[files] = None
+        except TlsFileError as error:
+            usable[files] = error
+    wrong = usable[files]
+    if wrong is not None:
+        yield _TLS_KEYS[wrong.name], str(wrong)

@@ -46,7 +46,7 @@ ALLOWED = {
     "validation": {"types"},
     "state_file": {"prediction"},
     "config_sections": {"validation"},
-    "config_workers": {"validation", "origins", "engines", "ranks"} | BASE,
+    "config_workers": {"validation", "origins", "engines", "ranks", "relay"} | BASE,
     "config": {"validation", "config_sections", "config_workers", "routing", "prediction"} | BASE,
     "config_reference": {"config", "config_workers", "validation"},
     "journey": {"types", "transitions"},

@@ -45,12 +45,13 @@ class Question:
     afresh: bool = False
     document: bytes = b""
 
-    def request(self, host: bytes) -> bytes:
-        """Return the request to a worker with that host and port."""
+    def request(self, endpoint: Endpoint) -> bytes:
+        """Return the request as it goes to ``endpoint``."""
+        path, lines = endpoint.adapted(self.path, self.lines)
         if not self.document:
-            return request_head("GET", self.path, host, self.lines)
-        lines = self.lines + b"Content-Type: application/json\r\n" + body_length("POST", self.document)
-        return request_head("POST", self.path, host, lines) + self.document
+            return request_head("GET", path, endpoint.host_field, lines)
+        lines += b"Content-Type: application/json\r\n" + body_length("POST", self.document)
+        return request_head("POST", path, endpoint.host_field, lines) + self.document
 
 
 async def ask(endpoint: Endpoint, question: Question) -> Reply:
@@ -68,7 +69,7 @@ async def ask(endpoint: Endpoint, question: Question) -> Reply:
 
 
 async def _ask(endpoint: Endpoint, question: Question) -> Reply:
-    request = question.request(endpoint.host_field)
+    request = question.request(endpoint)
     loop = asyncio.get_running_loop()
     connection = None if question.afresh else endpoint.take_idle()
     while True:

@@ -17,6 +17,7 @@ from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ClientGoneError, ShortageError, WorkerFailedError
 from brproxy.relay.request import request_head
+from brproxy.roster import Member
 from brproxy.types import WorkerIndex
 
 log = logging.getLogger(__name__)
@@ -145,14 +146,9 @@ class Attempts:
             member=member,
             bodiless=self._sink.client.method == "HEAD",
         )
-        # Put together here and not kept: the frame stays as long as the stream.
+        # Put together there and not kept: the frame stays as long as the stream.
         answer.send(
-            connection,
-            request_head(
-                self._sink.client.method, incoming.target, endpoint.host_field, self._lines(member.lines)
-            )
-            + upload.framed_beginning(),
-            whole=upload.is_whole,
+            connection, self._head(member, endpoint) + upload.framed_beginning(), whole=upload.is_whole
         )
         service.watch.add(answer)
         try:
@@ -163,16 +159,19 @@ class Attempts:
             service.watch.discard(answer)
             answer.close()
 
-    def _lines(self, lines_of_worker: bytes) -> bytes:
-        """Return the header fields for the worker, but for its name."""
-        incoming = self._incoming
-        lines = incoming.lines + lines_of_worker + incoming.upload.framing(self._sink.client.method)
-        if not incoming.accept_encoding:
-            return lines
-        if self._usage_was_added:
+    def _head(self, member: Member, endpoint: Endpoint) -> bytes:
+        """Return the head of the request as this worker gets it."""
+        incoming, method = self._incoming, self._sink.client.method
+        target, lines = incoming.target, incoming.lines
+        if not endpoint.is_plain:
+            target, lines = endpoint.adapted(target, lines)
+        lines += member.lines + incoming.upload.framing(method)
+        if incoming.accept_encoding:
             # What the proxy asked for must be found in the stream, to be taken out again.
-            return lines + _IDENTITY
-        return lines + b"Accept-Encoding: %b\r\n" % incoming.accept_encoding
+            lines += (
+                _IDENTITY if self._usage_was_added else b"Accept-Encoding: %b\r\n" % incoming.accept_encoding
+            )
+        return request_head(method, target, endpoint.host_field, lines)
 
     def _not_connected(self, endpoint: Endpoint, error: WorkerFailedError) -> Action:
         if isinstance(error, ShortageError):

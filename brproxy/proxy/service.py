@@ -11,7 +11,7 @@ from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.driver import GroupDriver
-from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.endpoint import Endpoint, Reach
 from brproxy.relay.watch import Watch
 from brproxy.roster import Change, Member, RosterError
 from brproxy.telemetry.metrics import Metrics
@@ -141,9 +141,13 @@ class RelayLimits:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything behind the handlers; ``groups`` are by name."""
+    """Everything behind the handlers; ``groups`` are by name.
+
+    ``reaches`` are by origin: what a worker needs besides that is noted here before it is added.
+    """
 
     groups: Mapping[str, GroupService]
+    reaches: dict[str, Reach]
     fleet: Fleet
     watch: Watch
     estimator: TokenEstimator

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 HOP_BY_HOP = frozenset(
@@ -108,3 +109,17 @@ def _crossing(fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes]) 
         if len(others) < len(fields):
             return Fields(_crossing(others, dropped).lines, known)
     return Fields(b"".join(parts), known)
+
+
+_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(rb"[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?")
+
+
+def is_field(name: bytes, value: bytes) -> bool:
+    """Tell whether this can be a header field (RFC 9110, section 5), with a value that is not empty."""
+    return _NAME.fullmatch(name) is not None and _VALUE.fullmatch(value) is not None
+
+
+def lines_named(names: Iterable[bytes]) -> re.Pattern[bytes]:
+    """Return what finds header lines with one of ``names`` (at least one), whatever their case."""
+    return re.compile(rb"(?im)^(?:%b):[^\n]*\n" % b"|".join(map(re.escape, names)))

@@ -156,7 +156,7 @@ def test_each_policy_has_its_own_table():
         ('[[worker]]\nurl = "http://h:99999"', 'x.toml: worker[0].url: must be like "http://host:port"'),
         (
             '[[worker]]\nurl = "http://h:1/v1"',
-            'x.toml: worker[0].url: must be only "http://host:port", without path',
+            'x.toml: worker[0].url: must not end in "/v1", with which',
         ),
         (
             WORKER + 'name="a"\n[[worker]]\nurl="http://h:1"\nname="a"',
@@ -227,10 +227,11 @@ def test_mistakes_beyond_the_most_that_are_told_are_counted():
     assert last == "x.toml: and 2 more mistakes"
 
 
-# Every key of the reference, as a path from the document with two workers in it.
+# Every key of the reference, as a path from the document with two workers in it; not headers: they are free.
 KEYS = [
     keys
     for key, _, _ in reference_rows()
+    if key != "[[worker]] headers"
     for keys in (
         [("worker", 0, key.split()[1]), ("worker", 1, key.split()[1])]
         if key.startswith("[[worker]]")
@@ -301,3 +302,62 @@ def test_the_worked_examples_address_each_rank_as_its_server_counts(name, number
         for key, number in numbers.items()
     }
     assert list(config.group_sizes) == ["default"], "ranks of one deployment wait for each other"
+
+
+HEADER = "must be a header field: a name of letters, digits and -, and a value in one line"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("X A", "secret", HEADER),
+        ("X", "secret\r\nY: z", HEADER),
+        ("X", "", HEADER),
+        ("X", "secret" * 2000, "must have 8192 bytes at most, got 12000"),
+        ("transfer-encoding", "secret", "must not be given here: the proxy itself says that to workers"),
+        ("Host", "secret", "must not be given here: the proxy itself says that to workers"),
+        ("X-DATA-parallel-rank", "7", "must not be given here: the proxy itself says that to workers"),
+    ],
+)
+def test_headers_that_no_worker_gets_are_named_without_their_value(name, value, told):
+    (line,) = messages({"worker": [{"url": "http://h:1", "headers": {name: value}}]})
+    shown = name if name.isalnum() or "-" in name else f'"{name}"'
+    assert line == f"x.toml: worker[0].headers.{shown}: {told}"
+
+
+def test_headers_of_a_worker():
+    config = parse(WORKER + 'headers = { Authorization = "Bearer k", x-b = "ü" }')
+    assert config.worker[0].fields == ((b"Authorization", b"Bearer k"), (b"x-b", b"\xc3\xbc"))
+    assert messages(tomllib.loads(WORKER + 'headers = { a = "1", A = "2" }')) == [
+        "x.toml: worker[0].headers.A: is given twice, in other letters"
+    ]
+    many = {"worker": [{"url": "http://h:1", "headers": {f"x-{i}": "y" for i in range(33)}}]}
+    assert "at most 32 items" in messages(many)[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ('client_key_file = "k"', "client_key_file: needs client_certificate_file, which is not given"),
+        ('ca_file = "none.pem"', "ca_file: 'none.pem' cannot be used: No such file or directory"),
+        (
+            'client_certificate_file = "none.pem"',
+            "client_certificate_file: 'none.pem' or its key cannot be used: No such file or directory",
+        ),
+    ],
+)
+def test_tls_files_that_cannot_be_used_are_named_when_the_file_is_read(keys, told):
+    text = '[[worker]]\nurl = "https://h:1"\n'
+    assert message(text + keys) == "x.toml: worker[0]." + told
+    plain = message(WORKER + keys)
+    assert plain.endswith(("which is not given", 'needs a url like "https://host"'))
+
+
+def test_a_file_that_holds_no_certificate_is_one_line_for_each_worker(tmp_path):
+    empty = tmp_path / "empty.pem"
+    empty.write_text("")
+    workers = [{"url": f"https://h:{i + 1}", "ca_file": str(empty)} for i in range(2)]
+    lines = messages({"worker": workers})
+    assert [line.partition("' cannot be used: ")[0] for line in lines] == [
+        f"x.toml: worker[{i}].ca_file: '{empty}" for i in range(2)
+    ]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brproxy.relay.fields import HOP_BY_HOP, request_fields, response_fields
+from brproxy.relay.fields import HOP_BY_HOP, is_field, lines_named, request_fields, response_fields
 
 
 @pytest.mark.parametrize("name", sorted(HOP_BY_HOP))
@@ -68,3 +68,38 @@ def test_what_the_proxy_looks_at_is_known_by_its_lower_case_name():
 def test_the_media_type(value, media_type):
     assert request_fields(((b"Content-Type", value),)).media_type == media_type
     assert request_fields(()).media_type == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "can_be"),
+    [
+        (b"Authorization", b"Bearer k", True),
+        (b"x_a", b"\xc3\xbc", True),
+        (b"X A", b"y", False),
+        (b"X:", b"y", False),
+        (b"", b"y", False),
+        (b"X\r\nY", b"z", False),
+        (b"X", b"", False),
+        (b"X", b" y", False),
+        (b"X", b"y\r\nZ: 1", False),
+        (b"X", b"y\n", False),
+        (b"X", b"y\x00", False),
+        (b"X\n", b"y", False),
+    ],
+)
+def test_what_can_be_a_field(name, value, can_be):
+    assert is_field(name, value) is can_be
+
+
+NAMES = st.sampled_from([b"a", b"A", b"ab", b"Authorization", b"authorization", b"x-a.b", b"x-a-b"])
+
+
+@given(
+    st.lists(NAMES, min_size=1, max_size=3),
+    st.lists(st.tuples(NAMES, st.sampled_from([b"", b"a: b", b"\xff"]))),
+)
+def test_lines_are_found_by_name_and_nothing_else(names, fields):
+    low = {name.lower() for name in names}
+    lines = b"".join(b"%b: %b\r\n" % field for field in fields)
+    others = b"".join(b"%b: %b\r\n" % field for field in fields if field[0].lower() not in low)
+    assert lines_named(names).sub(b"", lines) == others
