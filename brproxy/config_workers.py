@@ -253,13 +253,10 @@ def _of_tls(worker: Worker, usable: dict[TlsFiles, TlsFileError | None]) -> Iter
     if files.key and not files.certificate:
         yield "client_key_file", "needs client_certificate_file, which is not given"
         return
+    if any(files) and not worker.url.startswith("https:"):
+        yield "ca_file" if files.authorities else "client_certificate_file", 'needs a url like "https://host"'
+        return
     if files not in usable:
-        if not worker.url.startswith("https:"):
-            yield (
-                "ca_file" if files.authorities else "client_certificate_file",
-                'needs a url like "https://host"',
-            )
-            return
         try:
             client_context(files)
             usable[files] = None

@@ -361,3 +361,6 @@ def test_a_file_that_holds_no_certificate_is_one_line_for_each_worker(tmp_path):
     assert [line.partition("' cannot be used: ")[0] for line in lines] == [
         f"x.toml: worker[{i}].ca_file: '{empty}" for i in range(2)
     ]
+    assert messages({"worker": [workers[0], workers[1] | {"url": "http://h:2"}]})[1] == (
+        'x.toml: worker[1].ca_file: needs a url like "https://host"'
+    )
