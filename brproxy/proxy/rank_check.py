@@ -62,7 +62,8 @@ class RankCheck:
         name = f"rank {highest}, sent as {guess.number(highest)},"
         tried = await self._try(endpoint, guess.number(highest))
         if tried.taken is _Taken.YES:
-            return RankVerdict(ok=True, text=f"{name} is taken")
+            doubt = await self._doubt(endpoint, guess)
+            return RankVerdict(ok=True, text=f"{name} is taken{doubt}")
         what = f"{name} {tried.taken.value} ({tried.words})"
         if tried.taken is _Taken.UNKNOWN:
             return RankVerdict(ok=True, text=what)
@@ -77,6 +78,14 @@ class RankCheck:
                 return RankVerdict(ok=False, text=f"{what}; {number} is taken: set {other}")
         text = f"{what}, nor is another number taken: set ranks to those that are behind this URL"
         return RankVerdict(ok=False, text=text)
+
+    async def _doubt(self, endpoint: Endpoint, guess: RankGuess) -> str:
+        """Return what speaks against a guess whose number is taken: that another's is as well."""
+        for other in guess.others():
+            number = other.number(guess.ranks[-1])
+            if (await self._try(endpoint, number)).taken is _Taken.YES:
+                return f"; so is {number}: unless more ranks than these are behind this URL, set {other}"
+        return ""
 
     async def _try(self, endpoint: Endpoint, number: int | None) -> _Try:
         document: dict[str, Any] = {"prompt": "x", "max_tokens": 1}

@@ -47,6 +47,22 @@ async def test_more_ranks_than_there_are(start_emulator, endpoint_of):
     assert verdict.text.endswith("nor is another number taken: set ranks to those that are behind this URL")
 
 
+async def test_a_number_that_means_another_rank_is_doubted(start_emulator, endpoint_of):
+    # Of one server with all eight, the second half by numbers of its own.
+    emulator = await start_emulator(8, ranks_per_url=8)
+    endpoint = endpoint_of(emulator.urls[0])
+    fix = 'set rank_mode = "global" without rank_base'
+    doubt = f"so is 7: unless more ranks than these are behind this URL, {fix}"
+    assert await CHECK.check(endpoint, RankGuess(SECOND_NODE, "local", 4)) == (
+        True,
+        f"rank 7, sent as 3, is taken; {doubt}",
+    )
+    assert await CHECK.check(endpoint, RankGuess(tuple(range(8)), "local", 0)) == (
+        True,
+        "rank 7, sent as 7, is taken",
+    )
+
+
 def by_rank(fixed, *, wrong, other, right="3"):
     """Return a script's answers: ``wrong`` for any rank but ``right``, ``other`` for none."""
 
