@@ -11,7 +11,7 @@ import typer
 import uvloop
 
 from brproxy.app import serve as serve_until_stopped
-from brproxy.build import endpoint_settings
+from brproxy.build import endpoint_settings, reach_of
 from brproxy.command import USAGE_ERROR, make_command, run_command
 from brproxy.config import Config, load_config
 from brproxy.config_reference import reference_table
@@ -20,10 +20,14 @@ from brproxy.engines.dialect import make_dialect
 from brproxy.logs import configure_logging
 from brproxy.proxy.asking import Question, Verdict, ask, probe
 from brproxy.proxy.models import listed_models
+from brproxy.proxy.rank_check import RankCheck
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
 
 app = make_command("brproxy", "A load balancer for barrier-synchronised data-parallel LLM serving.")
+
+_GENERATION_S = 15.0
+"""For one token of a worker that may be busy (seconds)."""
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="TOML configuration file.", show_default=False)]
 
@@ -40,7 +44,7 @@ def serve(config: ConfigFile) -> None:
 def check(config: ConfigFile) -> None:
     """Validate the configuration and probe each worker, a line each; exit code 2 if any does not answer."""
     settings = load_config(config)
-    groups = ", ".join(f"{name} ({len(workers)})" for name, workers in settings.groups.items())
+    groups = ", ".join(f"{name} ({size})" for name, size in settings.group_sizes.items())
     typer.echo(f"{config}: valid; policy {settings.routing.policy}; workers by group: {groups}")
     if not asyncio.run(_probe_all(settings)):
         raise typer.Exit(USAGE_ERROR)
@@ -55,7 +59,7 @@ def reference() -> None:
 async def _probe_all(config: Config) -> bool:
     """Print a line for each worker; return whether all answered."""
     settings = endpoint_settings(config)
-    endpoints = [Endpoint(worker.url, settings) for worker in config.worker]
+    endpoints = [Endpoint(worker.url, settings, reach_of(worker)) for worker in config.worker]
     try:
         results = await asyncio.gather(
             *(
@@ -84,7 +88,13 @@ async def _probe(endpoint: Endpoint, config: Config, worker: Worker) -> bool:
     note = f"; configured but not served: {', '.join(missing)}" if missing else ""
     served = ", ".join(models) or "none reported"
     typer.echo(f"worker {worker.label} [{worker.group}]: ok, {duration_ms:.0f} ms; models: {served}{note}")
-    return True
+    if not worker.ranks:
+        return True
+    model = min(worker.models, default=models[0] if models else "")
+    ranks = RankCheck(model, _GENERATION_S, config.limits.control_bytes_max)
+    verdict = await ranks.check(endpoint, worker.rank_guess)
+    typer.echo(f"worker {worker.label} [{worker.group}]: {'' if verdict.ok else 'FAILED: '}{verdict.text}")
+    return verdict.ok
 
 
 async def _models(endpoint: Endpoint, question: Question) -> list[str]:

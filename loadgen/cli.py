@@ -80,14 +80,14 @@ def emulate(
     queued_requests_max: Annotated[
         int | None, typer.Option(help="Answer 503 when so many requests wait in a worker.")
     ] = None,
+    ranks_per_url: Annotated[int, typer.Option(help="Workers behind each port, as DP ranks.")] = 1,
 ) -> None:
-    """Emulate a DP deployment: one HTTP port for each worker, vLLM's wire format, a barrier at each step."""
+    """Emulate a DP deployment: HTTP ports for its workers, vLLM's wire format, a barrier at each step."""
     cluster = _cluster(
         workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
     )
-    settings = EmulatorSettings(
-        cluster, speed=speed, model=model, base_port=base_port, queued_requests_max=queued_requests_max
-    )
+    host = "127.0.0.1"
+    settings = EmulatorSettings(cluster, speed, model, host, base_port, queued_requests_max, ranks_per_url)
     uvloop.run(run_emulator(settings, lambda line: print(line, flush=True)))
 
 

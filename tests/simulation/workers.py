@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tests.simulation.actions import KEEP, Answer, Ask
 from tests.simulation.loop import VirtualLoop
-from tests.simulation.messages import NAME, Response, chunk, request_body, respond
+from tests.simulation.messages import NAME, RANK, Response, chunk, request_body, respond
 from tests.simulation.wire import Wire
 
 PORT = 9000
@@ -74,13 +74,19 @@ class Record:
 class Worker:
     """Listens at ``worker-K:9000``; ``records`` of the requests are by their number and shared by all.
 
-    ``wrong`` is told what no worker should have to see.
+    ``wrong`` is told what no worker should have to see. ``ranks`` are behind it, 0: it is none of several.
     """
 
     def __init__(
-        self, loop: VirtualLoop, index: int, records: dict[int, Record], wrong: Callable[[str, str], None]
+        self,
+        loop: VirtualLoop,
+        index: int,
+        records: dict[int, Record],
+        wrong: Callable[[str, str], None],
+        ranks: int = 0,
     ) -> None:
         self.index = index
+        self._ranks = {b"%d" % number for number in range(ranks)}
         self.host = f"worker-{index}"
         self.health = "well"
         self._loop = loop
@@ -96,7 +102,7 @@ class Worker:
 
     @property
     def key(self) -> str:
-        """Its name in the proxy."""
+        """Its name in the proxy, where it is none of several."""
         return f"{self.host}:{PORT}"
 
     def door(self, mode: str) -> None:
@@ -161,6 +167,7 @@ class Worker:
         known = {name.lower(): value.strip() for name, _, value in (one.partition(b":") for one in lines)}
         if NAME not in known:
             return await self._serve_proxy(wire, line)
+        self._see_rank(lines)
         record = self._records[int(known[NAME])]
         number = record.came
         record.came += 1
@@ -183,6 +190,13 @@ class Worker:
                 return False
             self._compare(record.ask, body)
         return True
+
+    def _see_rank(self, lines: list[bytes]) -> None:
+        """See that the proxy says for which rank a request is, and its client does not."""
+        fields = [line.partition(b":") for line in lines]
+        said = [value.strip() for name, _, value in fields if name.lower() == RANK]
+        if len(said) != bool(self._ranks) or not self._ranks.issuperset(said):
+            self._wrong("own-rank", f"{self.host} with the ranks {self._ranks} is asked for {said}")
 
     def _compare(self, ask: Ask, body: bytes) -> None:
         """See that a client's body has come as it was sent."""
