@@ -79,6 +79,7 @@ class Endpoint:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._idle: deque[WorkerConnection] = deque()
+        self._is_closed = False
         settings.shared.endpoints[self] = None
 
     def __repr__(self) -> str:
@@ -127,7 +128,8 @@ class Endpoint:
                 connection.abandon()
 
     def close(self) -> None:
-        """Close every idle connection, for good."""
+        """Close every idle connection, for good; what is in use is closed when it is over."""
+        self._is_closed = True
         self._settings.shared.endpoints.pop(self, None)
         self.close_idle()
 
@@ -153,7 +155,8 @@ class Endpoint:
         return WorkerConnection(self.origin, self._settings.head_bytes_max, self._keep, self._loop)
 
     def _keep(self, connection: WorkerConnection) -> None:
-        if len(self._idle) >= self._settings.idle_max:
+        # Nobody looks after what a closed one keeps.
+        if self._is_closed or len(self._idle) >= self._settings.idle_max:
             connection.abandon()
             return
         # Not get_running_loop: it asks the system for the process id, each time.
