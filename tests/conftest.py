@@ -11,6 +11,22 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+REAL_ENGINES = {"--real-vllm": "vllm"}
+
+
+def pytest_addoption(parser):
+    for option, engine in REAL_ENGINES.items():
+        parser.addoption(
+            option, metavar="URL", help=f"where a real {engine} listens: tests/real_engines use it"
+        )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave the tests of real engines out where there is none."""
+    here = collection_path.name == "real_engines"
+    return True if here and not any(map(config.getoption, REAL_ENGINES)) else None
+
+
 PORTS = range(20_000, 32_000)
 """Below the ports that systems hand out by themselves, to servers on port 0 and to clients."""
 
