@@ -363,7 +363,8 @@ def test_data_of_a_large_body_is_not_what_its_text_is_like():
     facts = read(
         CHAT, json.dumps({"messages": [{"role": "user", "content": parts}]}, ensure_ascii=False).encode()
     )
-    assert facts.prompt_text[5] > 0.4 * facts.prompt_bytes
+    assert facts.prompt_text[5] > 0.3 * facts.prompt_bytes, "0.44 it is"
+    assert facts.prompt_bytes == pytest.approx(340_000, rel=0.01)
 
 
 def test_a_large_prompt_in_many_parts_is_as_many_sequences():

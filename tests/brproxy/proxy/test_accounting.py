@@ -101,6 +101,17 @@ def test_a_prompt_that_is_not_all_text_teaches_nothing():
     assert estimator.prompt_tokens("m", "", TEXT) == 23
 
 
+def test_reports_teach_of_the_user_they_are_of():
+    text, estimator = (2000, 0, 0, 0, 0, 0, 0, 0), TokenEstimator(4.0, 8)
+    for user, tokens in (("terse", 400), ("dense", 600)) * 20:
+        facts = RequestFacts("m", prompt_text=text, user=user)
+        account = Account(FakeLease(), make_dialect("openai"), facts, estimator, usage_was_added=False)
+        account.reply(b'{"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":7}}' % tokens)
+        account.learn()
+    assert estimator.prompt_tokens("m", "terse", text) < 430
+    assert estimator.prompt_tokens("m", "dense", text) > 570
+
+
 def test_an_event_without_data_says_nothing():
     account, lease, _ = stream_account()
     for event in (b": ping\n\n", b"event: x\n\n", Unread(CHUNK)):

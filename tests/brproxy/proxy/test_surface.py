@@ -88,6 +88,22 @@ async def test_usage_is_asked_for_and_hidden_again(start_worker, start_proxy, cl
     assert estimator.prompt_tokens("m", "", text) == pytest.approx(40, abs=2)
 
 
+async def test_a_prompt_is_estimated_for_its_model_and_user(
+    start_worker, start_proxy, client, answer, chunked, monkeypatch
+):
+    asked = []
+
+    def prompt_tokens(self, *of, **options):
+        asked.append(of)
+        return 7
+
+    monkeypatch.setattr(TokenEstimator, "prompt_tokens", prompt_tokens)
+    proxy = await start_proxy([(await start_worker(answer(*chunked(CHUNK, USAGE, DONE)))).url])
+    async with client.post(proxy.url + CHAT, json=TEXT | {"user": "ann"}) as response:
+        await response.read()
+    assert asked == [("m", "ann", prompt_size(TEXT).text)]
+
+
 async def test_usage_that_the_client_asked_for_is_not_hidden(
     start_worker, start_proxy, client, answer, chunked
 ):
