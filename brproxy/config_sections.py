@@ -183,7 +183,8 @@ class Estimate(Section):
         ge=0.5,
         le=16,
         strict=False,
-        description="UTF-8 bytes of a prompt token before a model's ratio is learnt (bytes).",
+        description="UTF-8 bytes of letters in a prompt token before a model has learnt; other text in "
+        "proportion (bytes).",
     )
     ask_usage: bool = Field(
         default=True,

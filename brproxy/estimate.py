@@ -1,83 +1,121 @@
 """How many tokens a prompt and a streamed chunk are, learnt from what workers report. Pure.
 
-Two ratios are kept for each model: bytes per prompt token, and output tokens per streamed chunk. Each is a
-quotient of decayed sums, so that a large report counts for more than a small one and old traffic fades. No
-single report counts for much: one that cannot be true teaches nothing, and a very large one (half a megabyte
-of spaces are few tokens) counts no more than a long prompt does.
+A prompt is what a regression over the classes of its bytes says, learnt for each model, times a factor that
+is learnt for each of the model's users, since texts of the same classes differ by who writes them. Of chunks
+each model has a ratio of output tokens to them. No single report counts for much: one that cannot be true
+teaches nothing, and a very large one counts no more than a long prompt does.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
+from math import ceil
+from typing import Generic, TypeVar
 
-from brproxy.types import TOKENS_MAX
-
-_DECAY = 0.98
-"""What an older report keeps of its weight with each new one: about the last 50 count."""
-
+from brproxy.regression import Regression, tokens_at_most
+from brproxy.types import TOKENS_MAX, TextCounts
 
 _WEIGHT_MAX = 1024
 """What a report counts at most: tokens of a prompt, or chunks of a stream."""
 
+_USERS_MAX = 4096
+"""Users of all models whose factors are remembered."""
+
 
 @dataclass(frozen=True, slots=True)
 class RatioLimits:
-    """Start value of a ratio, and the range outside of which a report is taken for a mistake."""
+    """Start value of a ratio, and the range outside of which a report is taken for a mistake.
+
+    ``kept``: what an older report keeps of its weight with each new one. ``inertia``: the start value counts
+    as a report of this size that does not grow old.
+    """
 
     initial: float
     lowest: float
     highest: float
+    kept: float = 0.98
+    inertia: float = 0.0
 
 
-BYTES_PER_TOKEN = RatioLimits(initial=4.0, lowest=0.5, highest=16.0)
 TOKENS_PER_CHUNK = RatioLimits(initial=1.0, lowest=0.1, highest=64.0)
+USERS_FACTOR = RatioLimits(initial=1.0, lowest=0.4, highest=2.5, kept=0.9, inertia=300.0)
+
+K = TypeVar("K", bound=Hashable)
 
 
-class LearntRatio:
-    """A quotient for each key, learnt online; the ``keys_max`` most recently used keys are remembered."""
+class LearntRatio(Generic[K]):
+    """A quotient for each key, learnt online; the ``keys_max`` keys that learnt last are remembered.
+
+    It is one of decayed sums, so that a large report counts for more than a small one and old traffic fades.
+    """
 
     def __init__(self, limits: RatioLimits, keys_max: int) -> None:
         self._limits = limits
         self._keys_max = keys_max
-        self._sums: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._sums: OrderedDict[K, tuple[float, float]] = OrderedDict()
 
-    def value(self, key: str) -> float:
+    def value(self, key: K) -> float:
         """Return the ratio for ``key``, within the limits; the initial one before any report."""
         sums = self._sums.get(key)
         return self._limits.initial if sums is None else sums[0] / sums[1]
 
-    def learn(self, key: str, above: float, below: float) -> None:
+    def learn(self, key: K, above: float, below: float) -> None:
         """Take in a report of ``above / below``; one that is not within the limits says nothing."""
-        if below <= 0 or not self._limits.lowest <= above / below <= self._limits.highest:
+        limits = self._limits
+        if below <= 0 or not limits.lowest <= above / below <= limits.highest:
             return
         if below > _WEIGHT_MAX:
             above, below = above / below * _WEIGHT_MAX, _WEIGHT_MAX
-        sum_above, sum_below = self._sums.get(key, (0.0, 0.0))
-        self._sums[key] = (sum_above * _DECAY + above, sum_below * _DECAY + below)
+        inertia = limits.inertia
+        sum_above, sum_below = self._sums.get(key, (inertia * limits.initial, inertia))
+        inertia *= 1 - limits.kept
+        self._sums[key] = (
+            sum_above * limits.kept + above + inertia * limits.initial,
+            sum_below * limits.kept + below + inertia,
+        )
         self._sums.move_to_end(key)
         if len(self._sums) > self._keys_max:
             self._sums.popitem(last=False)
 
 
 class TokenEstimator:
-    """Both ratios of all models that the proxy has seen."""
+    """What is known of all models that the proxy has seen, the ``models_max`` that learnt last, and of users.
+
+    ``bytes_per_token``: of letters, before a model has learnt anything.
+    """
 
     def __init__(self, bytes_per_token: float, models_max: int) -> None:
-        prompts = RatioLimits(bytes_per_token, BYTES_PER_TOKEN.lowest, BYTES_PER_TOKEN.highest)
-        self._bytes_per_token = LearntRatio(prompts, models_max)
-        self._tokens_per_chunk = LearntRatio(TOKENS_PER_CHUNK, models_max)
+        self._bytes_per_token = bytes_per_token
+        self._models_max = models_max
+        self._unlearnt = Regression(bytes_per_token)
+        self._models: OrderedDict[str, Regression] = OrderedDict()
+        self._users: LearntRatio[tuple[str, str]] = LearntRatio(USERS_FACTOR, _USERS_MAX)
+        self._tokens_per_chunk: LearntRatio[str] = LearntRatio(TOKENS_PER_CHUNK, models_max)
 
-    def prompt_tokens(self, model: str, prompt_bytes: int, tokens_max: int = TOKENS_MAX) -> int:
-        """Return the estimate for a prompt of ``prompt_bytes`` UTF-8 bytes; at least 1 if there are any.
+    def prompt_tokens(self, model: str, user: str, text: TextCounts, tokens_max: int = TOKENS_MAX) -> int:
+        """Return the estimate for a prompt; at least 1 if there is any text.
 
         It is a guess, so it is never more than ``tokens_max``, what a worker can hold: the prompt may fit.
         """
-        return min(-int(-prompt_bytes // self._bytes_per_token.value(model)), tokens_max)
+        tokens = self._models.get(model, self._unlearnt).tokens(text)
+        factor = self._users.value((model, user))
+        if factor > 1:
+            return min(ceil(min(tokens * factor, tokens_at_most(text))), tokens_max)
+        return min(ceil(tokens * factor), tokens_max)
 
-    def learn_prompt(self, model: str, prompt_bytes: int, prompt_tokens: int) -> None:
-        """Learn from a worker's report that ``prompt_bytes`` were ``prompt_tokens``."""
-        self._bytes_per_token.learn(model, prompt_bytes, prompt_tokens)
+    def learn_prompt(self, model: str, user: str, text: TextCounts, prompt_tokens: int) -> None:
+        """Learn from a worker's report that ``text`` was ``prompt_tokens``."""
+        regression = self._models.get(model) or Regression(self._bytes_per_token)
+        if not regression.learn(text, prompt_tokens):
+            return
+        self._models[model] = regression
+        self._models.move_to_end(model)
+        if len(self._models) > self._models_max:
+            self._models.popitem(last=False)
+        # The user's is what the model's own weights leave.
+        self._users.learn((model, user), prompt_tokens, regression.tokens(text))
 
     def tokens_per_chunk(self, model: str) -> float:
         """Return the output tokens that a streamed chunk carries on average."""

@@ -19,6 +19,13 @@ SEQUENCES_MAX = 1024
 """Most sequences that one request counts as, whatever its ``n`` says (sequences)."""
 
 
+TextCounts = tuple[int, int, int, int, int, int, int, int]
+"""What a prompt's text is made of: bytes of ASCII letters, of blanks, of digits, of the rest of ASCII, of
+characters of two or four bytes, and of three; then its messages, and 1 if there are any."""
+
+NO_TEXT: TextCounts = (0, 0, 0, 0, 0, 0, 0, 0)
+
+
 class BrproxyError(Exception):
     """Base of every error that brproxy raises for its users; its text is a line for each mistake."""
 

@@ -17,7 +17,7 @@ CORE = (
     BASE
     | STATES
     | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "dispatcher"}
-    | {"rounds", "fleet", "estimate"}
+    | {"rounds", "fleet", "regression", "estimate"}
 )
 ALLOWED = {
     "types": set(),
@@ -27,7 +27,8 @@ ALLOWED = {
     "lifecycle": {"types", "transitions"},
     "roster": {"types", "transitions", "health"},
     "waiting": {"types", "lifecycle"},
-    "estimate": {"types"},
+    "regression": {"types"},
+    "estimate": {"types", "regression"},
     "health": set(),
     "logs": set(),
     "command": {"types"},
@@ -94,6 +95,7 @@ PURE = (
     "dispatcher",
     "health",
     "fleet",
+    "regression",
     "estimate",
     "journey",
     "origins",

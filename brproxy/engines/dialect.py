@@ -10,28 +10,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TypeVar
 
+from brproxy.engines.text import bytes_of
 from brproxy.registry import Registry
+from brproxy.types import NO_TEXT, TextCounts
 
 
 class RequestFacts(NamedTuple):
     """What a request says about the load that it will be.
 
-    ``prompt_tokens`` is exact for token-id prompts and None otherwise; ``prompt_bytes`` is the UTF-8 length
-    of its text. ``sequences`` are decoded side by side; 0: it generates nothing. ``output_tokens_max`` is for
+    ``prompt_tokens`` is exact for token-id prompts and None otherwise; ``prompt_text`` is what its text is
+    made of. ``sequences`` are decoded side by side; 0: it generates nothing. ``output_tokens_max`` is for
     each of them. ``runs_to_max``: the engine is told to ignore the end of the text. ``prompt_hash`` and
     ``prefix_hash`` are there when they were asked for. ``usage_can_be_asked`` tells that a stream could
     report usage if the proxy asked, and that the client has not said anything about it.
 
     ``prompt_is_exact``: ``prompt_tokens`` were counted, and are of one prompt, which a worker must hold at
     once; nothing else may refuse a request as too long. ``teaches``: the text is all that the engine counts,
-    so that its report says how many bytes a token has. ``malformed`` says in one line what is wrong with a
+    so that its report says how many tokens its bytes are. ``malformed`` says in one line what is wrong with a
     body that the path's API cannot read, "" if nothing is.
     """
 
     model: str = ""
     stream: bool = False
     prompt_tokens: int | None = None
-    prompt_bytes: int = 0
+    prompt_text: TextCounts = NO_TEXT
     sequences: int = 1
     output_tokens_max: int | None = None
     runs_to_max: bool = False
@@ -42,6 +44,11 @@ class RequestFacts(NamedTuple):
     prompt_is_exact: bool = False
     teaches: bool = True
     malformed: str = ""
+
+    @property
+    def prompt_bytes(self) -> int:
+        """The UTF-8 length of the prompt's text."""
+        return bytes_of(self.prompt_text)
 
 
 class Usage(NamedTuple):

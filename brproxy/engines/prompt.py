@@ -1,9 +1,9 @@
 """The size of a prompt, read from the JSON of any of the engines' APIs. Pure, and never raises.
 
-Texts count by their UTF-8 bytes, and text is what is known to be text: in a message or a part of one the
-values of certain keys. Images, audio, embeddings and whatever else comes count nothing: what they cost in KV
-tokens depends on the model, and the engine's usage report corrects it. A prompt that holds any of them says
-nothing of how many bytes a token has.
+Texts count by their UTF-8 bytes and what these are of (``text.py``), and text is what is known to be text: in
+a message or a part of one the values of certain keys. Images, audio, embeddings and whatever else comes count
+nothing: what they cost in KV tokens depends on the model, and the engine's usage report corrects it. A prompt
+that holds any of them says nothing of how many tokens its bytes are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import orjson
+
+from brproxy.engines.text import bytes_of, joined, text_counts
+from brproxy.types import NO_TEXT, TextCounts
 
 # Where prompts are, in /v1/completions, chat, responses, messages, embeddings, rerank, score and classify.
 _PROMPT_KEYS = frozenset(
@@ -65,21 +68,26 @@ HASHED_BYTES_MAX = 1 << 20
 
 
 class PromptSize(NamedTuple):
-    """``tokens``: token ids, exact. ``text_bytes``: UTF-8 bytes of the rest. ``prompts``: their number.
+    """``tokens``: token ids, exact. ``text``: what the rest is made of. ``prompts``: their number.
 
     ``is_all``: there is nothing else in the prompt.
     """
 
     tokens: int = 0
-    text_bytes: int = 0
+    text: TextCounts = NO_TEXT
     prompts: int = 1
     is_all: bool = True
+
+    @property
+    def text_bytes(self) -> int:
+        """The length of the text in UTF-8."""
+        return bytes_of(self.text)
 
     def joined(self, other: PromptSize) -> PromptSize:
         """Return the size of both together, in one request."""
         return PromptSize(
             self.tokens + other.tokens,
-            self.text_bytes + other.text_bytes,
+            joined(self.text, other.text),
             max(self.prompts, other.prompts),
             self.is_all and other.is_all,
         )
@@ -92,7 +100,8 @@ def prompt_keys(*, text_is_prompt: bool) -> frozenset[str]:
 
 def prompt_size(document: Mapping[str, Any], *, text_is_prompt: bool = False) -> PromptSize:
     """Return the size of everything in ``document`` that the model reads."""
-    tokens = text_bytes = 0
+    texts: list[str] = []
+    tokens = messages = 0
     prompts = 1
     is_all = NOT_ONLY_TEXT.isdisjoint(document) or not any(map(document.get, NOT_ONLY_TEXT))
     keys = _NATIVE_PROMPT_KEYS if text_is_prompt else _PROMPT_KEYS
@@ -100,15 +109,17 @@ def prompt_size(document: Mapping[str, Any], *, text_is_prompt: bool = False) ->
         if key not in keys or not value:
             continue
         if key in _SHOWN_AS_JSON:
-            text_bytes += _json_bytes(value)
+            texts.append(_shown(value))
             continue
-        more_tokens, more_bytes, is_text = _measure(value)
+        more_tokens, is_text = _measure(value, texts)
         tokens += more_tokens
-        text_bytes += more_bytes
         is_all = is_all and is_text
-        if type(value) is list and _is_several(key, value):
-            prompts = max(prompts, len(value))
-    return PromptSize(tokens, text_bytes, prompts, is_all)
+        if type(value) is list:
+            if type(value[0]) is dict:
+                messages += len(value)
+            elif _is_several(key, value):
+                prompts = max(prompts, len(value))
+    return PromptSize(tokens, text_counts("".join(texts), messages) if texts else NO_TEXT, prompts, is_all)
 
 
 def _is_several(key: str, value: list[Any]) -> bool:
@@ -142,9 +153,9 @@ def _hash(value: object) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _measure(value: object) -> tuple[int, int, bool]:
-    """Return the tokens and the bytes of text in ``value``, and whether that is all of it."""
-    tokens = text_bytes = 0
+def _measure(value: object, texts: list[str]) -> tuple[int, bool]:
+    """Add the text in ``value`` to ``texts``; return its token ids, and whether that is all of it."""
+    tokens = 0
     is_all = True
     # A stack and not recursion: a request may nest as deeply as the JSON parser allows.
     stack: list[Any] = [value]
@@ -153,16 +164,14 @@ def _measure(value: object) -> tuple[int, int, bool]:
         # JSON has no subclasses of these; asking for the exact type is what makes a long chat cheap.
         kind = type(item)
         if kind is str:
-            text_bytes += len(item) if item.isascii() else _utf8_bytes(item)
+            texts.append(item)
         elif kind is dict:
             for key, part in item.items():
                 if key not in _TEXT_KEYS:
-                    more_bytes, is_text = _measure_other(key, part)
-                    text_bytes += more_bytes
-                    is_all = is_all and is_text
+                    is_all = _measure_other(key, part, texts) and is_all
                 # Most of what a chat holds: spare it the way over the stack.
-                elif type(part) is str and part.isascii():
-                    text_bytes += len(part)
+                elif type(part) is str:
+                    texts.append(part)
                 else:
                     stack.append(part)
         elif kind is list and item:
@@ -170,28 +179,25 @@ def _measure(value: object) -> tuple[int, int, bool]:
                 tokens += len(item)
             else:
                 stack += item
-    return tokens, text_bytes, is_all
+    return tokens, is_all
 
 
-def _measure_other(key: str, part: object) -> tuple[int, bool]:
-    """Return the bytes of what is no plain text in a message or a part, and whether that is all of it."""
+def _measure_other(key: str, part: object, texts: list[str]) -> bool:
+    """Add what is no plain text in a message or a part; return whether that is all of it."""
     if key in _JSON_KEYS:
-        return _json_bytes(part), True
+        texts.append(_shown(part))
+        return True
     if key == "type":
-        return 0, type(part) is str and part in _TEXT_TYPES
-    return 0, not part or key in _LABELS
+        return type(part) is str and part in _TEXT_TYPES
+    return not part or key in _LABELS
 
 
-def _json_bytes(value: object) -> int:
-    """Return the bytes of a value that templates show as JSON: tools, and what they are called with."""
+def _shown(value: object) -> str:
+    """Return a value that templates show as JSON: tools, and what they are called with."""
     if type(value) is str:
-        return _utf8_bytes(value)
+        return value
     try:
-        return len(orjson.dumps(value))
+        return orjson.dumps(value).decode()
     except orjson.JSONEncodeError:
         # Nested more deeply than the encoder goes, or no Unicode: no engine shows it either.
-        return 0
-
-
-def _utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        return ""

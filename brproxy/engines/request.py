@@ -19,7 +19,7 @@ from brproxy.engines.prompt import (
 )
 from brproxy.engines.rewrite import Member
 from brproxy.engines.spans import member_size
-from brproxy.types import SEQUENCES_MAX, TOKENS_MAX
+from brproxy.types import NO_TEXT, SEQUENCES_MAX, TOKENS_MAX
 
 # Looking up a member of an enumeration costs a quarter of a microsecond, several times for each request.
 _ASKS, _GENERATES, _SCHEDULED = Work.ASKS, Work.GENERATES, Work.SCHEDULED
@@ -55,7 +55,11 @@ def read_request(
         size = prompt_size(document, text_is_prompt=kind.text_is_prompt)
         if read.large:
             size = _with_large(size, kind, body, read.large)
-    is_exact = size.tokens > 0 and size.is_all and not size.text_bytes
+    tokens, text = size.tokens, size.text
+    is_exact = False
+    if tokens:
+        is_exact = size.is_all and not any(text)
+        text = NO_TEXT if is_exact else (text[0] + tokens * _TOKEN_BYTES, *text[1:])
     has_more_options = not _OPTION_HOLDERS.isdisjoint(document)
     choices, output_tokens_max, runs_to_max = (_generation if has_more_options else _stated)(document)
     prompt_hash = prefix_hash = None
@@ -66,8 +70,8 @@ def read_request(
     return RequestFacts(
         _text(document.get("model"), MODEL_CHARS_MAX),
         stream,
-        min(size.tokens, TOKENS_MAX) if is_exact else None,
-        0 if is_exact else size.text_bytes + size.tokens * _TOKEN_BYTES,
+        min(tokens, TOKENS_MAX) if is_exact else None,
+        text,
         min(size.prompts * choices, SEQUENCES_MAX)
         if kind.work is _GENERATES
         else int(kind.work is _SCHEDULED),
@@ -78,7 +82,7 @@ def read_request(
         _text(document["user"], USER_CHARS_MAX) if "user" in document else "",
         stream and kind.has_stream_options and "stream_options" not in document and _can_be_asked(read),
         is_exact and size.prompts == 1,
-        size.is_all and not size.tokens and document.get("truncation") in _UNCUT,
+        size.is_all and not tokens and document.get("truncation") in _UNCUT,
     )
 
 

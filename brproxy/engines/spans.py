@@ -5,13 +5,15 @@ Token ids are counted exactly. Anything else is a guess by the bytes of its stri
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import numpy as np
 
 from brproxy.engines.prompt import PromptSize
 from brproxy.engines.rewrite import BLOCK_BYTES, Member, blocks
-from brproxy.types import SEQUENCES_MAX
+from brproxy.engines.text import counts_like
+from brproxy.types import SEQUENCES_MAX, TextCounts
 
 MEASURED_BYTES_MAX = 1 << 23
 """Bytes of one member whose strings are told apart, in some 50 ms at worst; what is behind counts as text."""
@@ -19,6 +21,19 @@ MEASURED_BYTES_MAX = 1 << 23
 _DATA_BYTES_MIN: Final = 1 << 10
 _TOKEN_LISTS = b"0123456789,[] \t\r\n"
 _WORDS_END = b" \n\t"
+
+_WINDOW = 512
+_WINDOWS = 32
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_"
+# What a character is that stands as an escape in a body; of pairs of backslashes the first is none.
+_ESCAPES: Final = (
+    (re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"), "\U0001f600".encode()),
+    (re.compile(rb"\\u00[0-7][0-9a-fA-F]"), b"."),
+    (re.compile(rb"\\u0[0-7][0-9a-fA-F]{2}"), "é".encode()),
+    (re.compile(rb"\\u[0-9a-fA-F]{4}"), "中".encode()),
+    (re.compile(rb"\\[^u]"), b"."),
+)
+_MESSAGE = b'"role"'
 
 
 def member_size(body: bytes, member: Member) -> PromptSize:
@@ -28,7 +43,7 @@ def member_size(body: bytes, member: Member) -> PromptSize:
     text_bytes, strings = _text(body, member)
     several = body[member.start : member.start + 1] == b"[" and member.key in {b"prompt", b"text"}
     return PromptSize(
-        text_bytes=text_bytes,
+        text=_counts(body, member, text_bytes),
         prompts=max(1, min(strings, SEQUENCES_MAX)) if several else 1,
         is_all=False,
     )
@@ -82,6 +97,22 @@ def _text(body: bytes, member: Member) -> tuple[int, int]:
     if opened is not None:
         text_bytes += measured_end - opened - 1
     return text_bytes, strings
+
+
+def _counts(body: bytes, member: Member, text_bytes: int) -> TextCounts:
+    """Return what ``text_bytes`` of strings, counted as they stand in the body, are made of."""
+    window_step = max(_WINDOW, (member.end - member.start) // _WINDOWS)
+    seen = b"".join(
+        window
+        for start in range(member.start, member.end, window_step)
+        if (window := body[start : min(start + _WINDOW, member.end)]).translate(None, _BASE64)
+    )
+    seen_bytes = len(seen)
+    seen = seen.replace(b"\\\\", b".")
+    for escape, character in _ESCAPES:
+        seen = escape.sub(character, seen)
+    messages = min(body.count(_MESSAGE, member.start, member.end), SEQUENCES_MAX)
+    return counts_like(seen, text_bytes * len(seen) // seen_bytes if seen else text_bytes, messages)
 
 
 def _is_data(body: bytes, start: int) -> bool:

@@ -108,12 +108,13 @@ class Account:
         self._lease.fail()
 
     def learn(self) -> None:
-        """Learn both ratios from what the complete response reported."""
+        """Learn of prompts and of chunks from what the complete response reported."""
         if self._usage is None:
             return
-        model, usage = self._facts.model, self._usage
-        if usage.prompt_tokens is not None and self._facts.teaches:
-            self._estimator.learn_prompt(model, self._facts.prompt_bytes, usage.prompt_tokens)
+        facts, usage = self._facts, self._usage
+        model = facts.model
+        if usage.prompt_tokens is not None and facts.teaches:
+            self._estimator.learn_prompt(model, facts.user, facts.prompt_text, usage.prompt_tokens)
         if usage.completion_tokens is not None and self._chunks_reported:
             self._estimator.learn_chunks(model, self._chunks_reported, usage.completion_tokens)
 

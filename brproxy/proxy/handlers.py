@@ -81,7 +81,7 @@ class Handlers:
         """Return the request as the decision core sees it."""
         prompt_tokens = facts.prompt_tokens
         if prompt_tokens is None:
-            prompt_tokens = self._service.estimator.prompt_tokens(facts.model, facts.prompt_bytes)
+            prompt_tokens = self._service.estimator.prompt_tokens(facts.model, facts.user, facts.prompt_text)
         return PendingRequest(
             prompt_tokens,
             facts.model,

@@ -73,7 +73,7 @@ def test_any_bytes_are_read_without_an_error(name, data):
 
 def test_a_chat_request():
     facts = request(model="m", stream=True, messages=[{"role": "user", "content": "abcd"}], max_tokens=7, n=2)
-    assert facts == RequestFacts("m", True, None, 8, 2, 7, usage_can_be_asked=True)
+    assert facts == RequestFacts("m", True, None, (8, 0, 0, 0, 0, 0, 1, 1), 2, 7, usage_can_be_asked=True)
 
 
 def test_token_ids_are_exact():

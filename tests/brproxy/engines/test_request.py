@@ -13,6 +13,7 @@ from brproxy.engines import body as body_module
 from brproxy.engines.body import read_json
 from brproxy.engines.dialect import RequestFacts, make_dialect
 from brproxy.engines.paths import UNKNOWN, Work, path_kind
+from brproxy.engines.prompt import prompt_size
 from brproxy.types import SEQUENCES_MAX, TOKENS_MAX
 
 CHAT = "/v1/chat/completions"
@@ -327,6 +328,43 @@ def test_the_text_of_a_large_body_is_counted_without_its_images():
     facts = read(CHAT, body)
     assert len(words) <= facts.prompt_bytes < len(words) + 100
     assert (facts.model, facts.teaches, facts.prompt_tokens) == ("m", False, None)
+
+
+TEXTS_OF_A_SCANNED_BODY = {
+    "English": 'He said: "One,\n\ttwo", and {three}. ',
+    "Chinese": "今天天气很好, 我们去公园。 ",
+    "Russian": "Раз, два, три, четыре, пять. ",
+    "emoji": "😀😀, ok ",
+    "paths": "C:\\new\\u4e00, ",
+}
+
+
+@pytest.mark.parametrize("words", TEXTS_OF_A_SCANNED_BODY.values(), ids=TEXTS_OF_A_SCANNED_BODY)
+@pytest.mark.parametrize("escaped", [False, True])
+def test_the_text_of_a_large_body_is_what_it_is_without_its_escapes(words, escaped):
+    document = {"messages": [{"role": "user", "content": words * 140_000}]}
+    body = json.dumps(document, ensure_ascii=escaped).encode()
+    assert read_json(body).large
+    scanned = read(CHAT, body)
+    parsed = prompt_size(document).text
+    assert scanned.prompt_text[-2:] == parsed[-2:]
+    for one, other in zip(scanned.prompt_text[:-2], parsed[:-2], strict=True):
+        assert abs(one - other) < 0.05 * sum(parsed)
+
+
+def test_data_of_a_large_body_is_not_what_its_text_is_like():
+    parts = [
+        {"type": "text", "text": "中, " * 50_000},
+        IMAGE,
+        IMAGE,
+        {"type": "text", "text": "x, " * 30_000},
+    ]
+    parts[1] = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 2_000_000}}
+    facts = read(
+        CHAT, json.dumps({"messages": [{"role": "user", "content": parts}]}, ensure_ascii=False).encode()
+    )
+    assert facts.prompt_text[5] > 0.3 * facts.prompt_bytes, "0.44 it is"
+    assert facts.prompt_bytes == pytest.approx(340_000, rel=0.01)
 
 
 def test_a_large_prompt_in_many_parts_is_as_many_sequences():

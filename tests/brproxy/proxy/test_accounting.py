@@ -6,6 +6,7 @@ from brproxy.proxy.accounting import NO_DATA, Account
 from brproxy.proxy.sse import Unread
 
 DELTA = b'data: {"type":"content_block_delta","delta":{"text":"x"}}\n\n'
+TEXT = (90, 0, 0, 0, 0, 0, 0, 0)
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":" x"}}]}\n\n'
 
 
@@ -39,7 +40,7 @@ class FakeLease:
 
 def stream_account():
     lease, estimator = FakeLease(), TokenEstimator(4.0, 8)
-    facts = RequestFacts("m", prompt_bytes=90)
+    facts = RequestFacts("m", prompt_text=TEXT)
     account = Account(lease, make_dialect("openai"), facts, estimator, usage_was_added=False)
     account.expect_stream()
     return account, lease, estimator
@@ -57,7 +58,7 @@ def test_a_report_of_the_prompt_alone_takes_no_output_back():
     assert lease.catch_up() == 1 + 3
 
 
-def test_a_report_replaces_what_was_counted_and_teaches_both_ratios():
+def test_a_report_replaces_what_was_counted_and_teaches_both():
     account, lease, estimator = stream_account()
     for _ in range(4):
         account.look(CHUNK)
@@ -68,7 +69,7 @@ def test_a_report_replaces_what_was_counted_and_teaches_both_ratios():
     assert lease.catch_up() == 13, "what comes behind the report is counted on top of it"
     account.learn()
     assert estimator.tokens_per_chunk("m") == 3, "of the four chunks that the report is about"
-    assert estimator.prompt_tokens("m", 90) == 30
+    assert estimator.prompt_tokens("m", "", TEXT) in {29, 30}
 
 
 def test_a_growing_report_in_every_event_is_the_truth():
@@ -81,7 +82,7 @@ def test_a_growing_report_in_every_event_is_the_truth():
 
 def test_reports_of_single_sequences_add_up():
     lease = FakeLease()
-    facts = RequestFacts("m", prompt_bytes=90, sequences=2)
+    facts = RequestFacts("m", prompt_text=TEXT, sequences=2)
     account = Account(lease, make_dialect("openai"), facts, TokenEstimator(4.0, 8), usage_was_added=False)
     account.expect_stream()
     event = b'data: {"text":"x","index":%d,"meta_info":{"prompt_tokens":3,"completion_tokens":%d}}\n\n'
@@ -93,11 +94,22 @@ def test_reports_of_single_sequences_add_up():
 
 def test_a_prompt_that_is_not_all_text_teaches_nothing():
     lease, estimator = FakeLease(), TokenEstimator(4.0, 8)
-    facts = RequestFacts("m", prompt_bytes=90, teaches=False)
+    facts = RequestFacts("m", prompt_text=TEXT, teaches=False)
     account = Account(lease, make_dialect("openai"), facts, estimator, usage_was_added=False)
     account.reply(b'{"choices":[],"usage":{"prompt_tokens":30,"completion_tokens":7}}')
     account.learn()
-    assert estimator.prompt_tokens("m", 90) == 23
+    assert estimator.prompt_tokens("m", "", TEXT) == 23
+
+
+def test_reports_teach_of_the_user_they_are_of():
+    text, estimator = (2000, 0, 0, 0, 0, 0, 0, 0), TokenEstimator(4.0, 8)
+    for user, tokens in (("terse", 400), ("dense", 600)) * 20:
+        facts = RequestFacts("m", prompt_text=text, user=user)
+        account = Account(FakeLease(), make_dialect("openai"), facts, estimator, usage_was_added=False)
+        account.reply(b'{"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":7}}' % tokens)
+        account.learn()
+    assert estimator.prompt_tokens("m", "terse", text) < 430
+    assert estimator.prompt_tokens("m", "dense", text) > 570
 
 
 def test_an_event_without_data_says_nothing():
@@ -109,7 +121,7 @@ def test_an_event_without_data_says_nothing():
 
 def test_a_reply_is_booked_as_it_reports():
     lease, estimator = FakeLease(), TokenEstimator(4.0, 8)
-    facts = RequestFacts("m", prompt_bytes=90)
+    facts = RequestFacts("m", prompt_text=TEXT)
     account = Account(lease, make_dialect("openai"), facts, estimator, usage_was_added=False)
     account.reply(b'{"choices":[],"usage":{"prompt_tokens":30,"completion_tokens":7}}')
     account.learn()

@@ -5,6 +5,9 @@ import asyncio
 import pytest
 from yarl import URL
 
+from brproxy.engines.prompt import prompt_size
+from brproxy.estimate import TokenEstimator
+
 CHAT = "/v1/chat/completions"
 TEXT = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "four words of text"}]}
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":" x"}}]}\n\n'
@@ -80,7 +83,25 @@ async def test_usage_is_asked_for_and_hidden_again(start_worker, start_proxy, cl
     assert b'"stream_options":{"include_usage":true}' in worker.requests[0][2]
     estimator = proxy.running.service.estimator
     assert estimator.tokens_per_chunk("m") == 3.0
-    assert estimator.prompt_tokens("m", 22) == 40
+    text = prompt_size(TEXT).text
+    assert TokenEstimator(4.0, 1).prompt_tokens("m", "", text) < 20
+    assert estimator.prompt_tokens("m", "", text) == pytest.approx(40, abs=2)
+
+
+async def test_a_prompt_is_estimated_for_its_model_and_user(
+    start_worker, start_proxy, client, answer, chunked, monkeypatch
+):
+    asked = []
+
+    def prompt_tokens(self, *of, **options):
+        asked.append(of)
+        return 7
+
+    monkeypatch.setattr(TokenEstimator, "prompt_tokens", prompt_tokens)
+    proxy = await start_proxy([(await start_worker(answer(*chunked(CHUNK, USAGE, DONE)))).url])
+    async with client.post(proxy.url + CHAT, json=TEXT | {"user": "ann"}) as response:
+        await response.read()
+    assert asked == [("m", "ann", prompt_size(TEXT).text)]
 
 
 async def test_usage_that_the_client_asked_for_is_not_hidden(
@@ -200,5 +221,7 @@ async def test_non_streaming_replies_teach_the_estimate(start_emulator, start_pr
     document = {"model": "emulated", "prompt": "ab " * 50, "max_tokens": 3}
     async with client.post(proxy.url + "/v1/completions", json=document) as response:
         assert (await response.json())["choices"][0]["text"] == " 1 2 3"
-    assert proxy.running.service.estimator.prompt_tokens("emulated", 150) == 50
+    text = prompt_size(document).text
+    assert TokenEstimator(4.0, 1).prompt_tokens("emulated", "", text) < 35
+    assert 40 <= proxy.running.service.estimator.prompt_tokens("emulated", "", text) <= 50
     await proxy.idle()

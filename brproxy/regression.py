@@ -1,0 +1,107 @@
+"""How many tokens the bytes of each class are, learnt online from reports of whole prompts. Pure.
+
+A Kalman filter over the weights of the classes: each is known, and how well. So a class that has not been
+seen moves by its first report as far as that says, and takes along none of those that are known; a class
+that many reports have settled moves by little. Reports count by their relative error, whatever their size,
+and what surprises beyond measure counts as a surprise just within it. How one weight depends on another is
+not kept: it made no estimate better, and a report four times as dear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+from brproxy.types import TextCounts
+
+_PRIOR = (0.25, 0.12, 0.7, 0.3, 0.45, 0.24, 4.0, 8.0)
+"""Tokens for each byte of a class, message and chat, before any report; the bytes' for four bytes a token."""
+
+_DEVIATIONS = (0.08, 0.1, 0.4, 0.3, 0.3, 0.2, 1.5, 30.0)
+"""How far from that a model may well be: the standard deviation of each."""
+
+_BYTE_CLASSES = 6
+_LOWEST = (0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.0, 0.0)
+_HIGHEST = (2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 256.0, 256.0)
+_BOUNDS = tuple(zip(_LOWEST, _HIGHEST, strict=True))
+
+_PRIOR_BYTES_PER_TOKEN = 4.0
+_NOISE = 0.1
+"""What texts of the same classes differ by: the standard deviation of their tokens, relative."""
+
+_NOISE_TOKENS = 3.0
+"""And this besides, so that short prompts say less."""
+
+_DRIFT = 0.05
+"""What a weight that is in use may have moved by since the last report, in its deviations."""
+
+_SURPRISE_MAX = 3.0
+"""A report counts at most as one that is so many standard deviations off."""
+
+
+def tokens_at_most(counts: TextCounts) -> float:
+    """Return the most tokens that a text can be."""
+    return _product(_HIGHEST, counts)
+
+
+def _product(weights: Sequence[float], counts: TextCounts) -> float:
+    # Written out: a sum over a map takes half as long again.
+    letters, blanks, digits, others, wide, three, messages, chats = counts
+    w0, w1, w2, w3, w4, w5, w6, w7 = weights
+    return (
+        w0 * letters
+        + w1 * blanks
+        + w2 * digits
+        + w3 * others
+        + w4 * wide
+        + w5 * three
+        + w6 * messages
+        + w7 * chats
+    )
+
+
+class Regression:
+    """The weights of one model. ``bytes_per_token``: of letters, before any report; others in proportion."""
+
+    __slots__ = ("_drifts", "_prior_variances", "_variances", "_weights")
+
+    def __init__(self, bytes_per_token: float) -> None:
+        scale = _PRIOR_BYTES_PER_TOKEN / bytes_per_token
+        scales = (scale,) * _BYTE_CLASSES + (1.0, 1.0)
+        self._weights = [
+            min(max(prior * scale, lowest), highest)
+            for prior, scale, (lowest, highest) in zip(_PRIOR, scales, _BOUNDS, strict=True)
+        ]
+        self._prior_variances = [
+            (deviation * scale) ** 2 for deviation, scale in zip(_DEVIATIONS, scales, strict=True)
+        ]
+        self._drifts = [variance * _DRIFT**2 for variance in self._prior_variances]
+        self._variances = self._prior_variances.copy()
+
+    def tokens(self, counts: TextCounts) -> float:
+        """Return the estimate for a text."""
+        return _product(self._weights, counts)
+
+    def learn(self, counts: TextCounts, tokens: int) -> bool:
+        """Learn that a text is ``tokens``; return False, and learn nothing, if it cannot be."""
+        if tokens <= 0 or not _product(_LOWEST, counts) <= tokens <= tokens_at_most(counts):
+            return False
+        weights, variances = self._weights, self._variances
+        expected = _product(weights, counts)
+        variance = (_NOISE * expected) ** 2 + _NOISE_TOKENS**2
+        for index, count in enumerate(counts):
+            if count:
+                # No further than where it began: what is known of a weight is never less than nothing.
+                if variances[index] < self._prior_variances[index]:
+                    variances[index] += self._drifts[index]
+                variance += variances[index] * count * count
+        surprise_max = _SURPRISE_MAX * sqrt(variance)
+        surprise = min(max(tokens - expected, -surprise_max), surprise_max)
+        for index, count in enumerate(counts):
+            if count:
+                gain = variances[index] * count / variance
+                moved = weights[index] + gain * surprise
+                lowest, highest = _BOUNDS[index]
+                weights[index] = lowest if moved < lowest else min(moved, highest)
+                variances[index] *= 1 - gain * count
+        return True
