@@ -20,6 +20,12 @@ from brproxy.types import TOKENS_MAX, TextCounts
 _WEIGHT_MAX = 1024
 """What a report counts at most: tokens of a prompt, or chunks of a stream."""
 
+_EXPECTED = 0.01
+"""An estimate that is so little off, relative to the report, was as good as any."""
+
+_EXPECTED_PER_LESSON = 8
+"""Reports of what was expected for one that is learnt from: learning costs ten times what asking does."""
+
 _USERS_MAX = 4096
 """Users of all models whose factors are remembered."""
 
@@ -90,6 +96,7 @@ class TokenEstimator:
         self._bytes_per_token = bytes_per_token
         self._models_max = models_max
         self._unlearnt = Regression(bytes_per_token)
+        self._as_expected = 0
         self._models: OrderedDict[str, Regression] = OrderedDict()
         self._users: LearntRatio[tuple[str, str]] = LearntRatio(USERS_FACTOR, _USERS_MAX)
         self._tokens_per_chunk: LearntRatio[str] = LearntRatio(TOKENS_PER_CHUNK, models_max)
@@ -106,8 +113,16 @@ class TokenEstimator:
         return min(ceil(tokens * factor), tokens_max)
 
     def learn_prompt(self, model: str, user: str, text: TextCounts, prompt_tokens: int) -> None:
-        """Learn from a worker's report that ``text`` was ``prompt_tokens``."""
+        """Learn from a worker's report that ``text`` was ``prompt_tokens``.
+
+        Of those that say what was expected few are learnt from: they are most, once a model is known.
+        """
         regression = self._models.get(model) or Regression(self._bytes_per_token)
+        expected = regression.tokens(text) * self._users.value((model, user))
+        if abs(prompt_tokens - expected) <= _EXPECTED * prompt_tokens:
+            self._as_expected += 1
+            if self._as_expected % _EXPECTED_PER_LESSON:
+                return
         if not regression.learn(text, prompt_tokens):
             return
         self._models[model] = regression
