@@ -24,6 +24,7 @@ from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.endpoint import Endpoint, EndpointSettings
+from brproxy.relay.hops import Hops
 from brproxy.relay.watch import Watch
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
@@ -105,6 +106,7 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
             event_bytes_max=limits.event_bytes_max,
             response_parse_bytes_max=limits.response_parse_bytes_max,
         ),
+        hops=Hops(config.forwarding.x_forwarded, via=config.forwarding.via),
         ask_usage=config.estimate.ask_usage,
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,

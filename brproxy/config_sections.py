@@ -59,6 +59,17 @@ class Listen(Section):
         return key
 
 
+class Forwarding(Section):
+    """What workers are told of the client and of this proxy."""
+
+    x_forwarded: Literal["append", "replace", "off"] = Field(
+        default="append",
+        description="X-Forwarded-For (the client's address) and X-Forwarded-Proto: append to what the client "
+        "says, replace it (this proxy is the first), or off: what it says passes.",
+    )
+    via: bool = Field(default=True, description="Name this proxy in the Via field of requests.")
+
+
 class Limits(Section):
     """What bounds memory and work."""
 

@@ -12,6 +12,7 @@ from brproxy.fleet import Fleet, Group
 from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.driver import GroupDriver
 from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.hops import Hops
 from brproxy.relay.watch import Watch
 from brproxy.roster import Change, Member, RosterError
 from brproxy.telemetry.metrics import Metrics
@@ -114,6 +115,7 @@ class Service:
     body_limits: BodyLimits
     body_room: BodyRoom
     relay_limits: RelayLimits
+    hops: Hops
     ask_usage: bool
     hash_prompts: bool
     health_checks: bool

@@ -29,6 +29,7 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11
 
 from brproxy.relay.errors import UnknownExpectationError
+from brproxy.relay.hops import Hop, Hops
 from brproxy.relay.server import ClientProtocol, Paced
 
 _LOOKED_AT_BYTES_MAX = 1 << 16
@@ -82,6 +83,15 @@ class Client:
         asked = self._request._message.upgrade  # noqa: SLF001 - there is no public way to ask
         named = protocol.strip().lower() == b"websocket"
         self.wants_upgrade = named and bool(asked) and not self.is_http10
+
+    def hop(self, hops: Hops) -> Hop:
+        """Return what workers are told of it: the same for all requests of a connection."""
+        protocol = self._protocol
+        if protocol.hop is None:
+            told = self.transport.get_extra_info
+            peer = told("peername")
+            protocol.hop = hops.of(peer[0] if peer else None, is_tls=told("sslcontext") is not None)
+        return protocol.hop
 
     @property
     def is_paused(self) -> bool:

@@ -37,6 +37,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from brproxy.logs import SparingLog
 from brproxy.relay.errors import BadBodyError
+from brproxy.relay.hops import Hop
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +79,12 @@ _USUAL_LIMITS = ClientLimits()
 class ClientProtocol(RequestHandler):
     """aiohttp's server protocol, with limits, which also tells whoever writes how fast the client reads."""
 
-    __slots__ = ("_head_has_begun", "_server", "_unread", "paced")
+    __slots__ = ("_head_has_begun", "_server", "_unread", "hop", "paced")
 
     def __init__(self, manager: RelayServer, **settings: Any) -> None:
         super().__init__(manager, **settings)
         self.paced: Paced | None = None
+        self.hop: Hop | None = None
         self._server = manager
         self._head_has_begun = False
         self._unread: asyncio.TimerHandle | None = None
