@@ -16,7 +16,7 @@ from brproxy.build import build_service, predictors_of
 from brproxy.clock import Clock
 from brproxy.config import Config
 from brproxy.config_sections import Listen
-from brproxy.listening import start_listening, url_of
+from brproxy.listening import start_listening, urls_of
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
 from brproxy.proxy.asking import Prober, ProbeSettings
 from brproxy.proxy.cors import Cors
@@ -140,7 +140,7 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
         groups = ", ".join(f"{name} ({len(workers)} workers)" for name, workers in config.groups.items())
         log.info(
             "brproxy listens on %s, policy %s, groups: %s",
-            url_of(config.listen, proxy.port),
+            ", ".join(urls_of(config.listen, proxy.port)),
             config.routing.policy,
             groups,
         )

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from brproxy.validation import Section
 
 MIB = 1 << 20
+HOSTS_MAX = 64
 Seconds = Annotated[float, Field(gt=0, le=86_400, strict=False)]
 _WEB_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
@@ -25,8 +26,14 @@ def _web_origin(origin: str) -> str:
 class Listen(Section):
     """Where the proxy listens."""
 
-    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
-    port: int = Field(default=8080, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    host: str | list[str] = Field(
+        default="127.0.0.1",
+        description='Address or name to listen on, or a list of them; "" or "::": all addresses, IPv4 and '
+        "IPv6.",
+    )
+    port: int = Field(
+        default=8080, ge=0, le=65535, description="TCP port, the same on all addresses; 0 takes a free one."
+    )
     backlog: int = Field(
         default=1024, ge=1, description="Connections that may wait to be accepted (connections)."
     )
@@ -48,6 +55,19 @@ class Listen(Section):
         max_length=1024,
         description='Web origins whose pages may read what the proxy itself answers; ["*"]: all.',
     )
+
+    @property
+    def hosts(self) -> list[str]:
+        """The hosts as a list, never empty."""
+        return [self.host] if isinstance(self.host, str) else self.host
+
+    @field_validator("host", mode="after")
+    @classmethod
+    def _names_some(cls, host: str | list[str]) -> str | list[str]:
+        if not isinstance(host, str) and not 1 <= len(host) <= HOSTS_MAX:
+            msg = f"must have 1 to {HOSTS_MAX} addresses, not {len(host)}"
+            raise ValueError(msg)
+        return host
 
     @field_validator("tls_key_file", mode="after")
     @classmethod

@@ -131,11 +131,11 @@ class ClientProtocol(RequestHandler):
     ) -> web.StreamResponse:
         """Answer what is no request (``message`` says why), or one that a bug has stopped."""
         if message is None:
-            self.log_exception("Error handling request from %s", request.remote, exc_info=exc)
+            self.log_exception("Error handling request from %s", _shown(request.remote), exc_info=exc)
             message = "The proxy failed on this request; its log says why."
         else:
             status, message = _in_plain_words(status, message)
-            self._server.bad_requests.warning("bad request from %s: %s", request.remote, message)
+            self._server.bad_requests.warning("bad request from %s: %s", _shown(request.remote), message)
         if request.writer.output_size > 0:
             msg = "the response has begun: no page can follow"
             raise ConnectionError(msg)
@@ -213,6 +213,11 @@ def _in_plain_words(status: int, message: str) -> tuple[int, str]:
     if first.startswith("Pause on PRI"):
         return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP/2 is not spoken here; use HTTP/1.1."
     return status, f"This is no valid HTTP request: {first[:200]}."
+
+
+def _shown(address: str | None) -> str:
+    """Return a client's address for the log: what has colons is told from what follows it."""
+    return f"[{address}]" if address and ":" in address else str(address)
 
 
 def _plain_page(status: int, message: str) -> web.Response:
