@@ -72,6 +72,8 @@ async def running_proxy(
         keepalive_timeout=config.timeouts.client_keepalive_s,
         max_line_size=config.limits.header_bytes_max,
         max_field_size=config.limits.header_bytes_max,
+        max_headers=config.limits.header_fields_max,
+        lingering_time=config.timeouts.client_linger_s,
     )
     runner = web.ServerRunner(server, shutdown_timeout=config.timeouts.drain_s)
     keeping = asyncio.create_task(_keep_state(config, service))

@@ -127,7 +127,13 @@ class Limits(Section):
         default=1024, ge=0, description="Idle connections kept to each worker (connections)."
     )
     header_bytes_max: int = Field(
-        default=32_768, ge=1024, le=MIB, description="Header line, of requests and responses (bytes)."
+        default=32_768,
+        ge=1024,
+        le=MIB,
+        description="Header line, of requests (beyond: 431) and responses (bytes).",
+    )
+    header_fields_max: int = Field(
+        default=128, ge=16, le=10_000, description="Header fields of a request; beyond: 431 (fields)."
     )
     event_bytes_max: int = Field(
         default=MIB, ge=1024, description="Server-sent event; a longer one passes without being read (bytes)."
@@ -178,6 +184,11 @@ class Timeouts(Section):
         default=30.0, description="Between two pieces of a request's body (seconds)."
     )
     client_body_s: Seconds = Field(default=1800.0, description="For the whole of a request's body (seconds).")
+    client_linger_s: Seconds = Field(
+        default=10.0,
+        description="For the rest of a request that was answered before it had come, so that the client can "
+        "read the answer (seconds).",
+    )
     retry_wait_s: Seconds = Field(
         default=0.05,
         description="Before a request moves to another worker; twice that before it moves again, and so on "
