@@ -19,7 +19,6 @@ from brproxy.config_sections import Listen
 from brproxy.listening import start_listening, urls_of
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
 from brproxy.proxy.asking import Prober, ProbeSettings
-from brproxy.proxy.cors import Cors
 from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.service import Service
@@ -58,7 +57,7 @@ async def running_proxy(
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
     server = RelayServer(
-        Cors(config.listen.cors_origins).around(handlers.handle),
+        service.cors.around(handlers.handle),
         config.limits.body_bytes_max,
         limits=ClientLimits(
             min(config.limits.client_connections_max, clients_for_open_files()),

@@ -20,6 +20,7 @@ from brproxy.ledger import Ledger
 from brproxy.open_files import requests_for_open_files
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.body_room import BodyRoom
+from brproxy.proxy.cors import Cors
 from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
@@ -92,6 +93,7 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
             control_timeout_s=config.health.timeout_s,
             control_bytes_max=limits.control_bytes_max,
             models_kept_s=limits.models_kept_s,
+            comments_s=timeouts.keepalive_comments_s,
         ),
         body_limits=BodyLimits(
             bytes_max=limits.body_bytes_max,
@@ -106,6 +108,7 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
             event_bytes_max=limits.event_bytes_max,
             response_parse_bytes_max=limits.response_parse_bytes_max,
         ),
+        cors=Cors(config.listen.cors_origins),
         hops=Hops(config.forwarding.x_forwarded, via=config.forwarding.via),
         ask_usage=config.estimate.ask_usage,
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),

@@ -11,6 +11,7 @@ from brproxy.validation import Section
 
 MIB = 1 << 20
 HOSTS_MAX = 64
+COMMENTS_S_MIN = 0.02
 Seconds = Annotated[float, Field(gt=0, le=86_400, strict=False)]
 _WEB_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
@@ -189,6 +190,14 @@ class Timeouts(Section):
         description="For the rest of a request that was answered before it had come, so that the client can "
         "read the answer (seconds).",
     )
+    keepalive_comments_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="Between two comments to a client whose stream has not begun, which keep its connection; "
+        "0: none. Errors that come then are events of a stream (seconds).",
+    )
     retry_wait_s: Seconds = Field(
         default=0.05,
         description="Before a request moves to another worker; twice that before it moves again, and so on "
@@ -198,6 +207,14 @@ class Timeouts(Section):
     drain_s: Seconds = Field(
         default=30.0, description="For running requests to finish after SIGTERM (seconds)."
     )
+
+    @field_validator("keepalive_comments_s", mode="after")
+    @classmethod
+    def _comments_are_rare(cls, seconds: float) -> float:
+        if 0 < seconds < COMMENTS_S_MIN:
+            msg = f"must be 0 or at least {COMMENTS_S_MIN:g}"
+            raise ValueError(msg)
+        return seconds
 
 
 class HealthChecks(Section):

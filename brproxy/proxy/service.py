@@ -10,6 +10,7 @@ from brproxy.engines.dialect import Dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.proxy.body_room import BodyRoom
+from brproxy.proxy.cors import Cors
 from brproxy.proxy.driver import GroupDriver
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.hops import Hops
@@ -75,6 +76,7 @@ class ServiceLimits:
     control_timeout_s: float
     control_bytes_max: int
     models_kept_s: float
+    comments_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class Service:
     body_room: BodyRoom
     relay_limits: RelayLimits
     hops: Hops
+    cors: Cors
     ask_usage: bool
     hash_prompts: bool
     health_checks: bool

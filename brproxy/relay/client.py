@@ -94,6 +94,17 @@ class Client:
         return protocol.hop
 
     @property
+    def page_origin(self) -> bytes | None:
+        """The origin of the web page that asks, None where no page does."""
+        origin = self._request.headers.get("Origin")
+        return None if origin is None else origin.encode("utf-8", "surrogateescape")
+
+    @property
+    def followed_by(self) -> Paced | None:
+        """What ``follow`` was told last, None where nothing writes to it."""
+        return self._protocol.paced
+
+    @property
     def is_paused(self) -> bool:
         """Whether it has not read what it was sent."""
         return self._protocol.writing_paused
