@@ -298,8 +298,14 @@ class Client:
         attempts = self._records[ask.id].attempts
         bodies = [one for attempt in attempts for one in attempt.response.bodies]
         if is_whole and answer.framing != "close":
+            # Where only the connection's end or [DONE] shows the end, that is enough.
             if any(
-                body in attempt.response.bodies and attempt.sent_all and attempt.response.is_whole
+                body in attempt.response.bodies
+                and (
+                    body.endswith(b"[DONE]\n\n")
+                    if attempt.answer.framing == "close"
+                    else attempt.sent_all and attempt.response.is_whole
+                )
                 for attempt in attempts
             ):
                 return
