@@ -16,10 +16,9 @@ from brproxy.build import build_service, predictors_of
 from brproxy.clock import Clock
 from brproxy.config import Config
 from brproxy.config_sections import Listen
-from brproxy.listening import start_listening, url_of
+from brproxy.listening import start_listening, urls_of
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
 from brproxy.proxy.asking import Prober, ProbeSettings
-from brproxy.proxy.cors import Cors
 from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.service import Service
@@ -58,7 +57,7 @@ async def running_proxy(
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
     server = RelayServer(
-        Cors(config.listen.cors_origins).around(handlers.handle),
+        service.cors.around(handlers.handle),
         config.limits.body_bytes_max,
         limits=ClientLimits(
             min(config.limits.client_connections_max, clients_for_open_files()),
@@ -72,6 +71,8 @@ async def running_proxy(
         keepalive_timeout=config.timeouts.client_keepalive_s,
         max_line_size=config.limits.header_bytes_max,
         max_field_size=config.limits.header_bytes_max,
+        max_headers=config.limits.header_fields_max,
+        lingering_time=config.timeouts.client_linger_s,
     )
     runner = web.ServerRunner(server, shutdown_timeout=config.timeouts.drain_s)
     keeping = asyncio.create_task(_keep_state(config, service))
@@ -140,7 +141,7 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
         groups = ", ".join(f"{name} ({size} workers)" for name, size in config.group_sizes.items())
         log.info(
             "brproxy listens on %s, policy %s, groups: %s",
-            url_of(config.listen, proxy.port),
+            ", ".join(urls_of(config.listen, proxy.port)),
             config.routing.policy,
             groups,
         )

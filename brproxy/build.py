@@ -20,10 +20,12 @@ from brproxy.ledger import Ledger
 from brproxy.open_files import requests_for_open_files
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.body_room import BodyRoom
+from brproxy.proxy.cors import Cors
 from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.endpoint import NOTHING_ELSE, Endpoint, EndpointSettings, Reach
+from brproxy.relay.hops import Hops
 from brproxy.relay.watch import Watch
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
@@ -95,6 +97,7 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
             control_timeout_s=config.health.timeout_s,
             control_bytes_max=limits.control_bytes_max,
             models_kept_s=limits.models_kept_s,
+            comments_s=timeouts.keepalive_comments_s,
         ),
         body_limits=BodyLimits(
             bytes_max=limits.body_bytes_max,
@@ -109,6 +112,8 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
             event_bytes_max=limits.event_bytes_max,
             response_parse_bytes_max=limits.response_parse_bytes_max,
         ),
+        cors=Cors(config.listen.cors_origins),
+        hops=Hops(config.forwarding.x_forwarded, via=config.forwarding.via),
         ask_usage=config.estimate.ask_usage,
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,

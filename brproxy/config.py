@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model, field_validator
 
-from brproxy.config_sections import Estimate, HealthChecks, Limits, Listen, Log, Seconds, Timeouts
+from brproxy.config_sections import (
+    Estimate,
+    Forwarding,
+    HealthChecks,
+    Limits,
+    Listen,
+    Log,
+    Seconds,
+    Timeouts,
+)
 from brproxy.config_workers import Worker, disagreements, known_name
 from brproxy.prediction.predictor import PREDICTORS, PredictorParams
 from brproxy.routing.policy import POLICIES, PolicyParams
@@ -73,6 +82,7 @@ class Config(Section):
     """The whole file."""
 
     listen: Listen = Field(default_factory=Listen)
+    forwarding: Forwarding = Field(default_factory=Forwarding)
     routing: Routing = Field(default_factory=Routing)
     prediction: Prediction = Field(default_factory=Prediction)
     worker: list[Worker] = Field(min_length=1, max_length=4096)

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from brproxy.validation import Section
 
 MIB = 1 << 20
+HOSTS_MAX = 64
+COMMENTS_S_MIN = 0.02
 Seconds = Annotated[float, Field(gt=0, le=86_400, strict=False)]
 _WEB_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
@@ -25,8 +27,14 @@ def _web_origin(origin: str) -> str:
 class Listen(Section):
     """Where the proxy listens."""
 
-    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
-    port: int = Field(default=8080, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    host: str | list[str] = Field(
+        default="127.0.0.1",
+        description='Address or name to listen on, or a list of them; "" or "::": all addresses, IPv4 and '
+        "IPv6.",
+    )
+    port: int = Field(
+        default=8080, ge=0, le=65535, description="TCP port, the same on all addresses; 0 takes a free one."
+    )
     backlog: int = Field(
         default=1024, ge=1, description="Connections that may wait to be accepted (connections)."
     )
@@ -49,6 +57,19 @@ class Listen(Section):
         description='Web origins whose pages may read what the proxy itself answers; ["*"]: all.',
     )
 
+    @property
+    def hosts(self) -> list[str]:
+        """The hosts as a list, never empty."""
+        return [self.host] if isinstance(self.host, str) else self.host
+
+    @field_validator("host", mode="after")
+    @classmethod
+    def _names_some(cls, host: str | list[str]) -> str | list[str]:
+        if not isinstance(host, str) and not 1 <= len(host) <= HOSTS_MAX:
+            msg = f"must have 1 to {HOSTS_MAX} addresses, not {len(host)}"
+            raise ValueError(msg)
+        return host
+
     @field_validator("tls_key_file", mode="after")
     @classmethod
     def _key_has_a_certificate(cls, key: str, info: ValidationInfo) -> str:
@@ -57,6 +78,17 @@ class Listen(Section):
             msg = "needs tls_certificate_file, which is not given"
             raise ValueError(msg)
         return key
+
+
+class Forwarding(Section):
+    """What workers are told of the client and of this proxy."""
+
+    x_forwarded: Literal["append", "replace", "off"] = Field(
+        default="append",
+        description="X-Forwarded-For (the client's address) and X-Forwarded-Proto: append to what the client "
+        "says, replace it (this proxy is the first), or off: what it says passes.",
+    )
+    via: bool = Field(default=True, description="Name this proxy in the Via field of requests.")
 
 
 class Limits(Section):
@@ -96,7 +128,13 @@ class Limits(Section):
         default=1024, ge=0, description="Idle connections kept to each worker's URL (connections)."
     )
     header_bytes_max: int = Field(
-        default=32_768, ge=1024, le=MIB, description="Header line, of requests and responses (bytes)."
+        default=32_768,
+        ge=1024,
+        le=MIB,
+        description="Header line, of requests (beyond: 431) and responses (bytes).",
+    )
+    header_fields_max: int = Field(
+        default=128, ge=16, le=10_000, description="Header fields of a request; beyond: 431 (fields)."
     )
     event_bytes_max: int = Field(
         default=MIB, ge=1024, description="Server-sent event; a longer one passes without being read (bytes)."
@@ -147,6 +185,19 @@ class Timeouts(Section):
         default=30.0, description="Between two pieces of a request's body (seconds)."
     )
     client_body_s: Seconds = Field(default=1800.0, description="For the whole of a request's body (seconds).")
+    client_linger_s: Seconds = Field(
+        default=10.0,
+        description="For the rest of a request that was answered before it had come, so that the client can "
+        "read the answer (seconds).",
+    )
+    keepalive_comments_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="Between two comments to a client whose stream has not begun, which keep its connection; "
+        "0: none. Errors that come then are events of a stream (seconds).",
+    )
     retry_wait_s: Seconds = Field(
         default=0.05,
         description="Before a request moves to another worker; twice that before it moves again, and so on "
@@ -156,6 +207,14 @@ class Timeouts(Section):
     drain_s: Seconds = Field(
         default=30.0, description="For running requests to finish after SIGTERM (seconds)."
     )
+
+    @field_validator("keepalive_comments_s", mode="after")
+    @classmethod
+    def _comments_are_rare(cls, seconds: float) -> float:
+        if 0 < seconds < COMMENTS_S_MIN:
+            msg = f"must be 0 or at least {COMMENTS_S_MIN:g}"
+            raise ValueError(msg)
+        return seconds
 
 
 class HealthChecks(Section):

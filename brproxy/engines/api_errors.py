@@ -68,6 +68,11 @@ def error_event(api: Api, status: int, message: str, kind: str) -> bytes:
     return b"event: error\ndata: " + orjson.dumps(event | {"error": error}) + b"\n\n"
 
 
+def event_line(path: str) -> bytes:
+    """Return the line that makes an event of ``path`` an error's: in some APIs clients look for it alone."""
+    return b"" if api_of(path) is Api.OPENAI else b"event: error\n"
+
+
 def _openai(status: int, message: str, kind: str) -> dict[str, object]:
     return {"message": message, "type": kind, "param": None, "code": status}
 

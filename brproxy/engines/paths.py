@@ -28,30 +28,32 @@ class PathKind(NamedTuple):
 
     ``text_is_prompt``: ``text``, ``input_ids`` and ``token_ids`` are its prompt, as in SGLang's own API; in
     others ``text`` is an option. ``has_stream_options``: a stream reports usage if it is asked there.
-    ``ends_with_done``: a complete stream ends with ``[DONE]``. ``reads_json``: it
-    can do nothing with another body, forms aside.
+    ``streams``: who asks for a stream there gets server-sent events. ``ends_with_done``: a complete stream
+    ends with ``[DONE]``. ``reads_json``: it can do nothing with another body, forms aside.
     """
 
     work: Work
     text_is_prompt: bool = False
     has_stream_options: bool = False
+    streams: bool = False
     ends_with_done: bool = False
     reads_json: bool = True
 
 
 UNKNOWN = PathKind(Work.UNKNOWN, reads_json=False)
 _GENERATES = PathKind(Work.GENERATES)
+_STREAMS = PathKind(Work.GENERATES, streams=True)
 _SCHEDULED = PathKind(Work.SCHEDULED)
 _ASKS = PathKind(Work.ASKS, reads_json=False)
 
 _KINDS = {
-    "completions": PathKind(Work.GENERATES, has_stream_options=True, ends_with_done=True),
-    "generate": PathKind(Work.GENERATES, text_is_prompt=True, ends_with_done=True),
-    "responses": _GENERATES,
-    "messages": _GENERATES,
+    "completions": PathKind(Work.GENERATES, has_stream_options=True, streams=True, ends_with_done=True),
+    "generate": PathKind(Work.GENERATES, text_is_prompt=True, streams=True, ends_with_done=True),
+    "responses": _STREAMS,
+    "messages": _STREAMS,
     "batch": _GENERATES,
     "chat": _GENERATES,
-    "invocations": _GENERATES,
+    "invocations": _STREAMS,
     "vertex_generate": _GENERATES,
     "transcriptions": _GENERATES,
     "translations": _GENERATES,

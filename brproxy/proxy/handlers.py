@@ -9,6 +9,7 @@ from brproxy.engines.dialect import Dialect, RequestFacts, make_dialect
 from brproxy.fleet import UnknownModelError
 from brproxy.proxy import errors
 from brproxy.proxy.attempts import Attempts
+from brproxy.proxy.commented import CommentedAttempts
 from brproxy.proxy.driver import DecisionFailedError, NoWorkerError, WaitExpiredError
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -30,6 +31,7 @@ class Handlers:
         dialect: Dialect = make_dialect("openai")
         self._reader = Reader(service, dialect)
         self._requests = 0
+        self._attempts = CommentedAttempts if service.limits.comments_s else Attempts
         self.pages = Pages(service)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -69,7 +71,7 @@ class Handlers:
             sink.request_id = incoming.request_id
             group = service.choose(incoming.facts.model or _model_in_path(incoming.path))
             with group.driver.admit(self._pending(incoming.facts)) as lease:
-                await Attempts(service, group, lease, incoming, sink).run()
+                await self._attempts(service, group, lease, incoming, sink).run()
         finally:
             self._requests -= 1
 

@@ -12,7 +12,8 @@ from brproxy.engines.dialect import Dialect, RequestFacts
 from brproxy.proxy.service import Service
 from brproxy.proxy.upload import Upload
 from brproxy.relay.client import Client
-from brproxy.relay.fields import REQUEST_ID, Fields, request_fields
+from brproxy.relay.fields import REQUEST_ID, Fields, not_to_workers, request_fields
+from brproxy.relay.hops import Hop
 from brproxy.relay.request import UPGRADE, origin_form, path_of
 from brproxy.types import InvalidInputError
 
@@ -41,13 +42,15 @@ class Reader:
         self._service = service
         self._dialect = dialect
         self._ids = RequestIds()
+        self._hops = service.hops
+        self._dropped = not_to_workers(service.hops.names)
         self._several_groups = len(service.groups) > 1
 
     async def read(self, request: web.BaseRequest, client: Client, upload: Upload) -> Incoming:
         """Read a request; raises ProxyError or InvalidInputError for what can be no request here."""
         target = origin_form(client.target)
         path = request.path if target is client.target else path_of(target)
-        fields = request_fields(request.raw_headers)
+        fields = request_fields(request.raw_headers, self._dropped)
         if not upload.take_whole():
             await upload.read(fields.media_type, names_group=self._several_groups)
         facts = self._dialect.read_request(
@@ -64,7 +67,7 @@ class Reader:
         return Incoming(
             target,
             path,
-            _lines(fields, request_id, client),
+            _lines(fields, request_id, client, client.hop(self._hops)),
             fields.known.get(b"accept-encoding", b""),
             request_id,
             upload,
@@ -84,11 +87,16 @@ class RequestIds:
         return b"%b%08x" % (self._process, next(self._numbers))
 
 
-def _lines(fields: Fields, request_id: bytes, client: Client) -> bytes:
-    lines = fields.lines
-    if REQUEST_ID not in fields.known:
-        lines += b"X-Request-Id: %b\r\n" % request_id
-    protocol = fields.known.get(b"upgrade")
+def _lines(fields: Fields, request_id: bytes, client: Client, hop: Hop) -> bytes:
+    known = fields.known
+    of_hops = hop.lines
+    if client.is_http10 or not hop.names.isdisjoint(known):
+        of_hops = hop.behind(known, b"1.0" if client.is_http10 else b"1.1")
+    if REQUEST_ID in known:
+        lines = fields.lines + of_hops
+    else:
+        lines = b"%bX-Request-Id: %b\r\n%b" % (fields.lines, request_id, of_hops)
+    protocol = known.get(b"upgrade")
     if protocol is not None:
         client.names_upgrade(protocol)
     return lines + UPGRADE if client.wants_upgrade else lines

@@ -10,8 +10,10 @@ from brproxy.engines.dialect import Dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.proxy.body_room import BodyRoom
+from brproxy.proxy.cors import Cors
 from brproxy.proxy.driver import GroupDriver
 from brproxy.relay.endpoint import Endpoint, Reach
+from brproxy.relay.hops import Hops
 from brproxy.relay.watch import Watch
 from brproxy.roster import Change, Member, RosterError
 from brproxy.telemetry.metrics import Metrics
@@ -113,6 +115,7 @@ class ServiceLimits:
     control_timeout_s: float
     control_bytes_max: int
     models_kept_s: float
+    comments_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,8 @@ class Service:
     body_limits: BodyLimits
     body_room: BodyRoom
     relay_limits: RelayLimits
+    hops: Hops
+    cors: Cors
     ask_usage: bool
     hash_prompts: bool
     health_checks: bool

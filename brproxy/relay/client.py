@@ -29,6 +29,7 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11
 
 from brproxy.relay.errors import UnknownExpectationError
+from brproxy.relay.hops import Hop, Hops
 from brproxy.relay.server import ClientProtocol, Paced
 
 _LOOKED_AT_BYTES_MAX = 1 << 16
@@ -82,6 +83,26 @@ class Client:
         asked = self._request._message.upgrade  # noqa: SLF001 - there is no public way to ask
         named = protocol.strip().lower() == b"websocket"
         self.wants_upgrade = named and bool(asked) and not self.is_http10
+
+    def hop(self, hops: Hops) -> Hop:
+        """Return what workers are told of it: the same for all requests of a connection."""
+        protocol = self._protocol
+        if protocol.hop is None:
+            told = self.transport.get_extra_info
+            peer = told("peername")
+            protocol.hop = hops.of(peer[0] if peer else None, is_tls=told("sslcontext") is not None)
+        return protocol.hop
+
+    @property
+    def page_origin(self) -> bytes | None:
+        """The origin of the web page that asks, None where no page does."""
+        origin = self._request.headers.get("Origin")
+        return None if origin is None else origin.encode("utf-8", "surrogateescape")
+
+    @property
+    def followed_by(self) -> Paced | None:
+        """What ``follow`` was told last, None where nothing writes to it."""
+        return self._protocol.paced
 
     @property
     def is_paused(self) -> bool:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from brproxy.relay.hops import FORWARDED_FOR, FORWARDED_PROTO, VIA
+
 HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -50,7 +52,8 @@ NOT_TO_WORKERS = HOP_BY_HOP | _RANKS | {b"accept-encoding", b"host", b"content-l
 # Content-Length goes with the framing that the client gets.
 _NOT_TO_CLIENTS = HOP_BY_HOP | {b"content-length"}
 # Lists that may come in several fields, all of which count.
-_LISTS = frozenset({b"accept-encoding", b"connection", b"transfer-encoding", b"upgrade"})
+_OF_HOPS = frozenset({FORWARDED_FOR, FORWARDED_PROTO, VIA})
+_LISTS = frozenset({b"accept-encoding", b"connection", b"transfer-encoding", b"upgrade"}) | _OF_HOPS
 _ORDINARY = frozenset({b"keep-alive", b"close", b"upgrade"})
 # What the proxy itself looks at, besides what it drops.
 _LOOKED_AT = frozenset(
@@ -78,9 +81,16 @@ class Fields(NamedTuple):
         return content_type.partition(b";")[0].strip().lower().decode("latin-1")
 
 
-def request_fields(fields: Sequence[tuple[bytes, bytes]]) -> Fields:
-    """Return what a worker gets of a client's header fields."""
-    return _crossing(fields, NOT_TO_WORKERS)
+def not_to_workers(more: frozenset[bytes] = frozenset()) -> frozenset[bytes]:
+    """Return the names, in lower case, of what a worker does not get of a client's, ``more`` among them."""
+    return NOT_TO_WORKERS | more
+
+
+def request_fields(
+    fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes] = NOT_TO_WORKERS
+) -> Fields:
+    """Return what a worker gets of a client's header fields, without ``dropped`` (of ``not_to_workers``)."""
+    return _crossing(fields, dropped)
 
 
 def response_fields(fields: Sequence[tuple[bytes, bytes]]) -> Fields:
@@ -107,7 +117,9 @@ def _crossing(fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes]) 
         named = {token.strip().lower() for token in connection.split(b",")} - {b"connection"}
         others = [(name, value) for name, value in fields if name.lower() not in named]
         if len(others) < len(fields):
-            return Fields(_crossing(others, dropped).lines, known)
+            # What is told of hops goes on behind what came, so it is gone as well.
+            left = {name: value for name, value in known.items() if name not in named & _OF_HOPS}
+            return Fields(_crossing(others, dropped).lines, left)
     return Fields(b"".join(parts), known)
 
 

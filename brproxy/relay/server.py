@@ -13,6 +13,8 @@ With client.py this is all that leans on aiohttp's internals. This leans on:
   next request.
 * ``_next_keepalive_close_time`` and ``_keepalive_handle`` ending a connection that waits for a head too long.
 * ``handle_error`` making the answer to what is no request, or to a bug, and ``log_exception`` logging it;
+  the parser's words for too many fields and for one that is too long, bounded by ``max_headers`` and
+  ``max_field_size``;
   ``_prepare_hook`` of a request being called when a page's header fields are complete.
 
 tests/brproxy/relay/test_client.py and test_client_limits.py pin each of these.
@@ -37,6 +39,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from brproxy.logs import SparingLog
 from brproxy.relay.errors import BadBodyError
+from brproxy.relay.hops import Hop
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +81,12 @@ _USUAL_LIMITS = ClientLimits()
 class ClientProtocol(RequestHandler):
     """aiohttp's server protocol, with limits, which also tells whoever writes how fast the client reads."""
 
-    __slots__ = ("_head_has_begun", "_server", "_unread", "paced")
+    __slots__ = ("_head_has_begun", "_server", "_unread", "hop", "paced")
 
     def __init__(self, manager: RelayServer, **settings: Any) -> None:
         super().__init__(manager, **settings)
         self.paced: Paced | None = None
+        self.hop: Hop | None = None
         self._server = manager
         self._head_has_begun = False
         self._unread: asyncio.TimerHandle | None = None
@@ -129,17 +133,32 @@ class ClientProtocol(RequestHandler):
     ) -> web.StreamResponse:
         """Answer what is no request (``message`` says why), or one that a bug has stopped."""
         if message is None:
-            self.log_exception("Error handling request from %s", request.remote, exc_info=exc)
+            self.log_exception("Error handling request from %s", _shown(request.remote), exc_info=exc)
             message = "The proxy failed on this request; its log says why."
         else:
-            status, message = _in_plain_words(status, message)
-            self._server.bad_requests.warning("bad request from %s: %s", request.remote, message)
+            status, message = self._in_plain_words(status, message)
+            self._server.bad_requests.warning("bad request from %s: %s", _shown(request.remote), message)
         if request.writer.output_size > 0:
             msg = "the response has begun: no page can follow"
             raise ConnectionError(msg)
         response = self._server.error_page(status, message)
         response.force_close()
         return response
+
+    def _in_plain_words(self, status: int, message: str) -> tuple[int, str]:
+        """Return status and message for what the parser says of bytes that are no request, without these."""
+        first = message.strip().partition("\n")[0].partition(": b'")[0].strip(" :.")
+        first = "".join(character for character in first if character.isprintable())
+        if first.startswith("Pause on PRI"):
+            return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP/2 is not spoken here; use HTTP/1.1."
+        most, too_large = "the most that this proxy accepts", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        if first.startswith("Too many headers"):
+            return too_large, f"The request has more than {self.max_headers} header fields, {most}."
+        if first.startswith("Got more than"):
+            # The parser does not say which of them it was.
+            what = "target or a header field of the request"
+            return too_large, f"The {what} is longer than {self.max_field_size} bytes, {most}."
+        return status, f"This is no valid HTTP request: {first[:200]}."
 
     def log_exception(self, *arguments: Any, **keywords: Any) -> None:
         """Log what should not happen, but not for each of a thousand requests."""
@@ -204,13 +223,9 @@ class _Request(web.BaseRequest):
         response.headers.pop("Server", None)
 
 
-def _in_plain_words(status: int, message: str) -> tuple[int, str]:
-    """Return status and message for what the parser says of bytes that are no request, without the bytes."""
-    first = message.strip().partition("\n")[0].partition(": b'")[0].strip(" :.")
-    first = "".join(character for character in first if character.isprintable())
-    if first.startswith("Pause on PRI"):
-        return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP/2 is not spoken here; use HTTP/1.1."
-    return status, f"This is no valid HTTP request: {first[:200]}."
+def _shown(address: str | None) -> str:
+    """Return a client's address for the log: what has colons is told from what follows it."""
+    return f"[{address}]" if address and ":" in address else str(address)
 
 
 def _plain_page(status: int, message: str) -> web.Response:

@@ -131,6 +131,13 @@ def test_each_policy_has_its_own_table():
             WORKER + '[listen]\ntls_key_file = "k"',
             "x.toml: listen.tls_key_file: needs tls_certificate_file, which is not given, got 'k'",
         ),
+        (
+            WORKER + "[timeouts]\nkeepalive_comments_s = 0.001",
+            "x.toml: timeouts.keepalive_comments_s: must be 0 or at least 0.02, got 0.001",
+        ),
+        (WORKER + "[listen]\nhost = []", "x.toml: listen.host: must have 1 to 64 addresses, not 0"),
+        (WORKER + "[listen]\nhost = 3", "x.toml: listen.host: must be a string or a list of strings, got 3"),
+        (WORKER + '[listen]\nhost = ["a", 3]', "x.toml: listen.host[1]: must be a string, got 3"),
         (WORKER + WORKER, "x.toml: worker[1].url: 'http://127.0.0.1:8001' is worker[0]'s already; each"),
         (
             WORKER + '[routing]\npolicy = "br0"',

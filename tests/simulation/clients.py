@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
+from brproxy.proxy.commented import COMMENT
 from tests.brproxy.wire import Answer as Received
 from tests.brproxy.wire import WireError, read_answer
 from tests.simulation.actions import Ask, Visit
@@ -19,6 +20,7 @@ from tests.simulation.workers import Attempt, Record
 OWN_STATUS = frozenset({400, 404, 408, 411, 413, 414, 417, 429, 431, 502, 503, 504})
 """What the proxy itself may answer; anything else is a worker's."""
 
+_COMMENTED = b"text/event-stream; charset=utf-8"
 _ERROR_EVENT = b'data: {"error"'
 _LARGE_BYTES = 1 << 15
 _STALL_IS_NOTICED_S = 3.0
@@ -178,6 +180,9 @@ class Client:
             return
         self.answered += 1
         answer = outcome.answer
+        if _is_commented(answer):
+            self._judge_commented(ask, answer)
+            return
         attempt = self._attempt(ask, answer)
         if ask.kind in {"bad", "page"}:
             # Models may be answered with what a worker said of them.
@@ -252,6 +257,9 @@ class Client:
             return
         if answer is None:
             return
+        if _is_commented(answer):
+            self._judge_commented(ask, answer, is_whole=False)
+            return
         attempt = self._attempt(ask, answer)
         if attempt is None:
             # What looks bad may be good enough for a worker, whose answer does not say whose it is.
@@ -280,6 +288,36 @@ class Client:
         if not any(one.startswith(body) for one in bodies):
             self._wrong("same-bytes", f"request {ask.id}: {body!r} is no beginning of {bodies[0]!r}")
 
+    def _judge_commented(self, ask: Ask, answer: Received, *, is_whole: bool = True) -> None:
+        """Judge an answer that begins with the proxy's comments: then comes that of one attempt, or an error.
+
+        Its head names no attempt, so that any may be it.
+        """
+        if not ask.stream or ask.kind not in {"chat", "completion"} or answer.status != 200:
+            self._wrong("own-answer", f"request {ask.id} ({ask.kind}) is answered with comments")
+        body = answer.body
+        while body.startswith(COMMENT):
+            body = body.removeprefix(COMMENT)
+        attempts = self._records[ask.id].attempts
+        bodies = [one for attempt in attempts for one in attempt.response.bodies]
+        if is_whole and answer.framing != "close":
+            # Where only the connection's end or [DONE] shows the end, that is enough.
+            if any(
+                body in attempt.response.bodies
+                and (
+                    body.endswith(b"[DONE]\n\n")
+                    if attempt.answer.framing == "close"
+                    else attempt.sent_all and attempt.response.is_whole
+                )
+                for attempt in attempts
+            ):
+                return
+            self._wrong("no-whole-cut", f"request {ask.id}: a whole answer is none: {body[-80:]!r}")
+        elif COMMENT.startswith(body) or any(body == _as_event(one) for one in bodies):
+            return
+        elif not (_ERROR_EVENT.startswith(body) or body.startswith(_ERROR_EVENT)):
+            self._judge_prefix(ask, body, tuple(bodies) or (b"",))
+
     def _may_be_silent(self, ask: Ask) -> bool:
         """Tell whether a connection may end without an answer."""
         return self._wire.was_reset or ask.kind == "bad"
@@ -295,6 +333,16 @@ class _Told(Wire):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._came(len(data))
+
+
+def _is_commented(answer: Received) -> bool:
+    """Tell whether the proxy's comments are ahead of an answer: then its head is the proxy's as well."""
+    return answer.one(NAME) is None and answer.one(b"content-type") == _COMMENTED
+
+
+def _as_event(body: bytes) -> bytes:
+    """Return an answer that is no stream as it comes behind comments."""
+    return b"".join(b"data: %b\n" % line for line in body.splitlines()) + b"\n"
 
 
 def _lacks_its_end(answer: Received, attempt: Attempt) -> bool:

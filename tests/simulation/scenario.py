@@ -106,6 +106,8 @@ class Draw:
                 "keepalive_s": rng.choice((1.0, 3.0)),
                 "client_keepalive_s": 5.0,
                 "drain_s": 5.0,
+                # Often enough to meet every fault.
+                "keepalive_comments_s": rng.choice((0, 0, 0.05, 0.7)),
             },
             "health": {"interval_s": 3.0, "timeout_s": 1.0, "unhealthy_after": rng.choice((1, 2, 3))},
             "estimate": {"ask_usage": rng.random() < 0.8},

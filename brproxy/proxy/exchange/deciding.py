@@ -246,6 +246,11 @@ class WorkerAnswer(Exchange):
     # What the kinds do with it.
 
     @property
+    def may_follow_comments(self) -> bool:
+        """Whether comments may go ahead: the client has had nothing of it, and can take it behind them."""
+        return not self.has_begun and (self._kind is None or isinstance(self._kind, Stream | LateReply))
+
+    @property
     def is_over(self) -> bool:
         """Whether nothing more comes of this attempt."""
         return self._is_over
@@ -296,7 +301,7 @@ class WorkerAnswer(Exchange):
         if media_type == b"text/event-stream":
             return Stream(self, head)
         if self.sink.has_head:
-            return LateReply(self)
+            return LateReply(self, head.status)
         if (
             head.status >= _ERROR
             and not is_encoded

@@ -19,6 +19,7 @@ HOP_BY_HOP = {
     b"upgrade",
 }
 ADDED = {b"x-request-id"}
+HOPS = (b"x-forwarded-for", b"x-forwarded-proto", b"via")
 FRAMING = {b"content-length"}
 NOT_FORWARDED = {b"host", b"expect", b"trailer"}
 USAGE_QUESTION = b'"stream_options":{"include_usage":true},'
@@ -93,13 +94,33 @@ def compare_requests(exchange, direct, proxied):
     wanted = direct[0]
     for method, target, fields, body in [*direct[1:], *proxied]:
         assert (method, target) == wanted[:2]
-        apart = [pair for pair in fields if pair[0].lower() != b"accept-encoding"]
-        assert apart == [pair for pair in wanted[2] if pair[0].lower() != b"accept-encoding"]
+        rest, wanted_rest = (
+            [pair for pair in some if pair[0].lower() not in {b"accept-encoding", *HOPS}]
+            for some in (fields, wanted[2])
+        )
+        assert rest == wanted_rest
         # Of a stream whose report of usage is taken out again the proxy must be able to read the events.
         codings = {b"identity", b"gzip, deflate"} if exchange.usage_is_added else {b"gzip, deflate"}
         assert {value for name, value in fields if name.lower() == b"accept-encoding"} <= codings
         asked = body.replace(USAGE_QUESTION, b"", 1) if exchange.usage_is_added else body
         assert asked == wanted[3], f"{len(body)} bytes for {len(wanted[3])}"
+    for _, _, fields, _ in proxied:
+        check_hops(exchange, wanted[2], fields)
+
+
+def check_hops(exchange, direct, proxied):
+    """Check that a worker is told of the client and of the proxy behind what it was told anyway."""
+    via = b"1.0 brproxy" if exchange.http10 else b"1.1 brproxy"
+    assert hops(proxied, b"x-forwarded-for") == [*hops(direct, b"x-forwarded-for"), b"127.0.0.1"]
+    assert hops(proxied, b"x-forwarded-proto") == (hops(direct, b"x-forwarded-proto") or [b"http"])
+    assert hops(proxied, b"via") == [*hops(direct, b"via"), via]
+    assert all([name.lower() for name, _ in proxied].count(name) == 1 for name in HOPS), "not one list each"
+
+
+def hops(fields, name):
+    """Return the members of a list, of all fields of that name."""
+    listed = b",".join(value for found, value in fields if found.lower() == name).split(b",")
+    return [member.strip() for member in listed if member.strip()]
 
 
 def compare(exchange, direct, proxied):

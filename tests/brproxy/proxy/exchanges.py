@@ -26,6 +26,13 @@ REQUEST_FIELDS = (
     ("Proxy-Authorization", "Basic Og=="),
     ("Connection", "keep-alive, X-Hop"),
     ("X-Hop", "not for others"),
+    ("X-Forwarded-For", "2001:db8::1, 10.1.1.1"),
+    ("x-forwarded-for", "10.2.2.2 ,"),
+    ("X-FORWARDED-FOR", ""),
+    ("X-Forwarded-Proto", "https"),
+    ("X-Forwarded-Host", "example.org"),
+    ("Via", "1.1 first, HTTP/2 second (a, comment)"),
+    ("VIA", "1.0 third"),
 )
 RESPONSE_FIELDS = (
     b"X-A: 1",

@@ -36,6 +36,19 @@ async def test_a_stream_over_tls(start_emulator, start_proxy, client, authority,
     await proxy.idle()
 
 
+async def test_a_worker_is_told_that_the_client_speaks_https(
+    start_worker, answer, fixed, start_proxy, client, authority, pem
+):
+    worker = await start_worker(answer(fixed(b"{}")))
+    proxy = await start_proxy([worker.url], listen={"port": 0, "tls_certificate_file": str(pem)})
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    async with client.get(proxy.url.replace("http:", "https:") + "/v1/files", ssl=context) as response:
+        assert response.status == 200
+    (_, fields, _) = worker.requests[0]
+    assert (fields["x-forwarded-proto"], fields["x-forwarded-for"]) == ("https", "127.0.0.1")
+
+
 async def test_a_certificate_that_cannot_be_used_is_named(start_proxy, tmp_path):
     missing = str(tmp_path / "none.pem")
     with pytest.raises(

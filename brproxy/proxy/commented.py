@@ -1,0 +1,70 @@
+"""Comments of the proxy's own to a client whose stream has not begun (``timeouts.keepalive_comments_s``).
+
+A request may wait in the pool, for another worker after a failure, or for its prefill, and what lies between
+client and proxy may take the silence for the end. A comment of server-sent events is read by no client, and
+keeps the connection. It costs the status: what a worker answers then comes as the stream that the client was
+told to expect, or as an event. The request itself may move on as before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from brproxy.engines.paths import path_kind
+from brproxy.proxy.attempts import Attempts
+from brproxy.proxy.exchange.deciding import WorkerAnswer
+from brproxy.relay.framing import choose_framing
+from brproxy.relay.response import ResponseHead
+
+COMMENT = b": waiting\n\n"
+
+_LINES = b"Content-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n"
+
+
+class CommentedAttempts(Attempts):
+    """Attempts that tell a client that waits for a stream that it is not forgotten."""
+
+    __slots__ = ("_timer",)
+
+    _timer: asyncio.TimerHandle
+
+    async def run(self) -> None:
+        """See Attempts.run."""
+        incoming, client = self._incoming, self._sink.client
+        streams = incoming.facts.stream and path_kind(incoming.path, client.method).streams
+        if not streams or client.wants_upgrade:
+            await super().run()
+            return
+        if incoming.accept_encoding:
+            # A head that has been sent cannot say later that the rest is compressed.
+            incoming.accept_encoding = b"identity"
+        self._comment_later()
+        try:
+            await super().run()
+        finally:
+            self._timer.cancel()
+            # It refers to this object, and all would wait for the garbage collector.
+            del self._timer
+
+    def _comment_later(self) -> None:
+        loop = self._service.watch.loop
+        self._timer = loop.call_later(self._service.limits.comments_s, self._comment)
+
+    def _comment(self) -> None:
+        """Send a comment, unless it would come between what a worker says, or pile up unread."""
+        sink, answer = self._sink, self._sink.client.followed_by
+        if isinstance(answer, WorkerAnswer) and answer.has_begun:
+            return
+        self._comment_later()
+        if sink.client.is_paused or sink.client.transport.is_closing():
+            return
+        if isinstance(answer, WorkerAnswer) and not answer.may_follow_comments:
+            return
+        if not sink.has_head:
+            head = ResponseHead(200, b"OK", _LINES + self._cors_lines(), {}, None, chunked=True)
+            framing = choose_framing(head, http10=sink.client.is_http10, bodiless=False, rewritten=False)
+            sink.begin(head, framing, is_stream=True)
+        sink.say(COMMENT)
+
+    def _cors_lines(self) -> bytes:
+        return self._service.cors.lines(self._sink.client.page_origin)
