@@ -16,6 +16,7 @@ from brproxy.build import build_service, predictors_of
 from brproxy.clock import Clock
 from brproxy.config import Config
 from brproxy.config_sections import Listen
+from brproxy.discovery import fill_in
 from brproxy.listening import start_listening, url_of
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
 from brproxy.proxy.asking import Prober, ProbeSettings
@@ -136,6 +137,8 @@ async def serve(config: Config) -> None:
 
 
 async def _run_until(config: Config, stop: asyncio.Event) -> None:
+    if config.discovery.enabled:
+        config = await fill_in(config)
     async with running_proxy(config) as proxy:
         groups = ", ".join(f"{name} ({len(workers)} workers)" for name, workers in config.groups.items())
         log.info(

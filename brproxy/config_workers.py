@@ -58,10 +58,16 @@ class Worker(Section):
         description="Model or list of models that the worker serves; empty: whatever a request names.",
     )
     slots: int = Field(
-        default=64, ge=1, le=1 << 20, description="Most requests that it runs at once (vLLM: --max-num-seqs)."
+        default=64,
+        ge=1,
+        le=1 << 20,
+        description="Most requests that it runs at once (vLLM: --max-num-seqs); left out: what the "
+        "engine says.",
     )
     kv_capacity_tokens: int | None = Field(
-        default=None, ge=1, description="KV cache size (tokens); unknown and not watched when left out."
+        default=None,
+        ge=1,
+        description="KV cache size (tokens); left out: what the engine says, else unknown and not watched.",
     )
     engine: Annotated[str, known_name(DIALECTS)] = Field(
         default="vllm", description="What the worker speaks."
