@@ -1,0 +1,60 @@
+"""What an emulated engine says of itself, in the words of vLLM or of SGLang. Pure."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+MODEL_TOKENS_MAX = 131_072
+"""Longest context that the emulated model states (tokens); nothing enforces it."""
+
+
+class Engine(StrEnum):
+    """Whose pages a worker has."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+
+
+_VERSIONS = {Engine.VLLM: "0.33.0", Engine.SGLANG: "0.5.23"}
+
+
+def models_page(engine: Engine, model: str) -> dict[str, Any]:
+    """Return the answer to ``/v1/models``."""
+    entry = {
+        "id": model,
+        "object": "model",
+        "created": 0,
+        "owned_by": engine.value,
+        "root": model,
+        "parent": None,
+        "max_model_len": MODEL_TOKENS_MAX,
+    }
+    return {"object": "list", "data": [entry]}
+
+
+def version_page(engine: Engine) -> dict[str, Any]:
+    """Return the answer to vLLM's ``/version``."""
+    return {"version": _VERSIONS[engine]}
+
+
+def server_info_page(model: str, slots: int, kv_capacity_tokens: int | None) -> dict[str, Any]:
+    """Return the answer to SGLang's ``/server_info``: of some hundred members those that are of use.
+
+    ``max_running_requests`` is the command line's, here left out there; what holds is in the rank's state.
+    """
+    return {
+        "served_model_name": model,
+        "dp_size": 1,
+        "enable_dp_attention": False,
+        "disaggregation_mode": "null",
+        "max_running_requests": None,
+        "max_total_num_tokens": kv_capacity_tokens,
+        "internal_states": [
+            {
+                "effective_max_running_requests_per_dp": slots,
+                "memory_usage": {"token_capacity": kv_capacity_tokens},
+            }
+        ],
+        "version": _VERSIONS[Engine.SGLANG],
+    }
