@@ -138,7 +138,15 @@ async def serve(config: Config) -> None:
 
 async def _run_until(config: Config, stop: asyncio.Event) -> None:
     if config.discovery.enabled:
-        config = await fill_in(config)
+        asking = asyncio.create_task(fill_in(config))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not asking.done():
+            asking.cancel()
+            await asyncio.wait((asking,))
+            return
+        config = asking.result()
     async with running_proxy(config) as proxy:
         groups = ", ".join(f"{name} ({len(workers)} workers)" for name, workers in config.groups.items())
         log.info(

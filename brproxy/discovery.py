@@ -144,5 +144,4 @@ class _Interview:
             return f"{MODELS} answers {status}: it wants a key, and brproxy has none of its own"
         if len(set(self._statuses.values())) == 1 and status != HTTPStatus.OK:
             return f"it answers {status} to everything: no engine is there"
-        asked = ", ".join(f"{path} answers {status}" for path, status in self._statuses.items())
-        return f"no engine is there that brproxy knows: {asked}, and no list of models came"
+        return f"no engine is there that brproxy knows: {MODELS} answers {status}, and no list of models came"

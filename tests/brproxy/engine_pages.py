@@ -116,6 +116,10 @@ class PageServer:
     async def handle(self, reader, writer):
         try:
             while True:
+                if await reader.readexactly(1) != b"G":
+                    # As servers do with what is no HTTP, TLS above all.
+                    writer.write(b"HTTP/1.1 400 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    break
                 head = await reader.readuntil(b"\r\n\r\n")
                 path = head.split(b" ")[1].decode()
                 self.asked.append(path)
