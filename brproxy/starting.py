@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from brproxy.config import Config, parse_config
+from brproxy.config_workers import Worker
 from brproxy.discovery import find_out
 from brproxy.findings import Finding, rank_words
 from brproxy.first_file import entries, file_text
@@ -47,7 +48,9 @@ def finding_line(finding: Finding) -> str:
     identity = finding.identity
     if identity is None:
         return f"{finding.url}: FAILED: {finding.failure}"
-    slots = "not told (--max-num-seqs)" if identity.engine == "vllm" else "not told"
+    slots = f"not told, {Worker.model_fields['slots'].default} assumed"
+    if identity.engine == "vllm":
+        slots += " (its --max-num-seqs)"
     kv_tokens = identity.kv_capacity_tokens
     parts = [
         identity.engine_words,

@@ -57,7 +57,7 @@ ALLOWED = {
     "findings": {"config", "config_workers", "engines"},
     "first_file": {"config_workers", "engines", "findings"},
     "discovery": {"build", "config", "engines", "findings", "origins", "proxy", "relay"},
-    "starting": {"types", "config", "discovery", "findings", "first_file"},
+    "starting": {"types", "config", "config_workers", "discovery", "findings", "first_file"},
     "open_files": set(),
     "build": CORE
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},

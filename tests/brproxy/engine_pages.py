@@ -104,10 +104,14 @@ OPENAI = {"/v1/models": models("somebody", MODEL), "/health": b""}
 
 
 class PageServer:
-    """Answers GET with pages, 404 without; ``silent`` paths are never answered. Notes what was asked for."""
+    """Answers GET with pages, 404 without; notes what was asked for.
 
-    def __init__(self, pages, *, status=404, silent=()):
+    ``silent`` paths are never answered; to those of ``faults`` it writes these bytes and breaks off.
+    """
+
+    def __init__(self, pages, *, status=404, silent=(), faults=None):
         self.pages = pages
+        self.faults = faults or {}
         self.status = status
         self.silent = silent
         self.asked = []
@@ -125,6 +129,9 @@ class PageServer:
                 self.asked.append(path)
                 if path in self.silent:
                     await reader.read()
+                    break
+                if path in self.faults:
+                    writer.write(self.faults[path])
                     break
                 body = self.pages.get(path)
                 status = f"{self.status} No" if body is None else "200 OK"

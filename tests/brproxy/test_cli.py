@@ -115,7 +115,7 @@ async def test_check_says_a_line_for_each_worker(config, start_emulator, unused_
     code, out, err = await run("check", "--config", config(*emulator.urls))
     assert (code, err) == (0, "")
     assert f"worker 127.0.0.1:{port} [default]: ok, " in out
-    assert out.rstrip().endswith("ms; models: emulated")
+    assert out.rstrip().endswith("; models: emulated")
     code, out, _ = await run("check", "--config", config(*emulator.urls, dead))
     assert code == 2
     assert f"[default]: FAILED: cannot connect to {dead}: Connection refused" in out

@@ -1,7 +1,9 @@
 """Servers of every kind are asked who they are, over real sockets: nobody makes that fail or take longer."""
 
 import logging
+import random
 import ssl
+import tomllib
 
 import pytest
 import trustme
@@ -9,6 +11,7 @@ import trustme
 from brproxy.config import parse_config
 from brproxy.discovery import fill_in, find_out
 from brproxy.engines.identity import identify
+from brproxy.first_file import file_text
 from loadgen.emulator.pages import Engine
 from tests.brproxy.conftest import HANG_S
 from tests.brproxy.engine_pages import (
@@ -125,6 +128,40 @@ async def test_a_page_that_is_too_long_is_not_read(start):
     server = await start(VLLM | {"/metrics": b"#" * 5000 + VLLM["/metrics"]})
     identity = (await found(server.url, bytes_max=4096)).identity
     assert (identity.engine, identity.kv_capacity_tokens) == ("vllm", None)
+
+
+FAULTS = (
+    b"",
+    b"\0\xff\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx",
+    b'HTTP/1.1 200 OK\r\nContent-Length: 23\r\n\r\n{"data": [{"id": null}]}',
+)
+PATHS = ("/version", "/v1/models", "/metrics", "/server_info", "/get_server_info", "/v1/loads")
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_no_mixture_of_faults_breaks_it(start, seed):
+    draw = random.Random(seed)
+    servers = []
+    for _ in range(8):
+        pages = draw.choice([VLLM, SGLANG, OPENAI, VLLM | SGLANG, {}])
+        faults = {path: draw.choice(FAULTS) for path in PATHS if draw.random() < 0.4}
+        silent = [path for path in PATHS if draw.random() < 0.05]
+        servers.append(await start(pages, faults=faults, silent=silent))
+    urls = [server.url for server in servers]
+    findings = await find_out(config(*urls, timeout_s=1, connect_s=0.3))
+    assert list(findings) == urls
+    for finding in findings.values():
+        assert (finding.identity is None) == bool(finding.failure)
+        assert finding.failure.isprintable()
+    document = tomllib.loads(file_text(findings.values()))
+    assert len(document.get("worker", [])) == sum(f.identity is not None for f in findings.values())
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ async def test_init_and_serve_before_two_emulated_engines(start_emulator, tmp_pa
     assert (code, err) == (0, "")
     lines = said.splitlines()
     assert len(lines) == 3
-    slots = "5" if kind is Engine.SGLANG else "not told (--max-num-seqs)"
+    slots = "5" if kind is Engine.SGLANG else "not told, 64 assumed (its --max-num-seqs)"
     for line, url in zip(lines[:2], emulator.urls, strict=True):
         assert line.startswith(f"{url}: {'SGLang 0.5.23' if kind is Engine.SGLANG else 'vLLM 0.33.0'}; ")
         assert f"; slots: {slots}; " in line
