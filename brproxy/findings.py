@@ -90,5 +90,6 @@ def contradictions(worker: Worker, identity: Identity) -> Iterator[str]:
     missing = sorted(worker.models - set(identity.names)) if identity.models else []
     if missing:
         yield f"configured but not served: {', '.join(missing)}"
-    if identity.ranks is not None and identity.ranks > 1 and not by_rank(worker):
-        yield f"{identity.ranks} DP ranks are behind this URL, and the file knows one worker"
+    known = len(getattr(worker, "seats", ("",)))
+    if identity.ranks is not None and identity.ranks != known:
+        yield f"{identity.ranks} DP ranks are behind this URL, and the file has {known}"

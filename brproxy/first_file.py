@@ -95,7 +95,7 @@ def _entry(url: str, identity: Identity, group: str, common: set[str]) -> Entry:
     slots, kv_tokens = identity.limits(by_rank=addressed)
     keys = {
         "url": url,
-        "ranks": f"0-{(identity.ranks or 1) - 1}" if addressed else None,
+        **(_rank_keys(identity) if addressed else {}),
         "group": group or None,
         "model": models[0] if len(models) == 1 else models or None,
         "engine": identity.engine,
@@ -105,6 +105,17 @@ def _entry(url: str, identity: Identity, group: str, common: set[str]) -> Entry:
     }
     others = tuple(name for name in identity.names if name not in common)
     return Entry({key: value for key, value in keys.items() if value is not None}, identity, others)
+
+
+def _rank_keys(identity: Identity) -> dict[str, str | int | None]:
+    """Return how each rank is addressed: by SGLang's numbers, or as vLLM's API server counts its own."""
+    first, last = identity.first_rank, identity.first_rank + (identity.ranks or 1) - 1
+    keys = {
+        "ranks": f"{first}-{last}",
+        "rank_mode": "global" if identity.engine == "sglang" else None,
+        "rank_base": first or None,
+    }
+    return {key: value for key, value in keys.items() if key in Worker.model_fields}
 
 
 def _addresses_ranks(identity: Identity) -> bool:

@@ -29,7 +29,6 @@ from loadgen.commands.simulate import simulate_all
 from loadgen.commands.simulation_plan import plan_simulation
 from loadgen.dataplane.loads import parse_phase
 from loadgen.dataplane.proxies import parse_proxy
-from loadgen.emulator.pages import Engine
 from loadgen.emulator.server import EmulatorSettings
 from loadgen.report.plots import plot_simulations
 from loadgen.report.proxies import proxy_table
@@ -81,14 +80,14 @@ def emulate(
     queued_requests_max: Annotated[
         int | None, typer.Option(help="Answer 503 when so many requests wait in a worker.")
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="Whose pages about itself a worker has.")] = Engine.VLLM,
+    sglang: Annotated[bool, typer.Option(help="Say what SGLang says of itself, not vLLM.")] = False,
 ) -> None:
     """Emulate a DP deployment: one HTTP port for each worker, vLLM's wire format, a barrier at each step."""
     cluster = _cluster(
         workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
     )
     settings = EmulatorSettings(
-        cluster, speed, model, base_port=base_port, queued_requests_max=queued_requests_max, engine=engine
+        cluster, speed, model, base_port=base_port, queued_requests_max=queued_requests_max, sglang=sglang
     )
     uvloop.run(run_emulator(settings, lambda line: print(line, flush=True)))
 

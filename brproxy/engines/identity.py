@@ -25,6 +25,9 @@ MODELS_MAX = 1024
 RANKS_MAX = 1024
 """Most DP ranks behind one URL (ranks)."""
 
+_RANK_MAX = 65_535
+"""The largest number of a rank."""
+
 SLOTS_MAX = 1 << 20
 """Most requests that a worker runs at once (requests), as in the configuration."""
 
@@ -51,7 +54,8 @@ class Identity:
     """What an engine says of itself. ``engine`` is the name of its dialect.
 
     ``slots`` and ``kv_capacity_tokens`` are each DP rank's, of the smallest where they differ. ``ranks`` is
-    how many are behind the URL. ``role``: "prefill", "decode" or "both".
+    how many are behind the URL, numbered from ``first_rank`` in the deployment. ``role``: "prefill", "decode"
+    or "both".
     """
 
     engine: str
@@ -61,6 +65,7 @@ class Identity:
     kv_capacity_tokens: int | None = None
     ranks: int | None = None
     role: str | None = None
+    first_rank: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +129,16 @@ def _vllm(models: tuple[Model, ...] | None, version: str, ranks: list[dict[str, 
             for labels in ranks
         )
         kv_tokens = None if blocks is None else min(blocks // count, TOKENS_MAX) or None
-    return Identity("vllm", version, models or (), None, kv_tokens, count or None)
+    first = _first_rank({labels.get("engine", "") for labels in ranks})
+    return Identity("vllm", version, models or (), None, kv_tokens, count or None, first_rank=first)
+
+
+def _first_rank(labels: set[str]) -> int:
+    """Return the least of the numbers where they are one row, as behind an API server of one node; else 0."""
+    numbers = {_number(label) for label in labels}
+    first = min(numbers, default=0)
+    is_row = len(numbers) == len(labels) and max(numbers, default=0) == first + len(numbers) - 1
+    return first if is_row and first + len(numbers) - 1 <= _RANK_MAX else 0
 
 
 def _sglang(models: tuple[Model, ...] | None, info: dict[str, Any], loads: list[dict[str, Any]]) -> Identity:

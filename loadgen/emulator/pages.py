@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Any
 
 MODEL_TOKENS_MAX = 131_072
 """Longest context that the emulated model states (tokens); nothing enforces it."""
 
 
-class Engine(StrEnum):
-    """Whose pages a worker has."""
-
-    VLLM = "vllm"
-    SGLANG = "sglang"
-
-
-_VERSIONS = {Engine.VLLM: "0.33.0", Engine.SGLANG: "0.5.23"}
-
-
-def models_page(engine: Engine, model: str) -> dict[str, Any]:
+def models_page(model: str, *, sglang: bool) -> dict[str, Any]:
     """Return the answer to ``/v1/models``."""
     entry = {
         "id": model,
         "object": "model",
         "created": 0,
-        "owned_by": engine.value,
+        "owned_by": "sglang" if sglang else "vllm",
         "root": model,
         "parent": None,
         "max_model_len": MODEL_TOKENS_MAX,
@@ -33,15 +22,15 @@ def models_page(engine: Engine, model: str) -> dict[str, Any]:
     return {"object": "list", "data": [entry]}
 
 
-def version_page(engine: Engine) -> dict[str, Any]:
+def version_page() -> dict[str, Any]:
     """Return the answer to vLLM's ``/version``."""
-    return {"version": _VERSIONS[engine]}
+    return {"version": "0.33.0"}
 
 
 def server_info_page(model: str, slots: int, kv_capacity_tokens: int | None) -> dict[str, Any]:
     """Return the answer to SGLang's ``/server_info``: of some hundred members those that are of use.
 
-    ``max_running_requests`` is the command line's, here left out there; what holds is in the rank's state.
+    ``max_running_requests`` is the command line's, which left it out; what holds is in the rank's state.
     """
     return {
         "served_model_name": model,
@@ -56,5 +45,5 @@ def server_info_page(model: str, slots: int, kv_capacity_tokens: int | None) -> 
                 "memory_usage": {"token_capacity": kv_capacity_tokens},
             }
         ],
-        "version": _VERSIONS[Engine.SGLANG],
+        "version": "0.5.23",
     }

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from brproxy.types import InvalidInputError
 from loadgen.cluster import ClusterSettings
 from loadgen.emulator.deployment import Deployment, Generation
-from loadgen.emulator.pages import Engine, models_page, server_info_page, version_page
+from loadgen.emulator.pages import models_page, server_info_page, version_page
 from loadgen.emulator.wire import (
     LENGTH_HEADER,
     Answer,
@@ -38,8 +38,8 @@ class EmulatorSettings:
     """A deployment and how it is served.
 
     ``base_port`` is the first worker's, the next follow it; 0 takes free ones. ``queued_requests_max``: a
-    worker whose queue is that long answers 503, as vLLM does with a queue limit; None: no limit. ``engine``:
-    whose pages about itself a worker has.
+    worker whose queue is that long answers 503, as vLLM does with a queue limit; None: no limit.
+    ``sglang``: workers say of themselves what SGLang says, not what vLLM does.
     """
 
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
@@ -48,7 +48,7 @@ class EmulatorSettings:
     host: str = "127.0.0.1"
     base_port: int = 0
     queued_requests_max: int | None = None
-    engine: Engine = Engine.VLLM
+    sglang: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a speed that is none."""
@@ -73,10 +73,10 @@ class Worker:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._text)
         app.router.add_get("/v1/models", self._models)
-        if self._settings.engine is Engine.VLLM:
-            app.router.add_get("/version", self._version)
-        else:
+        if self._settings.sglang:
             app.router.add_get("/server_info", self._server_info)
+        else:
+            app.router.add_get("/version", self._version)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/emulator/stats", self._stats)
@@ -87,10 +87,10 @@ class Worker:
         return web.Response()
 
     async def _models(self, _request: web.Request) -> web.Response:
-        return _json(orjson.dumps(models_page(self._settings.engine, self._settings.model)))
+        return _json(orjson.dumps(models_page(self._settings.model, sglang=self._settings.sglang)))
 
     async def _version(self, _request: web.Request) -> web.Response:
-        return _json(orjson.dumps(version_page(self._settings.engine)))
+        return _json(orjson.dumps(version_page()))
 
     async def _server_info(self, _request: web.Request) -> web.Response:
         cluster = self._settings.cluster

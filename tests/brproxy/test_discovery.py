@@ -12,7 +12,6 @@ from brproxy.config import parse_config
 from brproxy.discovery import fill_in, find_out
 from brproxy.engines.identity import identify
 from brproxy.first_file import file_text
-from loadgen.emulator.pages import Engine
 from tests.brproxy.conftest import HANG_S
 from tests.brproxy.engine_pages import (
     MODEL,
@@ -74,14 +73,14 @@ async def test_each_engine_is_known_by_what_it_says(start, pages, engine, asked)
     assert sorted(server.asked) == sorted(asked), "each once"
 
 
-@pytest.mark.parametrize("engine", list(Engine))
-async def test_the_emulator_is_known(start_emulator, engine):
-    emulator = await start_emulator(1, slots=7, engine=engine)
+@pytest.mark.parametrize("sglang", [False, True])
+async def test_the_emulator_is_known(start_emulator, sglang):
+    emulator = await start_emulator(1, slots=7, sglang=sglang)
     identity = (await found(emulator.urls[0])).identity
-    assert (identity.engine, identity.names) == (engine.value, ("emulated",))
+    assert (identity.engine, identity.names) == ("sglang" if sglang else "vllm", ("emulated",))
     assert identity.version
     assert identity.models[0].length_tokens_max == 131_072
-    assert identity.slots == (7 if engine is Engine.SGLANG else None)
+    assert identity.slots == (7 if sglang else None)
 
 
 async def test_a_refused_connection(unused_tcp_port):

@@ -62,7 +62,7 @@ def test_only_what_the_file_leaves_out_is_filled_in(keys, identity, slots, kv_to
         (
             {},
             Identity("vllm", ranks=8),
-            ["8 DP ranks are behind this URL, and the file knows one worker"],
+            ["8 DP ranks are behind this URL, and the file has 1"],
         ),
     ],
 )

@@ -25,6 +25,7 @@ IDENTITIES = st.builds(
     COUNTS,
     st.none() | st.integers(1, 64),
     st.sampled_from([None, "both", "prefill", "decode"]),
+    st.just(0),
 )
 
 
@@ -121,10 +122,14 @@ def test_ranks_become_workers_of_their_own_where_the_configuration_knows_ranks(m
     (together,) = tables(identity)
     assert (together.get("ranks"), together["slots"], together["kv_capacity_tokens"]) == (None, 800, 8000)
     assert "# These are all ranks together" in file_text([Finding("http://h:1", identity)])
-    monkeypatch.setitem(Worker.model_fields, "ranks", Worker.model_fields["name"])
+    for key in ("ranks", "rank_mode", "rank_base"):
+        monkeypatch.setitem(Worker.model_fields, key, Worker.model_fields["name"])
     (apart,) = tables(identity)
-    assert (apart["ranks"], apart["slots"], apart["kv_capacity_tokens"]) == ("0-7", 100, 1000)
+    assert (apart["ranks"], apart["rank_mode"], apart.get("rank_base")) == ("0-7", "global", None)
+    assert (apart["slots"], apart["kv_capacity_tokens"]) == (100, 1000)
     assert "all ranks together" not in file_text([Finding("http://h:1", identity)])
+    (second_node,) = tables(Identity("vllm", ranks=4, first_rank=4))
+    assert (second_node["ranks"], second_node.get("rank_mode"), second_node["rank_base"]) == ("4-7", None, 4)
 
 
 def test_a_half_of_prefill_and_decode_is_marked():

@@ -6,7 +6,6 @@ import tomllib
 import aiohttp
 import pytest
 
-from loadgen.emulator.pages import Engine
 from tests.brproxy.engine_pages import MODEL, SGLANG, VLLM, serving
 from tests.brproxy.test_cli import run, start
 from tests.brproxy.test_cli import serving as serving_proxy
@@ -35,17 +34,17 @@ async def stop(process):
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("kind", list(Engine))
-async def test_init_and_serve_before_two_emulated_engines(start_emulator, tmp_path, kind):
-    emulator = await start_emulator(2, slots=5, engine=kind)
+@pytest.mark.parametrize("sglang", [False, True])
+async def test_init_and_serve_before_two_emulated_engines(start_emulator, tmp_path, sglang):
+    emulator = await start_emulator(2, slots=5, sglang=sglang)
     out = tmp_path / "brproxy.toml"
     code, said, err = await run("init", *emulator.urls, "--out", str(out))
     assert (code, err) == (0, "")
     lines = said.splitlines()
     assert len(lines) == 3
-    slots = "5" if kind is Engine.SGLANG else "not told, 64 assumed (its --max-num-seqs)"
+    slots = "5" if sglang else "not told, 64 assumed (its --max-num-seqs)"
     for line, url in zip(lines[:2], emulator.urls, strict=True):
-        assert line.startswith(f"{url}: {'SGLang 0.5.23' if kind is Engine.SGLANG else 'vLLM 0.33.0'}; ")
+        assert line.startswith(f"{url}: {'SGLang 0.5.23' if sglang else 'vLLM 0.33.0'}; ")
         assert f"; slots: {slots}; " in line
         assert line.endswith("; models: emulated")
     assert lines[2] == f"{out}: written; next: brproxy check --config {out}, brproxy serve --config {out}"
@@ -122,7 +121,7 @@ async def test_a_file_that_cannot_be_written(engine, tmp_path):
 
 
 async def test_serve_needs_no_file(start_emulator, unused_tcp_port):
-    emulator = await start_emulator(2, engine=Engine.SGLANG, slots=3)
+    emulator = await start_emulator(2, sglang=True, slots=3)
     dead = f"http://127.0.0.1:{unused_tcp_port}"
     process, url, said = await serving_proxy(*emulator.urls, dead, "--port", "0")
     assert "groups: default (2 workers)" in said

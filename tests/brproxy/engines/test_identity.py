@@ -56,7 +56,15 @@ def test_the_ranks_of_vllm_are_those_of_its_metrics():
         engine=["4", "5", "6"], kv_cache_size_tokens=["900", "800", "900"], num_gpu_blocks="9000"
     )
     identity = identify(VLLM | {METRICS: page})
-    assert (identity.ranks, identity.kv_capacity_tokens) == (3, 800)
+    assert (identity.ranks, identity.first_rank, identity.kv_capacity_tokens) == (3, 4, 800)
+
+
+@pytest.mark.parametrize(
+    ("labels", "first"), [(["8", "9"], 8), (["8", "10"], 0), (["8", "x"], 0), (["70000", "70001"], 0)]
+)
+def test_only_a_row_of_ranks_has_a_first_one(labels, first):
+    identity = identify(VLLM | {METRICS: cache_config(engine=labels)})
+    assert (identity.ranks, identity.first_rank) == (2, first)
 
 
 @pytest.mark.parametrize("said", ["None", "", "-5", "1e5", "9" * 30])

@@ -9,7 +9,6 @@ import pytest
 
 from brproxy.types import InvalidInputError
 from loadgen.cluster import ClusterSettings
-from loadgen.emulator.pages import Engine
 from loadgen.emulator.server import EmulatorSettings, running_emulator
 from loadgen.emulator.wire import LENGTH_HEADER
 
@@ -54,13 +53,17 @@ async def page(client, url):
         return orjson.loads(await response.read()) if response.status == 200 else None
 
 
-@pytest.mark.parametrize("engine", list(Engine))
-async def test_a_worker_says_which_engine_it_is(start, client, engine):
-    url = (await start(1, kv_capacity_tokens=5000, slots=3, engine=engine)).urls[0]
+@pytest.mark.parametrize("sglang", [False, True])
+async def test_a_worker_says_which_engine_it_is(start, client, sglang):
+    url = (await start(1, kv_capacity_tokens=5000, slots=3, sglang=sglang)).urls[0]
     (model,) = (await page(client, url + "/v1/models"))["data"]
-    assert (model["id"], model["owned_by"], model["max_model_len"]) == ("emulated", engine, 131_072)
+    assert (model["id"], model["owned_by"], model["max_model_len"]) == (
+        "emulated",
+        "sglang" if sglang else "vllm",
+        131_072,
+    )
     version, info = await page(client, url + "/version"), await page(client, url + "/server_info")
-    if engine is Engine.VLLM:
+    if not sglang:
         assert (version, info) == ({"version": "0.33.0"}, None)
         return
     assert (version, info["version"], info["max_total_num_tokens"]) == (None, "0.5.23", 5000)
