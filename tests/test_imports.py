@@ -95,6 +95,8 @@ PURE = (
     "happenings",
     "learning",
     "foresight",
+    "findings",
+    "first_file",
     "faults",
     "rounds",
     "dispatcher",
