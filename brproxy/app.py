@@ -148,7 +148,7 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
             return
         config = asking.result()
     async with running_proxy(config) as proxy:
-        groups = ", ".join(f"{name} ({len(workers)} workers)" for name, workers in config.groups.items())
+        groups = ", ".join(f"{name} ({size} workers)" for name, size in config.group_sizes.items())
         log.info(
             "brproxy listens on %s, policy %s, groups: %s",
             url_of(config.listen, proxy.port),

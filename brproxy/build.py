@@ -23,7 +23,7 @@ from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
-from brproxy.relay.endpoint import Endpoint, EndpointSettings
+from brproxy.relay.endpoint import NOTHING_ELSE, Endpoint, EndpointSettings, Reach
 from brproxy.relay.watch import Watch
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
@@ -37,7 +37,9 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
     thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
     roster = Roster(thresholds, checked=checks.enabled)
     for worker in workers:
-        roster.add(worker.label, WorkerLimits(worker.slots, worker.kv_capacity_tokens), worker.url)
+        limits = WorkerLimits(worker.slots, worker.kv_capacity_tokens)
+        for seat in worker.seats:
+            roster.add(seat.key, limits, worker.url, seat.lines, seat.rank)
     dispatcher = Dispatcher(
         Ledger(roster),
         make_policy(config.routing.policy, config.policy_params()),
@@ -64,12 +66,13 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
     metrics = Metrics(fleet)
     limits, timeouts = config.limits, config.timeouts
     settings = endpoint_settings(config)
+    reaches = {worker.url: reach_of(worker) for worker in config.worker}
     services = {
         group.name: GroupService(
             group,
             GroupDriver(group, clock, config.routing.tick_ms / 1000),
             make_dialect(config.groups[group.name][0].engine),
-            lambda member: Endpoint(member.origin, settings),
+            lambda member: Endpoint(member.origin, settings, reaches.get(member.origin, NOTHING_ELSE)),
         )
         for group in fleet.groups
     }
@@ -77,6 +80,7 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
     watch.also(Departures(services.values(), watch, timeouts.gone_s).look)
     return Service(
         groups=services,
+        reaches=reaches,
         fleet=fleet,
         watch=watch,
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
@@ -109,6 +113,11 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,
     )
+
+
+def reach_of(worker: Worker) -> Reach:
+    """Return how the proxy reaches ``worker``, besides its URL."""
+    return Reach(worker.fields, worker.tls_files)
 
 
 def endpoint_settings(config: Config) -> EndpointSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,21 +12,25 @@ import typer
 import uvloop
 
 from brproxy.app import serve as serve_until_stopped
-from brproxy.build import endpoint_settings
+from brproxy.build import endpoint_settings, reach_of
 from brproxy.command import USAGE_ERROR, make_command, run_command
 from brproxy.config import Config, load_config
 from brproxy.config_reference import reference_table
 from brproxy.config_workers import Worker
 from brproxy.discovery import find_out
 from brproxy.engines.dialect import make_dialect
-from brproxy.findings import contradictions, told
+from brproxy.findings import Finding, contradictions, told
 from brproxy.logs import configure_logging
 from brproxy.proxy.asking import Verdict, probe
+from brproxy.proxy.rank_check import RankCheck
 from brproxy.relay.endpoint import Endpoint
 from brproxy.starting import finding_line, found_at, of_urls, refuse_to_overwrite, write_first_file
 from brproxy.types import InvalidInputError
 
 app = make_command("brproxy", "A load balancer for barrier-synchronised data-parallel LLM serving.")
+
+_GENERATION_S = 15.0
+"""For one token of a worker that may be busy (seconds)."""
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="TOML configuration file.", show_default=False)]
 Urls = Annotated[
@@ -86,7 +91,7 @@ def check(config: ConfigFile) -> None:
     Lines that begin with "!" are what the file and a worker contradict each other in.
     """
     settings = load_config(config)
-    groups = ", ".join(f"{name} ({len(workers)})" for name, workers in settings.groups.items())
+    groups = ", ".join(f"{name} ({size})" for name, size in settings.group_sizes.items())
     typer.echo(f"{config}: valid; policy {settings.routing.policy}; workers by group: {groups}")
     if not asyncio.run(_probe_all(settings)):
         raise typer.Exit(USAGE_ERROR)
@@ -101,28 +106,31 @@ def reference() -> None:
 async def _probe_all(config: Config) -> bool:
     """Print a line for each worker; return whether all answered."""
     settings = endpoint_settings(config)
-    endpoints = [Endpoint(worker.url, settings) for worker in config.worker]
+    endpoints = [Endpoint(worker.url, settings, reach_of(worker)) for worker in config.worker]
     try:
         findings = await find_out(config)
         results = await asyncio.gather(
             *(
-                _probe(endpoint, config, worker)
+                _check_worker(endpoint, config, worker, findings[worker.url])
                 for endpoint, worker in zip(endpoints, config.worker, strict=True)
             )
         )
     finally:
         for endpoint in endpoints:
             endpoint.close()
-    for worker, (ok, words) in zip(config.worker, results, strict=True):
-        name = f"worker {worker.label} [{worker.group}]"
-        finding = findings[worker.url]
-        if not ok or finding.identity is None:
-            typer.echo(f"{name}: {words}" + (f"; {finding.failure}" if ok else ""))
-            continue
-        typer.echo(f"{name}: {words}; {told(worker, finding.identity)}")
-        for line in contradictions(worker, finding.identity):
-            typer.echo(f"! {name}: {line}")
-    return all(ok for ok, _ in results)
+    return all(results)
+
+
+async def _check_worker(endpoint: Endpoint, config: Config, worker: Worker, finding: Finding) -> bool:
+    name, identity = f"worker {worker.label} [{worker.group}]", finding.identity
+    ok, words = await _probe(endpoint, config, worker)
+    if not ok:
+        typer.echo(f"{name}: {words}")
+        return False
+    typer.echo(f"{name}: {words}; {told(worker, identity) if identity is not None else finding.failure}")
+    for line in contradictions(worker, identity) if identity is not None else ():
+        typer.echo(f"! {name}: {line}")
+    return await _check_ranks(endpoint, config, worker, identity.names if identity is not None else ())
 
 
 async def _probe(endpoint: Endpoint, config: Config, worker: Worker) -> tuple[bool, str]:
@@ -134,6 +142,17 @@ async def _probe(endpoint: Endpoint, config: Config, worker: Worker) -> tuple[bo
     if result.verdict is not Verdict.OK:
         return False, f"{result.verdict.value.upper()}: {result.reason}"
     return True, f"ok, {duration_ms:.0f} ms"
+
+
+async def _check_ranks(endpoint: Endpoint, config: Config, worker: Worker, names: Sequence[str]) -> bool:
+    """Print what the server means by a rank's number; ``names`` are the models that it lists."""
+    if not worker.ranks:
+        return True
+    model = min(worker.models, default=names[0] if names else "")
+    ranks = RankCheck(model, _GENERATION_S, config.limits.control_bytes_max)
+    verdict = await ranks.check(endpoint, worker.rank_guess)
+    typer.echo(f"worker {worker.label} [{worker.group}]: {'' if verdict.ok else 'FAILED: '}{verdict.text}")
+    return verdict.ok
 
 
 def main() -> None:

@@ -106,6 +106,11 @@ class Config(Section):
             groups.setdefault(worker.group, []).append(worker)
         return groups
 
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        """The members of each barrier group, each rank counted."""
+        return {name: sum(len(w.seats) for w in workers) for name, workers in self.groups.items()}
+
     def policy_params(self) -> PolicyParams:
         """Return the table of the chosen policy."""
         params: PolicyParams = getattr(self.routing, self.routing.policy.replace("-", "_"))

@@ -93,7 +93,7 @@ class Limits(Section):
         description="Upload that is no JSON and is passed on as it comes; beyond: 413 (bytes).",
     )
     idle_connections_max: int = Field(
-        default=1024, ge=0, description="Idle connections kept to each worker (connections)."
+        default=1024, ge=0, description="Idle connections kept to each worker's URL (connections)."
     )
     header_bytes_max: int = Field(
         default=32_768, ge=1024, le=MIB, description="Header line, of requests and responses (bytes)."

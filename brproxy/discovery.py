@@ -7,11 +7,12 @@ import logging
 import ssl
 from http import HTTPStatus
 
-from brproxy.build import endpoint_settings
+from brproxy.build import endpoint_settings, reach_of
 from brproxy.config import Config
+from brproxy.config_workers import Worker
 from brproxy.engines.identity import MODELS, VERSION, identify, questions
 from brproxy.findings import Finding, completed, contradictions, told
-from brproxy.origins import read_origin
+from brproxy.origins import read_worker_url
 from brproxy.proxy.asking import Question, ask
 from brproxy.relay.endpoint import Endpoint, EndpointSettings
 from brproxy.relay.errors import WorkerFailedError
@@ -31,8 +32,11 @@ async def find_out(config: Config) -> dict[str, Finding]:
     settings = endpoint_settings(config)
     together = asyncio.Semaphore(ASKED_AT_ONCE_MAX)
 
-    async def one(url: str) -> Finding:
-        interview = _Interview(url, settings, config.discovery.timeout_s, config.limits.control_bytes_max)
+    async def one(worker: Worker) -> Finding:
+        endpoint = Endpoint(worker.url, settings, reach_of(worker))
+        interview = _Interview(
+            endpoint, settings, config.discovery.timeout_s, config.limits.control_bytes_max
+        )
         try:
             async with asyncio.timeout_at(deadline_s), together:
                 await interview.run()
@@ -43,8 +47,7 @@ async def find_out(config: Config) -> dict[str, Finding]:
             interview.close()
         return interview.finding()
 
-    urls = dict.fromkeys(worker.url for worker in config.worker)
-    findings = await asyncio.gather(*(one(url) for url in urls))
+    findings = await asyncio.gather(*(one(worker) for worker in config.worker))
     return {finding.url: finding for finding in findings}
 
 
@@ -69,8 +72,10 @@ async def fill_in(config: Config) -> Config:
 class _Interview:
     """The questions to one URL, and what came of them."""
 
-    def __init__(self, url: str, settings: EndpointSettings, timeout_s: float, bytes_max: int) -> None:
-        self._endpoint = Endpoint(url, settings)
+    def __init__(
+        self, endpoint: Endpoint, settings: EndpointSettings, timeout_s: float, bytes_max: int
+    ) -> None:
+        self._endpoint = endpoint
         self._settings = settings
         self._timeout_s = timeout_s
         self._bytes_max = bytes_max
@@ -111,7 +116,7 @@ class _Interview:
 
     async def _try_the_other_scheme(self) -> None:
         """Find out whether "http://" should be "https://", or the other way round."""
-        origin = read_origin(self._endpoint.origin)
+        origin = read_worker_url(self._endpoint.origin).origin
         other = "http" if origin.scheme == "https" else "https"
         host = origin.url.partition("://")[2]
         given = origin.authority.rpartition(":")[2] == str(origin.port)
@@ -141,7 +146,7 @@ class _Interview:
             return f"it did not answer within {self._timeout_s:g} s"
         status = self._statuses[MODELS]
         if status in _NEEDS_A_KEY:
-            return f"{MODELS} answers {status}: it wants a key, and brproxy has none of its own"
+            return f"{MODELS} answers {status}: it wants a key, in [[worker]] headers"
         if len(set(self._statuses.values())) == 1 and status != HTTPStatus.OK:
             return f"it answers {status} to everything: no engine is there"
         return f"no engine is there that brproxy knows: {MODELS} answers {status}, and no list of models came"

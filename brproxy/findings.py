@@ -21,7 +21,7 @@ class Finding:
 
 def by_rank(worker: Worker) -> bool:
     """Tell whether the worker's table names the ranks behind its URL: then its numbers are one rank's."""
-    return bool(getattr(worker, "ranks", None))
+    return bool(worker.ranks)
 
 
 def completed(config: Config, findings: Mapping[str, Finding]) -> Config:
@@ -90,6 +90,6 @@ def contradictions(worker: Worker, identity: Identity) -> Iterator[str]:
     missing = sorted(worker.models - set(identity.names)) if identity.models else []
     if missing:
         yield f"configured but not served: {', '.join(missing)}"
-    known = len(getattr(worker, "seats", ("",)))
+    known = len(worker.seats)
     if identity.ranks is not None and identity.ranks != known:
         yield f"{identity.ranks} DP ranks are behind this URL, and the file has {known}"

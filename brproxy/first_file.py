@@ -33,7 +33,6 @@ _HOW_TO_FIND_SLOTS = (
     "that its own default, 256 or 1024 by version and GPU. Too low leaves it idle, too high has it queue.",
 )
 _SLOTS_UNKNOWN = ("This engine does not tell how many requests it runs at once.",)
-_ONE_FOR_ALL = "These are all ranks together: the engine chooses among them itself."
 _PD_APART = "It does one half of the work, prefill or decode; brproxy sends it whole requests."
 
 
@@ -91,15 +90,13 @@ def _group_names(kinds: list[_Kind]) -> dict[_Kind, str]:
 
 def _entry(url: str, identity: Identity, group: str, common: set[str]) -> Entry:
     models = sorted(common)
-    addressed = _addresses_ranks(identity)
-    slots, kv_tokens = identity.limits(by_rank=addressed)
+    slots, kv_tokens = identity.limits(by_rank=True)
     keys = {
         "url": url,
-        **(_rank_keys(identity) if addressed else {}),
+        **_rank_keys(identity),
         "group": group or None,
         "model": models[0] if len(models) == 1 else models or None,
         "engine": identity.engine,
-        "role": identity.role if "role" in Worker.model_fields else None,
         "slots": slots,
         "kv_capacity_tokens": kv_tokens,
     }
@@ -109,18 +106,14 @@ def _entry(url: str, identity: Identity, group: str, common: set[str]) -> Entry:
 
 def _rank_keys(identity: Identity) -> dict[str, str | int | None]:
     """Return how each rank is addressed: by SGLang's numbers, or as vLLM's API server counts its own."""
-    first, last = identity.first_rank, identity.first_rank + (identity.ranks or 1) - 1
-    keys = {
-        "ranks": f"{first}-{last}",
+    if identity.ranks is None or identity.ranks == 1:
+        return {}
+    first = identity.first_rank
+    return {
+        "ranks": f"{first}-{first + identity.ranks - 1}",
         "rank_mode": "global" if identity.engine == "sglang" else None,
         "rank_base": first or None,
     }
-    return {key: value for key, value in keys.items() if key in Worker.model_fields}
-
-
-def _addresses_ranks(identity: Identity) -> bool:
-    """Tell whether each rank behind the URL becomes a worker of its own."""
-    return identity.ranks is not None and identity.ranks > 1 and "ranks" in Worker.model_fields
 
 
 def _table(entry: Entry) -> str:
@@ -133,10 +126,8 @@ def _table(entry: Entry) -> str:
     ]
     if entry.others:
         about.append(f"Served here, but not by the whole group, and left out: {', '.join(entry.others)}")
-    if identity.role in {"prefill", "decode"} and "role" not in entry.keys:
+    if identity.role in {"prefill", "decode"}:
         about.append(_PD_APART)
-    if identity.ranks is not None and identity.ranks > 1 and not _addresses_ranks(identity):
-        about.append(_ONE_FOR_ALL)
     lines = [
         *_comments(about),
         "[[worker]]",

@@ -42,9 +42,11 @@ class Group:
         slots = max(1, dispatcher.ledger.slots_total)
         return (dispatcher.ledger.bound + len(dispatcher.waiting)) / slots
 
-    def add(self, key: str, limits: WorkerLimits, origin: str = "", lines: bytes = b"") -> Member:
+    def add(
+        self, key: str, limits: WorkerLimits, origin: str = "", lines: bytes = b"", rank: int | None = None
+    ) -> Member:
         """Add a worker to the running group; raises InvalidInputError for a name that is taken."""
-        return self.roster.add(key, limits, origin, lines)
+        return self.roster.add(key, limits, origin, lines, rank)
 
     def drain(self, key: str) -> Member:
         """Have a worker take no new requests; raises RosterError for an unknown one."""

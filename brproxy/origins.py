@@ -1,4 +1,7 @@
-"""Where a worker listens: "http://host:port" read once, for whoever checks, connects or names it. Pure."""
+"""Where a worker listens: "http://host:port" read once, for whoever checks, connects or names it. Pure.
+
+A worker behind a gateway may have a base path as well: all its paths begin with that.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ _LABEL_BYTES_MAX = 63
 _NAME_BYTES_MAX = 253
 # Underscores are no letters of host names, but names of containers and services have them.
 _LABEL = re.compile(r"[0-9a-z_](?:[0-9a-z_-]*[0-9a-z_])?")
+_BASE_CHARS_MAX = 1024
+# Of a path (RFC 3986, section 3.3), without empty segments.
+_SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -30,6 +36,40 @@ class Origin(NamedTuple):
     port: int
     authority: str
     url: str
+
+
+class WorkerUrl(NamedTuple):
+    """A worker's origin, and its base path: "" or "/base", without a slash behind it."""
+
+    origin: Origin
+    base: str
+
+    def __str__(self) -> str:
+        """Return the whole as it is written, "http://host:port/base"."""
+        return self.origin.url + self.base
+
+
+def read_worker_url(url: str) -> WorkerUrl:
+    """Read ``url``, "http://host:port" or "http://host:port/base"; raises InvalidInputError."""
+    scheme, separator, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    if "?" in authority or "#" in authority:
+        slash = path = ""
+    else:
+        rest = authority
+    origin = read_origin(scheme + separator + rest)
+    base = (slash + path).rstrip("/")
+    segments = base.split("/")[1:]
+    if any(segment in {".", ".."} or not _SEGMENT.fullmatch(segment) for segment in segments):
+        msg = 'must be like "http://host:port/base", with a plain path and no query'
+        raise InvalidInputError(msg)
+    if len(base) > _BASE_CHARS_MAX:
+        msg = f"has a path of {len(base)} characters; at most {_BASE_CHARS_MAX} are allowed"
+        raise InvalidInputError(msg)
+    if segments and segments[-1] == "v1":
+        msg = 'must not end in "/v1", with which the paths of requests begin'
+        raise InvalidInputError(msg)
+    return WorkerUrl(origin, base)
 
 
 def read_origin(url: str) -> Origin:

@@ -78,7 +78,8 @@ class Change(Enum):
 class Member:
     """One worker: ``key`` is its name and the label of its metrics, ``origin`` where it listens.
 
-    ``lines`` are header lines sent with every request, each with its end. ``leaves``: it goes as soon as
+    ``lines`` are header lines sent with every request, each with its end. ``rank`` is its DP rank in the
+    deployment, where it is one of several behind its origin. ``leaves``: it goes as soon as
     nothing is bound to it. ``refuses_since_s``: since then nobody could connect to it, since it refused; None
     while it does not.
     """
@@ -89,6 +90,7 @@ class Member:
     health: HealthTracker
     origin: str = ""
     lines: bytes = b""
+    rank: int | None = None
     state: MemberState = MemberState.ACTIVE
     leaves: bool = False
     refuses_since_s: float | None = None
@@ -169,7 +171,9 @@ class Roster:
         """Have ``observer(member, change)`` called after each change, in the order of asking."""
         self._observers.append(observer)
 
-    def add(self, key: str, limits: WorkerLimits, origin: str = "", lines: bytes = b"") -> Member:
+    def add(
+        self, key: str, limits: WorkerLimits, origin: str = "", lines: bytes = b"", rank: int | None = None
+    ) -> Member:
         """Add a member; raises InvalidInputError for a name that is taken."""
         if any(member.key == key for member in self.members):
             msg = f"there is a worker {key} already"
@@ -178,7 +182,7 @@ class Roster:
         if not self._checked:
             health.record(ok=True, reason="health checks are off", now_s=0.0)
         gap = next((m.index for m in self._members if m.state is MemberState.GONE), None)
-        member = Member(key, WorkerIndex(len(self._members)), limits, health, origin, lines)
+        member = Member(key, WorkerIndex(len(self._members)), limits, health, origin, lines, rank)
         if gap is None:
             self._members.append(member)
         else:

@@ -46,17 +46,18 @@ ALLOWED = {
     "validation": {"types"},
     "state_file": {"prediction"},
     "config_sections": {"validation"},
-    "config_workers": {"validation", "origins", "engines"} | BASE,
+    "config_workers": {"validation", "origins", "engines", "ranks", "relay"} | BASE,
     "config": {"validation", "config_sections", "config_workers", "routing", "prediction"} | BASE,
     "config_reference": {"config", "config_workers", "validation"},
     "journey": {"types", "transitions"},
     "origins": {"types"},
+    "ranks": {"types"},
     "relay": {"types", "transitions", "origins", "logs"},
-    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs", "ranks"},
     "listening": {"types", "config_sections"},
     "findings": {"config", "config_workers", "engines"},
     "first_file": {"config_workers", "engines", "findings"},
-    "discovery": {"build", "config", "engines", "findings", "origins", "proxy", "relay"},
+    "discovery": {"build", "config", "config_workers", "engines", "findings", "origins", "proxy", "relay"},
     "starting": {"types", "config", "config_workers", "discovery", "findings", "first_file"},
     "open_files": set(),
     "build": CORE
@@ -105,6 +106,7 @@ PURE = (
     "estimate",
     "journey",
     "origins",
+    "ranks",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 

@@ -20,8 +20,8 @@ from brproxy.proxy.exchange.collect import Collect, Reply
 from brproxy.proxy.service import GroupService
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ShortageError, StaleConnectionError, WorkerFailedError
-from brproxy.relay.request import request_head
-from brproxy.roster import Change, Member, MemberState
+from brproxy.relay.request import body_length, request_head
+from brproxy.roster import Change, Member
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class Question:
     """A GET for ``path``: answered as a whole within ``timeout_s``, with a body of ``bytes_max`` at most.
 
     ``lines`` are header fields that go with it, each with its line end. ``afresh``: on a new connection.
+    With a ``document``, which is JSON, it is a POST of that.
     """
 
     path: str
@@ -42,6 +43,15 @@ class Question:
     wants_body: bool = True
     lines: bytes = b""
     afresh: bool = False
+    document: bytes = b""
+
+    def request(self, endpoint: Endpoint) -> bytes:
+        """Return the request as it goes to ``endpoint``."""
+        path, lines = endpoint.adapted(self.path, self.lines)
+        if not self.document:
+            return request_head("GET", path, endpoint.host_field, lines)
+        lines += b"Content-Type: application/json\r\n" + body_length("POST", self.document)
+        return request_head("POST", path, endpoint.host_field, lines) + self.document
 
 
 async def ask(endpoint: Endpoint, question: Question) -> Reply:
@@ -59,7 +69,7 @@ async def ask(endpoint: Endpoint, question: Question) -> Reply:
 
 
 async def _ask(endpoint: Endpoint, question: Question) -> Reply:
-    request = request_head("GET", question.path, endpoint.host_field, question.lines)
+    request = question.request(endpoint)
     loop = asyncio.get_running_loop()
     connection = None if question.afresh else endpoint.take_idle()
     while True:
@@ -109,7 +119,7 @@ async def probe(endpoint: Endpoint, path: str, timeout_s: float) -> ProbeResult:
 
 @dataclass(frozen=True, slots=True)
 class ProbeSettings:
-    """``path``: empty for the engine's own. Seconds between two checks of a worker, and for one."""
+    """``path``: empty for the engine's own. Seconds between two checks of a server, and for one."""
 
     path: str
     interval_s: float
@@ -117,66 +127,83 @@ class ProbeSettings:
 
 
 class Prober:
-    """Checks every worker of ``services`` for as long as it runs: one task for each."""
+    """Checks every server behind ``services`` for as long as it runs: one task for each.
+
+    Of ranks behind one URL the answer counts for each.
+    """
 
     def __init__(self, services: list[GroupService], clock: Clock, settings: ProbeSettings) -> None:
         self._services = services
         self._clock = clock
         self._settings = settings
-        self._tasks: dict[Member, asyncio.Task[None]] = {}
+        self._tasks: dict[Endpoint, asyncio.Task[None]] = {}
         self._not_asked = SparingLog(log)
         self._bugs = SparingLog(log)
         self._is_running = False
 
     async def start(self) -> None:
-        """Check every member once, so that traffic need not wait for the first interval; then go on."""
+        """Check every server once, so that traffic need not wait for the first interval; then go on."""
         # First of all, so that nobody who comes during the first checks is missed.
         for service in self._services:
             service.group.roster.observe(partial(self._member_changed, service))
         self._is_running = True
-        members = [(s, member) for s in self._services for member in s.group.roster.members]
-        await asyncio.gather(*(self._check(service, member) for service, member in members))
-        for position, (service, member) in enumerate(members):
-            # Spread over the interval, so that a large group is not asked all at one instant.
-            self._begin(service, member, self._settings.interval_s * (1 + position / len(members)))
+        endpoints = [(service, endpoint) for service in self._services for endpoint in service.endpoints]
+        await asyncio.gather(*(self._check(service, endpoint) for service, endpoint in endpoints))
+        for position, (service, endpoint) in enumerate(endpoints):
+            if endpoint not in self._tasks:
+                # Spread over the interval, so that a large group is not asked all at one instant.
+                self._begin(service, endpoint, self._settings.interval_s * (1 + position / len(endpoints)))
 
     async def stop(self) -> None:
         """End all checks."""
         self._is_running = False
         tasks = list(self._tasks.values())
+        self._tasks.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _begin(self, service: GroupService, member: Member, delay_s: float) -> None:
-        if member.state is not MemberState.GONE and self._is_running:
-            self._tasks[member] = asyncio.create_task(self._run(service, member, delay_s))
+    def _begin(self, service: GroupService, endpoint: Endpoint, delay_s: float) -> None:
+        if service.behind(endpoint) and self._is_running:
+            self._tasks[endpoint] = asyncio.create_task(self._run(service, endpoint, delay_s))
+
+    def _end(self, endpoint: Endpoint) -> None:
+        if endpoint in self._tasks:
+            self._tasks.pop(endpoint).cancel()
 
     def _member_changed(self, service: GroupService, member: Member, change: Change) -> None:
         if change is Change.ADDED:
-            self._begin(service, member, 0.0)
-        elif change is Change.GONE and member in self._tasks:
-            self._tasks.pop(member).cancel()
+            # One that joins others behind its server is asked for at once, as any other.
+            endpoint = service.endpoint(member.index)
+            self._end(endpoint)
+            self._begin(service, endpoint, 0.0)
+        elif change is Change.GONE:
+            # The service has let go of what connected to it, unless others are there.
+            for endpoint in [left for left in self._tasks if not self._is_there(left)]:
+                self._end(endpoint)
 
-    async def _run(self, service: GroupService, member: Member, delay_s: float) -> None:
+    def _is_there(self, endpoint: Endpoint) -> bool:
+        return any(service.behind(endpoint) for service in self._services)
+
+    async def _run(self, service: GroupService, endpoint: Endpoint, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         while True:
-            await self._check(service, member)
+            await self._check(service, endpoint)
             await asyncio.sleep(self._settings.interval_s)
 
-    async def _check(self, service: GroupService, member: Member) -> None:
+    async def _check(self, service: GroupService, endpoint: Endpoint) -> None:
         path = self._settings.path or service.dialect.HEALTH_PATH
         try:
-            result = await probe(service.endpoint(member.index), path, self._settings.timeout_s)
+            result = await probe(endpoint, path, self._settings.timeout_s)
         except Exception as error:  # noqa: BLE001 - logged; else nobody would check this worker again
-            self._bugs.log(logging.ERROR, "the check of worker %s failed", member.key, exc_info=error)
+            self._bugs.log(logging.ERROR, "the check of %s failed", endpoint.origin, exc_info=error)
             return
         if result.verdict is Verdict.NOT_ASKED:
-            self._not_asked.warning("worker %s could not be checked: %s", member.key, result.reason)
+            self._not_asked.warning("%s could not be checked: %s", endpoint.origin, result.reason)
             return
         ok, now_s = result.verdict is Verdict.OK, self._clock.now_s()
-        if service.group.roster.record_of(
-            member, ok=ok, reason=result.reason, now_s=now_s, refused=result.refused
+        for member in service.record(
+            endpoint, ok=ok, reason=result.reason, now_s=now_s, refused=result.refused
         ):
             level = logging.INFO if member.health.state is Health.HEALTHY else logging.WARNING
             log.log(level, "worker %s is %s: %s", member.key, member.health.state.value, result.reason)

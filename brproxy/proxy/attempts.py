@@ -14,8 +14,10 @@ from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.service import GroupService, Service
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ClientGoneError, ShortageError, WorkerFailedError
 from brproxy.relay.request import request_head
+from brproxy.roster import Member
 from brproxy.types import WorkerIndex
 
 log = logging.getLogger(__name__)
@@ -127,7 +129,7 @@ class Attempts:
             try:
                 connection = await endpoint.connect()
             except WorkerFailedError as error:
-                return self._not_connected(error)
+                return self._not_connected(endpoint, error)
         self._outcome = service.watch.loop.create_future()
         answer = WorkerAnswer(
             self,
@@ -144,14 +146,9 @@ class Attempts:
             member=member,
             bodiless=self._sink.client.method == "HEAD",
         )
-        # Put together here and not kept: the frame stays as long as the stream.
+        # Put together there and not kept: the frame stays as long as the stream.
         answer.send(
-            connection,
-            request_head(
-                self._sink.client.method, incoming.target, endpoint.host_field, self._lines(member.lines)
-            )
-            + upload.framed_beginning(),
-            whole=upload.is_whole,
+            connection, self._head(member, endpoint) + upload.framed_beginning(), whole=upload.is_whole
         )
         service.watch.add(answer)
         try:
@@ -162,18 +159,21 @@ class Attempts:
             service.watch.discard(answer)
             answer.close()
 
-    def _lines(self, lines_of_worker: bytes) -> bytes:
-        """Return the header fields for the worker, but for its name."""
-        incoming = self._incoming
-        lines = incoming.lines + lines_of_worker + incoming.upload.framing(self._sink.client.method)
-        if not incoming.accept_encoding:
-            return lines
-        if self._usage_was_added:
+    def _head(self, member: Member, endpoint: Endpoint) -> bytes:
+        """Return the head of the request as this worker gets it."""
+        incoming, method = self._incoming, self._sink.client.method
+        target, lines = incoming.target, incoming.lines
+        if not endpoint.is_plain:
+            target, lines = endpoint.adapted(target, lines)
+        lines += member.lines + incoming.upload.framing(method)
+        if incoming.accept_encoding:
             # What the proxy asked for must be found in the stream, to be taken out again.
-            return lines + _IDENTITY
-        return lines + b"Accept-Encoding: %b\r\n" % incoming.accept_encoding
+            lines += (
+                _IDENTITY if self._usage_was_added else b"Accept-Encoding: %b\r\n" % incoming.accept_encoding
+            )
+        return request_head(method, target, endpoint.host_field, lines)
 
-    def _not_connected(self, error: WorkerFailedError) -> Action:
+    def _not_connected(self, endpoint: Endpoint, error: WorkerFailedError) -> Action:
         if isinstance(error, ShortageError):
             return self._after(
                 Event.SHORTAGE, errors.no_connection_left(str(error), self._service.limits.retry_after_s)
@@ -181,9 +181,9 @@ class Attempts:
         # Without active checks nothing would ever bring the worker back.
         if self._service.health_checks:
             now_s = self._service.clock.now_s()
-            self._group.group.roster.record(
-                self._worker, ok=False, reason=str(error), now_s=now_s, refused=error.refused
-            )
+            self._group.record(endpoint, ok=False, reason=str(error), now_s=now_s, refused=error.refused)
+        # Of one server that nobody can reach the other ranks are no others.
+        self._lease.avoid(member.index for member in self._group.behind(endpoint))
         return self._after(Event.UNREACHABLE, error)
 
     async def _move(self) -> None:

@@ -7,7 +7,7 @@ once. While anybody does, a round every ``tick_s`` decides over all of them, so 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -220,6 +220,10 @@ class Lease:
         """Tell whether a worker may be chosen that has not failed this request; its own has, if it asks."""
         tried = self.entry.avoid | {self.entry.worker}
         return any(ok and g not in tried for g, ok in enumerate(self._driver.group.roster.routable()))
+
+    def avoid(self, workers: Iterable[WorkerIndex]) -> None:
+        """Have the request go to none of ``workers`` until they have come back."""
+        self.entry.avoid |= frozenset(workers)
 
     def retry(self) -> None:
         """Give the worker back: it failed before the client saw anything."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from brproxy.clock import Clock
@@ -11,7 +11,7 @@ from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.driver import GroupDriver
-from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.endpoint import Endpoint, Reach
 from brproxy.relay.watch import Watch
 from brproxy.roster import Change, Member, RosterError
 from brproxy.telemetry.metrics import Metrics
@@ -21,7 +21,8 @@ from brproxy.types import WorkerIndex
 class GroupService:
     """One barrier group at work, with the connections to each of its members, as they come and go.
 
-    ``connect`` makes what connects to a member.
+    ``connect`` makes what connects to a member. Members with the same origin are ranks behind one server:
+    they share their connections, and what is told of the server counts for each of them.
     """
 
     def __init__(
@@ -31,13 +32,21 @@ class GroupService:
         self.driver = driver
         self.dialect = dialect
         self._connect = connect
-        self._reachable = {member.index: (member, connect(member)) for member in group.roster.members}
+        self._shared: dict[str, Endpoint] = {}
+        self._behind: dict[Endpoint, list[Member]] = {}
+        self._reachable: dict[int, tuple[Member, Endpoint]] = {}
+        for member in group.roster.members:
+            self._added(member)
         group.roster.observe(self._member_changed)
 
     @property
     def endpoints(self) -> Collection[Endpoint]:
         """What connects to the members that are there."""
-        return [endpoint for _, endpoint in self._reachable.values()]
+        return list(self._behind)
+
+    def behind(self, endpoint: Endpoint) -> Sequence[Member]:
+        """Return the members that ``endpoint`` connects to: one, or the ranks of one server."""
+        return self._behind.get(endpoint, ())
 
     def member(self, worker: WorkerIndex) -> Member:
         """Return the member with that index; raises RosterError."""
@@ -55,11 +64,41 @@ class GroupService:
             msg = f"there is no worker {worker}"
             raise RosterError(msg) from None
 
+    def record(
+        self, endpoint: Endpoint, *, ok: bool, reason: str, now_s: float, refused: bool = False
+    ) -> list[Member]:
+        """Take in the result of a check or of connecting; return the members whose health changed.
+
+        It is about the server, so it counts for each member behind it.
+        """
+        roster = self.group.roster
+        return [
+            member
+            for member in tuple(self.behind(endpoint))
+            if roster.record_of(member, ok=ok, reason=reason, now_s=now_s, refused=refused)
+        ]
+
     def _member_changed(self, member: Member, change: Change) -> None:
         if change is Change.ADDED:
-            self._reachable[member.index] = member, self._connect(member)
+            self._added(member)
         elif change is Change.GONE:
-            self._reachable.pop(member.index)[1].close()
+            self._gone(member)
+
+    def _added(self, member: Member) -> None:
+        endpoint = self._shared.get(member.origin)
+        if endpoint is None:
+            endpoint = self._shared[member.origin] = self._connect(member)
+            self._behind[endpoint] = []
+        self._behind[endpoint].append(member)
+        self._reachable[member.index] = member, endpoint
+
+    def _gone(self, member: Member) -> None:
+        _, endpoint = self._reachable.pop(member.index)
+        behind = self._behind[endpoint]
+        behind.remove(member)
+        if not behind:
+            del self._behind[endpoint], self._shared[member.origin]
+            endpoint.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +141,13 @@ class RelayLimits:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything behind the handlers; ``groups`` are by name."""
+    """Everything behind the handlers; ``groups`` are by name.
+
+    ``reaches`` are by origin: what a worker needs besides that is noted here before it is added.
+    """
 
     groups: Mapping[str, GroupService]
+    reaches: dict[str, Reach]
     fleet: Fleet
     watch: Watch
     estimator: TokenEstimator

@@ -14,9 +14,11 @@ import ssl
 from collections import deque
 from dataclasses import dataclass, field
 
-from brproxy.origins import read_origin
+from brproxy.origins import read_worker_url
 from brproxy.relay.connection import WorkerConnection
 from brproxy.relay.errors import ShortageError, WorkerFailedError
+from brproxy.relay.fields import lines_named
+from brproxy.relay.tls import TlsFiles, client_context
 
 OUR_OWN = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 """Errors of this machine: out of files, memory or ports. They say nothing about a worker."""
@@ -26,21 +28,22 @@ _OUR_OWN_LOOKUPS = frozenset({socket.EAI_MEMORY, socket.EAI_SYSTEM})
 
 
 class Shared:
-    """What all endpoints of a proxy have together: a TLS context, and files that idle connections hold."""
+    """What all endpoints of a proxy have together: TLS contexts, and files that idle connections hold."""
 
     __slots__ = ("_tls", "endpoints")
 
     def __init__(self) -> None:
-        self._tls: ssl.SSLContext | None = None
+        self._tls: dict[TlsFiles, ssl.SSLContext] = {}
         # In order, so that a simulation closes the same connections each time.
         self.endpoints: dict[Endpoint, None] = {}
 
-    def tls(self) -> ssl.SSLContext:
-        """Return the context, which verifies certificates and host names."""
-        if self._tls is None:
+    def tls(self, files: TlsFiles) -> ssl.SSLContext:
+        """Return the context with these files; raises TlsFileError."""
+        context = self._tls.get(files)
+        if context is None:
             # Once: it reads the system's certificates, which takes 33 ms.
-            self._tls = ssl.create_default_context()
-        return self._tls
+            context = self._tls[files] = client_context(files)
+        return context
 
     def close_idle(self) -> bool:
         """Close every idle connection of every endpoint; return whether there were any."""
@@ -63,27 +66,58 @@ class EndpointSettings:
     shared: Shared = field(default_factory=Shared)
 
 
+_NO_FILES = TlsFiles()
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How a worker is reached, besides its URL.
+
+    ``fields`` are header fields that it gets in place of a client's of the same names.
+    """
+
+    fields: tuple[tuple[bytes, bytes], ...] = ()
+    tls: TlsFiles = _NO_FILES
+
+
+NOTHING_ELSE = Reach()
+"""How a worker is reached of which nothing but its URL matters."""
+
+
 class Endpoint:
     """Hands out connections to ``origin`` ("http://host:port"), the most recently used first.
 
-    Needs a running event loop; raises InvalidInputError for what is no origin.
+    With a base path ("http://host:port/base") all that is asked for is below that. ``host_field`` is the
+    value of Host, and behind it are the worker's own header lines. ``is_plain``: a client's target and lines
+    go there as they are; else ``adapted``. Needs a running event loop; raises InvalidInputError for what is
+    no such URL, and for files that cannot be used.
     """
 
-    def __init__(self, origin: str, settings: EndpointSettings) -> None:
-        parts = read_origin(origin)
+    def __init__(self, origin: str, settings: EndpointSettings, reach: Reach = NOTHING_ELSE) -> None:
+        parts, self._base = read_worker_url(origin)
         self.origin = origin
-        self.host_field = parts.authority.encode("ascii")
+        own = b"".join(b"\r\n%b: %b" % field for field in reach.fields)
+        self.host_field = parts.authority.encode("ascii") + own
+        self._replaced = lines_named(name for name, _ in reach.fields) if reach.fields else None
+        self.is_plain = not self._base and self._replaced is None
         self._address = (parts.host, parts.port)
         # Now, not with the first request: nobody waits for it yet.
-        self._tls = settings.shared.tls() if parts.scheme == "https" else None
+        self._tls = settings.shared.tls(reach.tls) if parts.scheme == "https" else None
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._idle: deque[WorkerConnection] = deque()
+        self._is_closed = False
         settings.shared.endpoints[self] = None
 
     def __repr__(self) -> str:
         """Show the state in one line, for tests and logs."""
         return f"<Endpoint {self.origin} idle={sum(c.is_idle for c in self._idle)}>"
+
+    def adapted(self, target: str, lines: bytes) -> tuple[str, bytes]:
+        """Return a target and header lines as they go there: below its base, without what it replaces."""
+        if target != "*":
+            target = self._base + target
+        return target, lines if self._replaced is None else self._replaced.sub(b"", lines)
 
     def take_idle(self) -> WorkerConnection | None:
         """Return a kept connection, None when there is none."""
@@ -127,7 +161,8 @@ class Endpoint:
                 connection.abandon()
 
     def close(self) -> None:
-        """Close every idle connection, for good."""
+        """Close every idle connection, for good; what is in use is closed when it is over."""
+        self._is_closed = True
         self._settings.shared.endpoints.pop(self, None)
         self.close_idle()
 
@@ -153,7 +188,8 @@ class Endpoint:
         return WorkerConnection(self.origin, self._settings.head_bytes_max, self._keep, self._loop)
 
     def _keep(self, connection: WorkerConnection) -> None:
-        if len(self._idle) >= self._settings.idle_max:
+        # Nobody looks after what a closed one keeps.
+        if self._is_closed or len(self._idle) >= self._settings.idle_max:
             connection.abandon()
             return
         # Not get_running_loop: it asks the system for the process id, each time.

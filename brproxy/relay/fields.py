@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 HOP_BY_HOP = frozenset(
@@ -37,9 +38,15 @@ NOT_IN_TRAILERS = HOP_BY_HOP | {
 """Fields about framing, routing, authentication or the content, which no trailer section may bring in behind
 the head's back (RFC 9110, section 6.5.1)."""
 
+# Which of several workers behind one server it is: that is decided here, and by no client.
+_RANKS = frozenset(
+    {b"x-data-parallel-rank", b"x-override-routed-dp-rank", b"x-override-disagg-prefill-dp-rank"}
+)
 # Host and Content-Length are the upstream connection's own; Expect has been answered by this proxy, which
 # decides on Accept-Encoding as well.
-_NOT_TO_WORKERS = HOP_BY_HOP | {b"accept-encoding", b"host", b"content-length", b"expect", b"trailer"}
+NOT_TO_WORKERS = HOP_BY_HOP | _RANKS | {b"accept-encoding", b"host", b"content-length", b"expect", b"trailer"}
+"""Fields of a client that no worker gets."""
+
 # Content-Length goes with the framing that the client gets.
 _NOT_TO_CLIENTS = HOP_BY_HOP | {b"content-length"}
 # Lists that may come in several fields, all of which count.
@@ -73,7 +80,7 @@ class Fields(NamedTuple):
 
 def request_fields(fields: Sequence[tuple[bytes, bytes]]) -> Fields:
     """Return what a worker gets of a client's header fields."""
-    return _crossing(fields, _NOT_TO_WORKERS)
+    return _crossing(fields, NOT_TO_WORKERS)
 
 
 def response_fields(fields: Sequence[tuple[bytes, bytes]]) -> Fields:
@@ -102,3 +109,17 @@ def _crossing(fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes]) 
         if len(others) < len(fields):
             return Fields(_crossing(others, dropped).lines, known)
     return Fields(b"".join(parts), known)
+
+
+_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(rb"[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?")
+
+
+def is_field(name: bytes, value: bytes) -> bool:
+    """Tell whether this can be a header field (RFC 9110, section 5), with a value that is not empty."""
+    return _NAME.fullmatch(name) is not None and _VALUE.fullmatch(value) is not None
+
+
+def lines_named(names: Iterable[bytes]) -> re.Pattern[bytes]:
+    """Return what finds header lines with one of ``names`` (at least one), whatever their case."""
+    return re.compile(rb"(?im)^(?:%b):[^\n]*\n" % b"|".join(map(re.escape, names)))

@@ -62,15 +62,19 @@ class ResponseHead(NamedTuple):
         """Whether the body is compressed, or otherwise not what its content type says."""
         return self.known.get(b"content-encoding", b"identity").lower() != b"identity"
 
-    def relative_to(self, origin: str) -> ResponseHead:
-        """Return the head with places at ``origin``, the worker's, as paths: clients find them here.
+    def relative_to(self, worker: str) -> ResponseHead:
+        """Return the head with places at ``worker``, its URL, as paths: clients find them here.
 
-        A place is a Location or a Content-Location (RFC 9110, sections 10.2.2 and 8.7).
+        A place is a Location or a Content-Location (RFC 9110, sections 10.2.2 and 8.7). Of a worker with a
+        base path only places below that can be reached, and the path is theirs without it.
         """
-        scheme, _, authority = origin.encode("latin-1").partition(b":")
-        place = rb"(?im)^((?:content-)?location: *)(?:%b:)?%b(?=[/?#\r])/?(?=([/\\\t])?)"
-        places = re.compile(place % (re.escape(scheme), re.escape(authority)))
-        return self._replace(lines=places.sub(_as_path, self.lines))
+        scheme, _, rest = worker.encode("latin-1").partition(b"://")
+        authority, slash, path = rest.partition(b"/")
+        host = b"(?:%b:)?//%b" % (re.escape(scheme), re.escape(authority))
+        # A path is not the same in other letters.
+        begin = b"(?:%b)?(?-i:%b)" % (host, re.escape(slash + path)) if path else host
+        place = rb"(?im)^((?:content-)?location: *)%b(?=[/?#\r])/?(?=([/\\\t])?)"
+        return self._replace(lines=re.sub(place % begin, _as_path, self.lines))
 
     def framing_only(self) -> ResponseHead:
         """Return a head without fields that frames the body in the same way."""

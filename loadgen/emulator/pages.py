@@ -27,15 +27,15 @@ def version_page() -> dict[str, Any]:
     return {"version": "0.33.0"}
 
 
-def server_info_page(model: str, slots: int, kv_capacity_tokens: int | None) -> dict[str, Any]:
+def server_info_page(model: str, ranks: int, slots: int, kv_capacity_tokens: int | None) -> dict[str, Any]:
     """Return the answer to SGLang's ``/server_info``: of some hundred members those that are of use.
 
     ``max_running_requests`` is the command line's, which left it out; what holds is in the rank's state.
     """
     return {
         "served_model_name": model,
-        "dp_size": 1,
-        "enable_dp_attention": False,
+        "dp_size": ranks,
+        "enable_dp_attention": ranks > 1,
         "disaggregation_mode": "null",
         "max_running_requests": None,
         "max_total_num_tokens": kv_capacity_tokens,
@@ -44,6 +44,7 @@ def server_info_page(model: str, slots: int, kv_capacity_tokens: int | None) -> 
                 "effective_max_running_requests_per_dp": slots,
                 "memory_usage": {"token_capacity": kv_capacity_tokens},
             }
-        ],
+        ]
+        * ranks,
         "version": "0.5.23",
     }

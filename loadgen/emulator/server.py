@@ -1,4 +1,4 @@
-"""The HTTP shell of the emulator: one port for each worker, and a deployment that they share."""
+"""The HTTP shell of the emulator: a port for each worker or for several, and a deployment that they share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -21,7 +21,9 @@ from loadgen.cluster import ClusterSettings
 from loadgen.emulator.deployment import Deployment, Generation
 from loadgen.emulator.pages import models_page, server_info_page, version_page
 from loadgen.emulator.wire import (
+    DONE,
     LENGTH_HEADER,
+    RANK_HEADER,
     Answer,
     GenerationRequest,
     RequestError,
@@ -37,9 +39,11 @@ _LABEL_NAMES = ("model_name", "engine")
 class EmulatorSettings:
     """A deployment and how it is served.
 
-    ``base_port`` is the first worker's, the next follow it; 0 takes free ones. ``queued_requests_max``: a
-    worker whose queue is that long answers 503, as vLLM does with a queue limit; None: no limit.
-    ``sglang``: workers say of themselves what SGLang says, not what vLLM does.
+    ``base_port`` is the first, the next follow it; 0 takes free ones. ``queued_requests_max``: a worker whose
+    queue is that long answers 503, as vLLM does with a queue limit; None: no limit. Behind each port are
+    ``ranks_per_url`` workers: X-data-parallel-rank says which, by its number behind that port or, where
+    ``ranks_are_global``, in the deployment. ``sglang``: workers say of themselves what SGLang says, not what
+    vLLM does.
     """
 
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
@@ -48,24 +52,30 @@ class EmulatorSettings:
     host: str = "127.0.0.1"
     base_port: int = 0
     queued_requests_max: int | None = None
+    ranks_per_url: int = 1
+    ranks_are_global: bool = False
     sglang: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a speed that is none."""
+        """Refuse a speed that is none, and workers that do not fill their ports."""
         if not 0 < self.speed <= 1000:
             msg = f"the speed must be more than 0 and at most 1000, got {self.speed}"
+            raise InvalidInputError(msg)
+        if self.ranks_per_url < 1 or self.cluster.workers % self.ranks_per_url:
+            workers = self.cluster.workers
+            msg = f"workers behind a port must be a part of all {workers}, got {self.ranks_per_url}"
             raise InvalidInputError(msg)
 
 
 class Worker:
-    """The HTTP surface of one emulated DP rank."""
+    """The HTTP surface of one emulated API server: ``ranks`` are the workers behind it."""
 
-    def __init__(self, index: int, settings: EmulatorSettings, deployment: Deployment) -> None:
-        self._index = index
+    def __init__(self, ranks: range, settings: EmulatorSettings, deployment: Deployment) -> None:
+        self._ranks = ranks
         self._settings = settings
         self._deployment = deployment
         self._registry = CollectorRegistry()
-        self._registry.register(VllmCollector(index, settings, deployment))
+        self._registry.register(VllmCollector(ranks, settings, deployment))
 
     def application(self) -> web.Application:
         """Return the application that serves this worker."""
@@ -94,7 +104,9 @@ class Worker:
 
     async def _server_info(self, _request: web.Request) -> web.Response:
         cluster = self._settings.cluster
-        page = server_info_page(self._settings.model, cluster.slots, cluster.kv_capacity_tokens)
+        page = server_info_page(
+            self._settings.model, len(self._ranks), cluster.slots, cluster.kv_capacity_tokens
+        )
         return _json(orjson.dumps(page))
 
     async def _metrics(self, _request: web.Request) -> web.Response:
@@ -124,8 +136,9 @@ class Worker:
         return await self._generate(request, chat=False)
 
     async def _generate(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
+        rank = self._rank(request.headers.get(RANK_HEADER))
         queue_max = self._settings.queued_requests_max
-        if queue_max is not None and self._deployment.cluster.queued[self._index] >= queue_max:
+        if rank is not None and queue_max is not None and self._deployment.cluster.queued[rank] >= queue_max:
             return _json(error_body(503, "Service Unavailable", "The request queue is full."), 503)
         try:
             asked = read_request(
@@ -134,7 +147,9 @@ class Worker:
             if asked.model != self._settings.model:
                 message = f"The model `{asked.model}` does not exist."
                 return _json(error_body(404, "NotFoundError", message, "model"), 404)
-            generation = self._deployment.submit(self._index, asked.prompt_tokens, asked.output_tokens)
+            if rank is None:
+                return self._no_such_rank(asked)
+            generation = self._deployment.submit(rank, asked.prompt_tokens, asked.output_tokens)
         except InvalidInputError as error:
             param = error.param if isinstance(error, RequestError) else "prompt"
             return _json(error_body(400, "BadRequestError", str(error), param), 400)
@@ -147,6 +162,26 @@ class Worker:
             return _json(answer.complete())
         finally:
             self._deployment.leave(generation)
+
+    def _rank(self, number: str | None) -> int | None:
+        """Return the worker that a request goes to, None where it names one that is not here."""
+        ranks, cluster = self._ranks, self._deployment.cluster
+        if number is None or not number.isdecimal():
+            # vLLM ignores what is no number, and its own balancer takes over.
+            return min(ranks, key=lambda rank: cluster.queued[rank] * 4 + int(cluster.running[rank]))
+        rank = int(number) if self._settings.ranks_are_global else ranks.start + int(number)
+        return rank if rank in ranks else None
+
+    @staticmethod
+    def _no_such_rank(asked: GenerationRequest) -> web.Response:
+        error = error_body(400, "BadRequestError", "data_parallel_rank is out of range.", RANK_HEADER)
+        if not asked.stream:
+            return _json(error, 400)
+        # As vLLM: the status of a stream is sent before anybody looks.
+        return web.Response(
+            body=b"data: %b\n\n%b" % (error, DONE),
+            headers={"Content-Type": "text/event-stream; charset=utf-8"},
+        )
 
     @staticmethod
     async def _stream(
@@ -165,46 +200,53 @@ class Worker:
 
 
 class VllmCollector(Collector):
-    """One worker's metrics under vLLM's names and labels."""
+    """The metrics of the workers behind one port under vLLM's names and labels."""
 
-    def __init__(self, index: int, settings: EmulatorSettings, deployment: Deployment) -> None:
-        self._index = index
+    def __init__(self, ranks: range, settings: EmulatorSettings, deployment: Deployment) -> None:
+        self._ranks = ranks
         self._settings = settings
         self._deployment = deployment
 
     def collect(self) -> list[Metric]:
         """Return the families that load balancers read."""
-        cluster, i = self._deployment.cluster, self._index
+        deployment, cluster = self._deployment, self._deployment.cluster
         capacity = self._settings.cluster.kv_capacity_tokens
-        usage = int(cluster.kv_tokens[i]) / capacity if capacity else 0.0
+        usage = [int(tokens) / capacity if capacity else 0.0 for tokens in cluster.kv_tokens]
+        running = [int(requests) for requests in cluster.running]
         return [
-            self._gauge("vllm:num_requests_running", "Requests that run", int(cluster.running[i])),
-            self._gauge("vllm:num_requests_waiting", "Requests that wait", cluster.queued[i]),
-            self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage, 1 is full", usage),
-            self._counter("vllm:prompt_tokens", "Prefill tokens", self._deployment.prompt_tokens_total[i]),
-            self._counter(
-                "vllm:generation_tokens", "Generation tokens", self._deployment.output_tokens_total[i]
+            self._family(GaugeMetricFamily, "vllm:num_requests_running", "Requests that run", running),
+            self._family(
+                GaugeMetricFamily, "vllm:num_requests_waiting", "Requests that wait", cluster.queued
+            ),
+            self._family(GaugeMetricFamily, "vllm:kv_cache_usage_perc", "KV-cache usage, 1 is full", usage),
+            self._family(
+                CounterMetricFamily, "vllm:prompt_tokens", "Prefill tokens", deployment.prompt_tokens_total
+            ),
+            self._family(
+                CounterMetricFamily,
+                "vllm:generation_tokens",
+                "Generation tokens",
+                deployment.output_tokens_total,
             ),
         ]
 
-    @property
-    def _labels(self) -> list[str]:
-        return [self._settings.model, str(self._index)]
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, text, labels=_LABEL_NAMES)
-        family.add_metric(self._labels, value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, text, labels=_LABEL_NAMES)
-        family.add_metric(self._labels, value)
+    def _family(
+        self,
+        kind: type[GaugeMetricFamily | CounterMetricFamily],
+        name: str,
+        text: str,
+        values: Sequence[float],
+    ) -> Metric:
+        """Return a family with the value of each worker here, of ``values`` by worker."""
+        family = kind(name, text, labels=_LABEL_NAMES)
+        for rank in self._ranks:
+            family.add_metric([self._settings.model, str(rank)], values[rank])
         return family
 
 
 @dataclass(frozen=True, slots=True)
 class RunningEmulator:
-    """An emulator that listens: its workers' URLs, and the deployment behind them."""
+    """An emulator that listens: its URLs, and the deployment behind them."""
 
     urls: tuple[str, ...]
     deployment: Deployment
@@ -217,9 +259,12 @@ async def running_emulator(settings: EmulatorSettings) -> AsyncIterator[RunningE
     runners: list[web.AppRunner] = []
     stepping = asyncio.create_task(deployment.run())
     try:
+        workers, width = range(settings.cluster.workers), settings.ranks_per_url
         urls = [
-            await _serve(runners, Worker(index, settings, deployment), settings, index)
-            for index in range(settings.cluster.workers)
+            await _serve(
+                runners, Worker(workers[first : first + width], settings, deployment), settings, index
+            )
+            for index, first in enumerate(workers[::width])
         ]
         yield RunningEmulator(tuple(urls), deployment)
     finally:

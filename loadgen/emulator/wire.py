@@ -15,6 +15,9 @@ from brproxy.types import InvalidInputError
 LENGTH_HEADER = "X-Loadgen-Output-Tokens"
 """The output length that the client knows and routers must not: how long the answer turns out to be."""
 
+RANK_HEADER = "X-data-parallel-rank"
+"""Which of the DP ranks behind a port a request is for."""
+
 OUTPUT_TOKENS_DEFAULT = 128
 DONE = b"data: [DONE]\n\n"
 

@@ -115,6 +115,7 @@ class PageServer:
         self.status = status
         self.silent = silent
         self.asked = []
+        self.heads = []
         self.url = ""
 
     async def handle(self, reader, writer):
@@ -127,6 +128,7 @@ class PageServer:
                 head = await reader.readuntil(b"\r\n\r\n")
                 path = head.split(b" ")[1].decode()
                 self.asked.append(path)
+                self.heads.append(head)
                 if path in self.silent:
                     await reader.read()
                     break

@@ -122,6 +122,23 @@ async def test_check_says_a_line_for_each_worker(config, start_emulator, unused_
     assert len(out.splitlines()) == 3
 
 
+async def test_check_tries_the_ranks_behind_a_url(config, start_emulator):
+    emulator = await start_emulator(4, ranks_per_url=2)
+    first, second = emulator.urls
+    right = config(text=f'[[worker]]\nurl = "{second}"\nranks = "2-3"\nrank_base = 2\n')
+    code, out, err = await run("check", "--config", right)
+    assert (code, err) == (0, "")
+    assert "workers by group: default (2)" in out
+    assert out.rstrip().endswith("[default]: rank 3, sent as 1, is taken")
+    wrong = config(first, text=f'[[worker]]\nurl = "{second}"\nranks = "2-3"\n')
+    code, out, _ = await run("check", "--config", wrong)
+    assert code == 2
+    assert (
+        "FAILED: rank 3, sent as 3, is refused (status 400: data_parallel_rank is out of range.); 1 is" in out
+    )
+    assert out.count("\n") == 4
+
+
 CHUNK = b'data: {"choices":[{"index":0,"text":" x"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 UNCHECKED = f"[listen]\nport = 0\n{UNASKED}[timeouts]\ndrain_s = "

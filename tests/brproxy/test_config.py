@@ -75,6 +75,35 @@ def test_groups_and_models():
     assert config.worker[1].url == "http://h:2"
 
 
+def test_ranks_behind_one_url_are_members_each():
+    config = parse(
+        WORKER + 'name = "a"\nranks = "8-9,11"\nrank_base = 8\n'
+        '[[worker]]\nurl = "http://h:2"\nranks = "2,1"\nrank_mode = "global"\n'
+        '[[worker]]\nurl = "http://h:3"\n'
+    )
+    assert [[(s.key, s.rank, s.lines) for s in worker.seats] for worker in config.worker] == [
+        [
+            ("a/8", 8, b"X-data-parallel-rank: 0\r\n"),
+            ("a/9", 9, b"X-data-parallel-rank: 1\r\n"),
+            ("a/11", 11, b"X-data-parallel-rank: 3\r\n"),
+        ],
+        [
+            ("h:2/1", 1, b"X-data-parallel-rank: 1\r\n"),
+            ("h:2/2", 2, b"X-data-parallel-rank: 2\r\n"),
+        ],
+        [("h:3", None, b"")],
+    ]
+    assert config.group_sizes == {"default": 6}
+
+
+def test_ranks_count_as_workers():
+    workers = [{"url": f"http://h:{i + 1}", "ranks": "0-1023"} for i in range(5)]
+    assert messages({"worker": workers}) == [
+        "x.toml: worker: must be 4096 workers at most, each rank counted, got 5120"
+    ]
+    assert parse_config({"worker": workers[:4]}, "x.toml").group_sizes == {"default": 4096}
+
+
 def test_each_policy_has_its_own_table():
     config = parse(
         WORKER + '[routing]\npolicy = "br-h"\n[routing.br-h]\ngamma = 0.5\n[routing.br-0]\nwindow = 7\n'
@@ -127,11 +156,31 @@ def test_each_policy_has_its_own_table():
         ('[[worker]]\nurl = "http://h:99999"', 'x.toml: worker[0].url: must be like "http://host:port"'),
         (
             '[[worker]]\nurl = "http://h:1/v1"',
-            'x.toml: worker[0].url: must be only "http://host:port", without path',
+            'x.toml: worker[0].url: must not end in "/v1", with which',
         ),
         (
             WORKER + 'name="a"\n[[worker]]\nurl="http://h:1"\nname="a"',
             "x.toml: worker[1].name: 'a' is worker[0]'s already; each",
+        ),
+        (WORKER + 'ranks = "0-"', "x.toml: worker[0].ranks: must be numbers and ranges like"),
+        (WORKER + "ranks = 8", "x.toml: worker[0].ranks: must be a string, got 8"),
+        (WORKER + 'rank_mode = "global"', "x.toml: worker[0].rank_mode: needs ranks, which are not given"),
+        (WORKER + "rank_base = 8", "x.toml: worker[0].rank_base: needs ranks, which are not given"),
+        (
+            WORKER + 'ranks = "8-15"\nrank_base = 9',
+            "x.toml: worker[0].rank_base: must be at most the least of the ranks, 8, got 9",
+        ),
+        (
+            WORKER + 'ranks = "8-15"\nrank_base = 8\nrank_mode = "global"',
+            'x.toml: worker[0].rank_base: must be 0 with rank_mode "global", which sends ranks as',
+        ),
+        (
+            WORKER + 'ranks = "0-1"\nname = "a"\n[[worker]]\nurl="http://h:1"\nname="a/1"',
+            "x.toml: worker[1].name: 'a/1' is worker[0]'s already; each",
+        ),
+        (
+            WORKER + 'ranks = "0-1"\n' + WORKER + 'ranks = "2-3"',
+            "x.toml: worker[1].url: 'http://127.0.0.1:8001' is worker[0]'s already; each",
         ),
         (
             WORKER + '[[worker]]\nurl="http://h:1"\nmodel="m"',
@@ -178,10 +227,11 @@ def test_mistakes_beyond_the_most_that_are_told_are_counted():
     assert last == "x.toml: and 2 more mistakes"
 
 
-# Every key of the reference, as a path from the document with two workers in it.
+# Every key of the reference, as a path from the document with two workers in it; not headers: they are free.
 KEYS = [
     keys
     for key, _, _ in reference_rows()
+    if key != "[[worker]] headers"
     for keys in (
         [("worker", 0, key.split()[1]), ("worker", 1, key.split()[1])]
         if key.startswith("[[worker]]")
@@ -232,3 +282,85 @@ def test_files_that_cannot_be_read(tmp_path):
     broken.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"broken.toml: must be UTF-8 text: byte 0 is not"):
         load_config(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("vllm-external-lb", {f"dp-{rank}": None for rank in range(4)}),
+        ("vllm-multi-port", {f"dp-{rank}": None for rank in range(4)}),
+        ("vllm-hybrid-lb", {f"node-{rank // 8}/{rank}": rank % 8 for rank in range(16)}),
+        ("vllm-internal-lb", {f"dp/{rank}": rank for rank in range(16)}),
+        ("sglang-dp-attention", {f"sglang/{rank}": rank for rank in range(8)}),
+    ],
+)
+def test_the_worked_examples_address_each_rank_as_its_server_counts(name, numbers):
+    config = load_config(CONFIG_FOLDER / f"{name}.toml")
+    lines = {seat.key: seat.lines for worker in config.worker for seat in worker.seats}
+    assert lines == {
+        key: b"" if number is None else b"X-data-parallel-rank: %d\r\n" % number
+        for key, number in numbers.items()
+    }
+    assert list(config.group_sizes) == ["default"], "ranks of one deployment wait for each other"
+
+
+HEADER = "must be a header field: a name of letters, digits and -, and a value in one line"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("X A", "secret", HEADER),
+        ("X", "secret\r\nY: z", HEADER),
+        ("X", "", HEADER),
+        ("X", "secret" * 2000, "must have 8192 bytes at most, got 12000"),
+        ("transfer-encoding", "secret", "must not be given here: the proxy itself says that to workers"),
+        ("Host", "secret", "must not be given here: the proxy itself says that to workers"),
+        ("X-DATA-parallel-rank", "7", "must not be given here: the proxy itself says that to workers"),
+    ],
+)
+def test_headers_that_no_worker_gets_are_named_without_their_value(name, value, told):
+    (line,) = messages({"worker": [{"url": "http://h:1", "headers": {name: value}}]})
+    shown = name if name.isalnum() or "-" in name else f'"{name}"'
+    assert line == f"x.toml: worker[0].headers.{shown}: {told}"
+
+
+def test_headers_of_a_worker():
+    config = parse(WORKER + 'headers = { Authorization = "Bearer k", x-b = "ü" }')
+    assert config.worker[0].fields == ((b"Authorization", b"Bearer k"), (b"x-b", b"\xc3\xbc"))
+    assert messages(tomllib.loads(WORKER + 'headers = { a = "1", A = "2" }')) == [
+        "x.toml: worker[0].headers.A: is given twice, in other letters"
+    ]
+    many = {"worker": [{"url": "http://h:1", "headers": {f"x-{i}": "y" for i in range(33)}}]}
+    assert "at most 32 items" in messages(many)[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ('client_key_file = "k"', "client_key_file: needs client_certificate_file, which is not given"),
+        ('ca_file = "none.pem"', "ca_file: 'none.pem' cannot be used: No such file or directory"),
+        (
+            'client_certificate_file = "none.pem"',
+            "client_certificate_file: 'none.pem' or its key cannot be used: No such file or directory",
+        ),
+    ],
+)
+def test_tls_files_that_cannot_be_used_are_named_when_the_file_is_read(keys, told):
+    text = '[[worker]]\nurl = "https://h:1"\n'
+    assert message(text + keys) == "x.toml: worker[0]." + told
+    plain = message(WORKER + keys)
+    assert plain.endswith(("which is not given", 'needs a url like "https://host"'))
+
+
+def test_a_file_that_holds_no_certificate_is_one_line_for_each_worker(tmp_path):
+    empty = tmp_path / "empty.pem"
+    empty.write_text("")
+    workers = [{"url": f"https://h:{i + 1}", "ca_file": str(empty)} for i in range(2)]
+    lines = messages({"worker": workers})
+    assert [line.partition("' cannot be used: ")[0] for line in lines] == [
+        f"x.toml: worker[{i}].ca_file: '{empty}" for i in range(2)
+    ]
+    assert messages({"worker": [workers[0], workers[1] | {"url": "http://h:2"}]})[1] == (
+        'x.toml: worker[1].ca_file: needs a url like "https://host"'
+    )

@@ -73,6 +73,14 @@ async def test_each_engine_is_known_by_what_it_says(start, pages, engine, asked)
     assert sorted(server.asked) == sorted(asked), "each once"
 
 
+async def test_a_worker_is_asked_with_its_own_fields_and_below_its_path(start):
+    server = await start({f"/base{path}": page for path, page in VLLM.items()})
+    finding = await found(server.url + "/base", headers={"Authorization": "Bearer x"})
+    assert (finding.url, finding.identity.engine) == (server.url + "/base", "vllm")
+    assert server.heads
+    assert all(b"Authorization: Bearer x\r\n" in head for head in server.heads)
+
+
 @pytest.mark.parametrize("sglang", [False, True])
 async def test_the_emulator_is_known(start_emulator, sglang):
     emulator = await start_emulator(1, slots=7, sglang=sglang)
@@ -94,7 +102,7 @@ async def test_a_refused_connection(unused_tcp_port):
     [
         ({}, 404, "it answers 404 to everything: no engine is there"),
         ({}, 503, "it answers 503 to everything: no engine is there"),
-        ({}, 401, "/v1/models answers 401: it wants a key, and brproxy has none of its own"),
+        ({}, 401, "/v1/models answers 401: it wants a key, in [[worker]] headers"),
         (
             {"/version": b"{}", "/v1/models": b"<html>", "/server_info": b"1", "/metrics": b""},
             404,

@@ -30,6 +30,7 @@ def worker_of(config, identity):
         ({"slots": 8, "kv_capacity_tokens": 5}, SGLANG, 8, 5),
         ({}, Identity("sglang", slots=256, kv_capacity_tokens=1000, ranks=2), 512, 2000),
         ({}, Identity("sglang", slots=1 << 20, ranks=1000), 1 << 20, None),
+        ({"ranks": "0-1"}, Identity("sglang", slots=256, kv_capacity_tokens=1000, ranks=2), 256, 1000),
     ],
 )
 def test_only_what_the_file_leaves_out_is_filled_in(keys, identity, slots, kv_tokens):
@@ -64,6 +65,8 @@ def test_only_what_the_file_leaves_out_is_filled_in(keys, identity, slots, kv_to
             Identity("vllm", ranks=8),
             ["8 DP ranks are behind this URL, and the file has 1"],
         ),
+        ({"ranks": "0-7"}, Identity("vllm", ranks=8), []),
+        ({"ranks": "0-7"}, Identity("vllm"), []),
     ],
 )
 def test_contradictions(keys, identity, lines):

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.config import parse_config
-from brproxy.config_workers import Worker
 from brproxy.engines.identity import Identity, Model
 from brproxy.findings import Finding
 from brproxy.first_file import entries, file_text
@@ -25,7 +24,7 @@ IDENTITIES = st.builds(
     COUNTS,
     st.none() | st.integers(1, 64),
     st.sampled_from([None, "both", "prefill", "decode"]),
-    st.just(0),
+    st.integers(0, 64_000),
 )
 
 
@@ -53,7 +52,8 @@ def test_the_file_is_valid_and_says_what_was_found(findings):
     assert [worker.url for worker in config.worker] == [finding.url for finding in known]
     for worker, finding in zip(config.worker, known, strict=True):
         identity = finding.identity
-        slots, kv_tokens = identity.limits(by_rank=bool(getattr(worker, "ranks", None)))
+        slots, kv_tokens = identity.limits(by_rank=True)
+        assert len(worker.seats) == (identity.ranks or 1)
         assert worker.engine == identity.engine
         assert worker.slots == (slots or 64)
         assert worker.kv_capacity_tokens == kv_tokens
@@ -116,20 +116,14 @@ def test_who_did_not_answer_is_there_to_be_uncommented():
     assert [worker.url for worker in parse_config(tomllib.loads(uncommented), "x").worker][1] == "http://h:2"
 
 
-def test_ranks_become_workers_of_their_own_where_the_configuration_knows_ranks(monkeypatch):
+def test_ranks_become_workers_of_their_own():
     identity = Identity("sglang", slots=100, kv_capacity_tokens=1000, ranks=8)
-    monkeypatch.delitem(Worker.model_fields, "ranks", raising=False)
-    (together,) = tables(identity)
-    assert (together.get("ranks"), together["slots"], together["kv_capacity_tokens"]) == (None, 800, 8000)
-    assert "# These are all ranks together" in file_text([Finding("http://h:1", identity)])
-    for key in ("ranks", "rank_mode", "rank_base"):
-        monkeypatch.setitem(Worker.model_fields, key, Worker.model_fields["name"])
-    (apart,) = tables(identity)
-    assert (apart["ranks"], apart["rank_mode"], apart.get("rank_base")) == ("0-7", "global", None)
-    assert (apart["slots"], apart["kv_capacity_tokens"]) == (100, 1000)
-    assert "all ranks together" not in file_text([Finding("http://h:1", identity)])
+    (keys,) = tables(identity)
+    assert (keys["ranks"], keys["rank_mode"], keys.get("rank_base")) == ("0-7", "global", None)
+    assert (keys["slots"], keys["kv_capacity_tokens"]) == (100, 1000)
     (second_node,) = tables(Identity("vllm", ranks=4, first_rank=4))
     assert (second_node["ranks"], second_node.get("rank_mode"), second_node["rank_base"]) == ("4-7", None, 4)
+    assert "ranks" not in tables(Identity("vllm", ranks=1, first_rank=3))[0]
 
 
 def test_a_half_of_prefill_and_decode_is_marked():

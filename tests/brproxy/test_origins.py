@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brproxy.config import parse_config
-from brproxy.origins import read_origin
+from brproxy.origins import read_origin, read_worker_url
 from brproxy.types import InvalidInputError
 from brproxy.validation import ConfigError
 
@@ -85,3 +85,64 @@ def test_every_text_is_an_origin_that_resolvers_take_or_an_error_in_one_line(sch
     assert not set(origin.authority) & set(" \r\n\t/@?#%")
     assert 0 < origin.port < 65536
     assert read_origin(origin.url) == origin
+
+
+@pytest.mark.parametrize(
+    ("url", "base", "written"),
+    [
+        ("http://w:8000", "", "http://w:8000"),
+        ("http://W:8000/", "", "http://w:8000"),
+        ("https://w/base", "/base", "https://w/base"),
+        ("https://w/a/b%20c//", "/a/b%20c", "https://w/a/b%20c"),
+        ("http://[::1]:80/A", "/A", "http://[::1]:80/A"),
+    ],
+)
+def test_what_the_url_of_a_worker_means(url, base, written):
+    worker = read_worker_url(url)
+    assert (worker.base, str(worker)) == (base, written)
+    assert worker.origin == read_origin(url.partition("://")[0] + "://" + url.split("/")[2])
+    assert read_worker_url(str(worker)) == worker
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://w/a//b", "with a plain path and no query"),
+        ("http://w//b", "with a plain path and no query"),
+        ("http://w/a/../b", "with a plain path and no query"),
+        ("http://w/.", "with a plain path and no query"),
+        ("http://w/a?b", "with a plain path and no query"),
+        ("http://w/a#b", "with a plain path and no query"),
+        ("http://w/a b", "with a plain path and no query"),
+        ("http://w/%zz", "with a plain path and no query"),
+        ("http://w/a\r\nX: y", "with a plain path and no query"),
+        ("http://w?a/b", "without path, query or user"),
+        ("http://u@w/b", "without path, query or user"),
+        ("http://w/v1", 'must not end in "/v1"'),
+        ("http://w/base/v1/", 'must not end in "/v1"'),
+        ("http://w/" + "a" * 1024, "has a path of 1025 characters; at most 1024"),
+        ("w/base", 'must be like "http://host:port"'),
+    ],
+)
+def test_urls_that_no_worker_has(url, told):
+    with pytest.raises(InvalidInputError) as caught:
+        read_worker_url(url)
+    assert told in str(caught.value)
+
+
+@given(SCHEMES, HOSTS, PORTS, ENDS, st.text("/ab.%2?#:\\ \t\r\n\u00fc", max_size=8))
+def test_every_text_is_the_url_of_a_worker_or_an_error_in_one_line(scheme, host, port, end, path):
+    told = ""
+    try:
+        worker = read_worker_url(scheme + host + port + end + path)
+    except InvalidInputError as error:
+        told = str(error)
+    assert "\n" not in told
+    if told:
+        return
+    assert not worker.base or worker.base.startswith("/")
+    assert worker.base.isascii()
+    assert worker.base.isprintable()
+    assert not set(worker.base) & set(" ?#\\")
+    assert "//" not in worker.base
+    assert read_worker_url(str(worker)) == worker

@@ -6,7 +6,8 @@ import tomllib
 import aiohttp
 import pytest
 
-from tests.brproxy.engine_pages import MODEL, SGLANG, VLLM, serving
+from brproxy.config import load_config
+from tests.brproxy.engine_pages import MODEL, SGLANG, VLLM, cache_config, server_info, serving
 from tests.brproxy.test_cli import run, start
 from tests.brproxy.test_cli import serving as serving_proxy
 
@@ -55,6 +56,20 @@ async def test_init_and_serve_before_two_emulated_engines(start_emulator, tmp_pa
     process, url, _ = await serving_proxy("--config", str(out), "--port", "0")
     await completed(url)
     await stop(process)
+
+
+@pytest.mark.parametrize("sglang", [False, True])
+async def test_ranks_behind_one_url_are_written_as_the_server_takes_them(engine, tmp_path, sglang):
+    pages = VLLM | {"/metrics": cache_config(engine=["4", "5"], kv_cache_size_tokens="5000")}
+    if sglang:
+        pages = SGLANG | {"/server_info": server_info(dp_size=2)}
+    url = (await engine(pages)).url
+    out = tmp_path / "x.toml"
+    code, said, _ = await run("init", url, "--out", str(out))
+    assert (code, "; DP ranks: 2; " in said) == (0, True)
+    (worker,) = load_config(out).worker
+    expected = ("0-1", "global", 0, 440_000) if sglang else ("4-5", "local", 4, 5000)
+    assert (worker.ranks, worker.rank_mode, worker.rank_base, worker.kv_capacity_tokens) == expected
 
 
 async def test_init_does_not_overwrite(engine, tmp_path):
@@ -130,6 +145,15 @@ async def test_serve_needs_no_file(start_emulator, unused_tcp_port):
     assert said.count("slots: 3") == 2
     await completed(url)
     await stop(process)
+
+
+async def test_serve_addresses_each_rank_behind_a_url(start_emulator):
+    emulator = await start_emulator(2, ranks_per_url=2, ranks_are_global=True, sglang=True)
+    process, url, said = await serving_proxy(*emulator.urls, "--port", "0")
+    assert "groups: default (2 workers)" in said
+    await completed(url)
+    await stop(process)
+    assert all(emulator.deployment.output_tokens_total)
 
 
 async def test_a_file_and_urls_exclude_each_other(tmp_path):

@@ -26,6 +26,8 @@ Promises, with the check that holds each. Behind every event of the loop:
 By clients and workers, whenever something has come:
 
 * ``same-request``: a worker gets a client's body as it was sent (Worker._compare).
+* ``own-rank``: a worker with several ranks is told which one, by the proxy and never by a client, and no
+  other is told one (Worker._see_rank).
 * ``own-answer``: nobody gets another's answer, nor another status than the worker's (Client._attempt).
 * ``same-bytes``: what a client gets is what one worker sent for one attempt, or a beginning of it and then an
   error event at most: no byte twice, none out of order (Client._judge_prefix).

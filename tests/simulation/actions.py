@@ -117,12 +117,12 @@ Action = Visit | Trouble
 class Scenario:
     """A world and what happens in it. ``settings`` is a configuration but for its workers.
 
-    ``workers``: slots, KV capacity (None: unknown) and group of each.
+    ``workers``: slots, KV capacity (None: unknown), group of each, and ranks behind it (0: it has none).
     """
 
     seed: int
     settings: dict[str, dict[str, object]]
-    workers: tuple[tuple[int, int | None, str], ...]
+    workers: tuple[tuple[int, int | None, str, int], ...]
     actions: tuple[Action, ...] = field(default=())
 
     @property

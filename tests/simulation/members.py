@@ -24,17 +24,21 @@ class Members:
         self._out_s: dict[Worker, int] = {}
 
     def leave(self, worker: Worker, lasts_s: float) -> None:
-        """Drain a worker, remove it in the middle of ``lasts_s`` and take it back behind; never the last."""
+        """Drain a worker, remove it in the middle of ``lasts_s`` and take it back behind; never the last.
+
+        Of one with several ranks all leave, or one where that would leave none.
+        """
         group = self._group_of(worker)
         if group is None:
             return
-        member = group.roster.find(worker.key)
         active = [one for one in group.roster.members if one.state is MemberState.ACTIVE]
-        if member not in active or len(active) < 2:
-            return
-        group.drain(worker.key)
-        self._loop.call_later(lasts_s / 2, self._remove, group, member)
-        self._loop.call_later(lasts_s, self._come_back, group, member, worker)
+        leaving = [one for one in active if one.origin == worker.url]
+        if len(leaving) == len(active):
+            leaving = leaving[1:]
+        for member in leaving:
+            group.drain(member.key)
+            self._loop.call_later(lasts_s / 2, self._remove, group, member)
+            self._loop.call_later(lasts_s, self._come_back, group, member)
 
     def join(self, group: Group) -> None:
         """Add a new worker."""
@@ -50,17 +54,17 @@ class Members:
         if member in group.roster.members:
             group.remove(member.key)
 
-    def _come_back(self, group: Group, member: Any, worker: Worker) -> None:
+    def _come_back(self, group: Group, member: Any) -> None:
         if member in group.roster.members:
             # Its last request has not ended yet.
-            self._loop.call_later(1.0, self._come_back, group, member, worker)
+            self._loop.call_later(1.0, self._come_back, group, member)
         else:
             limits = WorkerLimits(member.limits.slots, member.limits.kv_capacity_tokens)
-            group.add(worker.key, limits, worker.url)
+            group.add(member.key, limits, member.origin, member.lines, member.rank)
 
     def _group_of(self, worker: Worker) -> Group | None:
         for group in self._groups:
-            if any(member.key == worker.key for member in group.roster.members):
+            if any(member.origin == worker.url for member in group.roster.members):
                 return group
         return None
 
@@ -69,14 +73,15 @@ class Members:
 
         To be called once a second.
         """
-        workers = {worker.key: worker for worker in self._workers}
+        workers = {worker.url: worker for worker in self._workers}
         for group in self._groups:
             members = group.roster.members
-            for member in members:
-                worker = workers[member.key]
-                is_out = member.state is MemberState.ACTIVE and not member.is_routable
+            others = any(other.is_routable for other in members)
+            for origin in dict.fromkeys(member.origin for member in members):
+                worker = workers[origin]
+                ranks = [member for member in members if member.origin == origin]
+                is_out = all(one.state is MemberState.ACTIVE and not one.is_routable for one in ranks)
                 self._out_s[worker] = self._out_s.get(worker, 0) + 1 if is_out else 0
-                others = any(other.is_routable for other in members)
                 # The first look may come at once, and requests of the last moment are on their way.
                 if self._out_s[worker] < 2 or not others:
                     continue

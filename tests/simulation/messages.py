@@ -11,6 +11,9 @@ from tests.simulation.actions import Answer, Ask
 NAME = b"x-sim"
 """The field that says which request this is, and in a response also which attempt."""
 
+RANK = b"x-data-parallel-rank"
+"""The field that says which of several workers behind one port it is: no client's business."""
+
 PATHS = {
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
@@ -74,6 +77,8 @@ def request(ask: Ask) -> bytes:
     body = request_body(ask)
     lines = [f"{ask.method} {path(ask)} HTTP/{'1.0' if ask.http10 else '1.1'}", "Host: proxy"]
     lines.append(f"{NAME.decode()}: {ask.id}")
+    if ask.id % 3 == 0:
+        lines.append("X-Data-Parallel-Rank: 0")
     if ask.kind == "upgrade":
         lines += ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
     elif ask.closes:

@@ -55,7 +55,14 @@ class Draw:
         groups = rng.choice((("",), ("",), ("a", "b")))
         slots = rng.choice((1, 2, 4, 16))
         capacity = rng.choice((None, None, 400, 4000))
-        workers = tuple((slots, capacity, group) for group in groups for _ in range(rng.choice((1, 2, 2, 3))))
+        # By a generator of its own: whether workers have ranks changes nothing about all else.
+        ranks = random.Random(f"ranks {self._seed}")
+        width = ranks.choice((0, 0, 0, 1, 2, 4))
+        workers = tuple(
+            (slots, capacity, group, ranks.choice((width, width, 0)))
+            for group in groups
+            for _ in range(rng.choice((1, 2, 2, 3)))
+        )
         length_s = rng.choice((1.0, 5.0, 20.0))
         visits = [self._visit(rng.random() * length_s, groups) for _ in range(rng.randint(3, 12))]
         if self._has("bursts", 0.5):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tests.simulation.actions import KEEP, Answer, Ask
 from tests.simulation.loop import VirtualLoop
-from tests.simulation.messages import NAME, Response, chunk, request_body, respond
+from tests.simulation.messages import NAME, RANK, Response, chunk, request_body, respond
 from tests.simulation.wire import Wire
 
 PORT = 9000
@@ -25,23 +25,25 @@ _MODELS = b'{"object":"list","data":[{"id":"a"},{"id":"b"}]}'
 
 @dataclass
 class Attempt:
-    """One request that has come to a worker: what it was answered, and how much of that was sent."""
+    """One request that has come to a worker: what it was answered, and how much of that was sent.
 
+    ``number``: how many of that request had come before, to any worker; its answer names it.
+    ``has_ended``: all was sent, and nobody had left before that could be seen by the connection's end.
+    """
+
+    number: int
     worker: int
     answer: Answer
     response: Response
     wire: Wire
     sent_bytes: int = 0
+    has_ended: bool = False
 
     @property
     def sent_all(self) -> bool:
         """Whether all that belongs to the answer was sent."""
-        if (
-            self.answer.framing == "close"
-            and self.answer.ending == "hang"
-            and self.answer.stop_at is not None
-        ):
-            # Its end is the connection's, which never comes.
+        if self.answer.framing == "close" and not self.has_ended:
+            # Its end is the connection's, which never came, or too late.
             return False
         needed = self.response.pieces[:-1] if self.answer.extra else self.response.pieces
         return self.sent_bytes >= sum(map(len, needed))
@@ -58,23 +60,33 @@ class Attempt:
 
 @dataclass
 class Record:
-    """What workers have seen of one request; ``was_refused``: and its client got a refusal of theirs."""
+    """What workers have seen of one request, which ``came`` to them so many times.
+
+    ``attempts`` are those whose body has come too. ``was_refused``: its client got a refusal of theirs.
+    """
 
     ask: Ask
     attempts: list[Attempt] = field(default_factory=list)
+    came: int = 0
     was_refused: bool = False
 
 
 class Worker:
     """Listens at ``worker-K:9000``; ``records`` of the requests are by their number and shared by all.
 
-    ``wrong`` is told what no worker should have to see.
+    ``wrong`` is told what no worker should have to see. ``ranks`` are behind it, 0: it is none of several.
     """
 
     def __init__(
-        self, loop: VirtualLoop, index: int, records: dict[int, Record], wrong: Callable[[str, str], None]
+        self,
+        loop: VirtualLoop,
+        index: int,
+        records: dict[int, Record],
+        wrong: Callable[[str, str], None],
+        ranks: int = 0,
     ) -> None:
         self.index = index
+        self._ranks = {b"%d" % number for number in range(ranks)}
         self.host = f"worker-{index}"
         self.health = "well"
         self._loop = loop
@@ -90,7 +102,7 @@ class Worker:
 
     @property
     def key(self) -> str:
-        """Its name in the proxy."""
+        """Its name in the proxy, where it is none of several."""
         return f"{self.host}:{PORT}"
 
     def door(self, mode: str) -> None:
@@ -155,13 +167,15 @@ class Worker:
         known = {name.lower(): value.strip() for name, _, value in (one.partition(b":") for one in lines)}
         if NAME not in known:
             return await self._serve_proxy(wire, line)
+        self._see_rank(lines)
         record = self._records[int(known[NAME])]
-        number = len(record.attempts)
+        number = record.came
+        record.came += 1
         answer = record.ask.answers[min(number, len(record.ask.answers) - 1)]
         body = None if answer.early else await self._body(wire, known)
         asked_usage = record.ask.own_usage or (body is not None and b'"include_usage":true' in body)
         response = respond(record.ask, answer, number, asked_usage=asked_usage)
-        attempt = Attempt(self.index, answer, response, wire)
+        attempt = Attempt(number, self.index, answer, response, wire)
         record.attempts.append(attempt)
         if body is not None:
             self._compare(record.ask, body)
@@ -176,6 +190,13 @@ class Worker:
                 return False
             self._compare(record.ask, body)
         return True
+
+    def _see_rank(self, lines: list[bytes]) -> None:
+        """See that the proxy says for which rank a request is, and its client does not."""
+        fields = [line.partition(b":") for line in lines]
+        said = [value.strip() for name, _, value in fields if name.lower() == RANK]
+        if len(said) != bool(self._ranks) or not self._ranks.issuperset(said):
+            self._wrong("own-rank", f"{self.host} with the ranks {self._ranks} is asked for {said}")
 
     def _compare(self, ask: Ask, body: bytes) -> None:
         """See that a client's body has come as it was sent."""
@@ -217,6 +238,7 @@ class Worker:
                 attempt.sent_bytes += left
                 await wire.send(piece[:left])
                 await self._end_early(wire, answer)
+                attempt.has_ended = answer.ending == "cut" and not wire.lost
                 return False
             left = None if left is None else left - len(piece)
             attempt.sent_bytes += len(piece)
@@ -226,8 +248,8 @@ class Worker:
             return False
         if answer.ending == "stale":
             await self._pause(0.1)
-            return False
-        return True
+        attempt.has_ended = not wire.lost
+        return answer.ending != "stale"
 
     async def _end_early(self, wire: Wire, answer: Answer) -> None:
         if answer.ending == "hang":

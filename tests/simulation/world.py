@@ -97,8 +97,8 @@ class World:
 
     async def _main(self) -> None:
         loop, scenario = self._loop, self._scenario
-        for _ in scenario.workers:
-            self._start_worker()
+        for *_, ranks in scenario.workers:
+            self._start_worker(ranks)
         clock = LoopClock(loop)
         async with running_proxy(self._config(), clock=clock, listening=_listen) as proxy:
             self._follow(proxy)
@@ -118,7 +118,8 @@ class World:
             {"url": f"http://worker-{i}:9000", "slots": slots, "group": group or "all"}
             | ({"kv_capacity_tokens": capacity} if capacity else {})
             | ({"model": group} if group else {})
-            for i, (slots, capacity, group) in enumerate(self._scenario.workers)
+            | ({"ranks": f"{i}-{i + ranks - 1}", "rank_base": i} if ranks else {})
+            for i, (slots, capacity, group, ranks) in enumerate(self._scenario.workers)
         ]
         return parse_config({**settings, "worker": workers}, "simulation")
 
@@ -135,8 +136,8 @@ class World:
         self._members = Members(self._loop, proxy.service.fleet.groups, self._workers, self._start_worker)
         self._checks.follow(proxy)
 
-    def _start_worker(self) -> Worker:
-        worker = Worker(self._loop, len(self._workers), self._records, self._checks.wrong)
+    def _start_worker(self, ranks: int = 0) -> Worker:
+        worker = Worker(self._loop, len(self._workers), self._records, self._checks.wrong, ranks)
         self._workers.append(worker)
         return worker
 
@@ -256,11 +257,11 @@ class World:
                 self._checks.wrong("retries", f"request {record.ask.id} is refused by {record.attempts[-1]}")
 
     def _workers_for(self, ask: Ask) -> int:
-        return sum(group in {"", ask.model} for _, _, group in self._scenario.workers)
+        return sum(ranks or 1 for _, _, group, ranks in self._scenario.workers if group in {"", ask.model})
 
     async def _probe(self) -> None:
         """See that each group serves a request as if nothing had been."""
-        groups = dict.fromkeys(group for _, _, group in self._scenario.workers)
+        groups = dict.fromkeys(group for _, _, group, _ in self._scenario.workers)
         for number, group in enumerate(groups):
             ask = Ask(PROBE_IDS + number, model=group, closes=True)
             visit = Visit(0.0, (ask,))

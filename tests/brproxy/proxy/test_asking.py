@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
 from collections import Counter
@@ -261,6 +262,9 @@ def test_whatever_a_worker_does_a_question_ends(script, wants_body):
         assert len(result.body) <= (KIB if wants_body else 0)
 
 
+FAILED = ProbeResult(Verdict.FAILED, "answers 503")
+
+
 class Members:
     """A service of one group whose members come and go, and which of them were asked."""
 
@@ -270,23 +274,28 @@ class Members:
         stack.callback(self.service.watch.close)
         self.group = self.service.groups["default"]
         self.asked = Counter()
+        self.questions = 0
+        self.ports = itertools.count(1000)
+        self.well = True
         self.gate = asyncio.Event()
         self.gate.set()
 
         async def answer(endpoint, *_):
-            members = self.group.group.roster.members
-            key = next(m.key for m in members if self.group.endpoint(m.index) is endpoint)
-            self.asked[key] += 1
+            keys = {m.key for m in self.group.behind(endpoint)}
+            self.asked.update(keys)
+            self.questions += 1
             await self.gate.wait()
-            if key in fails:
+            if not keys.isdisjoint(fails):
                 raise ValueError("a bug")
-            return ProbeResult(Verdict.OK, "answers 200")
+            return ProbeResult(Verdict.OK, "answers 200") if self.well else FAILED
 
         monkeypatch.setattr(asking, "probe", answer)
         self.prober = Prober([self.group], VirtualClock(), ProbeSettings("", 0.001, LIMIT_S))
 
-    def add(self, key):
-        return self.group.group.roster.add(key, WorkerLimits(1), "http://127.0.0.1:2")
+    def add(self, key, port=None):
+        """Add a member behind a port of its own, or one that others may be behind."""
+        port = port or next(self.ports)
+        return self.group.group.roster.add(key, WorkerLimits(1), f"http://127.0.0.1:{port}")
 
     async def asked_again(self, *keys):
         """Wait until each of ``keys`` has been asked twice more."""
@@ -328,3 +337,43 @@ async def test_a_check_that_fails_by_a_bug_is_made_again(stack, monkeypatch, cap
     await members.prober.stop()
     assert members.group.group.roster.find("w0").is_routable
     assert caplog.text.count("ValueError: a bug") == 1
+
+
+async def test_ranks_behind_one_url_are_asked_for_once_and_told_each(stack, monkeypatch):
+    members = Members(stack, monkeypatch)
+    roster = members.group.group.roster
+    ranks = [members.add(f"r{i}", port=2) for i in range(8)]
+    await members.prober.start()
+    assert members.questions == 2, "one for each of two servers"
+    assert all(member.is_routable for member in ranks)
+    members.well = False
+    async with asyncio.timeout(LIMIT_S):
+        while any(member.is_routable for member in roster.members):
+            await asyncio.sleep(0.001)
+    assert len({member.health.state for member in ranks}) == 1
+    members.well = True
+    # One that joins the others is not kept waiting for the next interval, and is asked for with them.
+    members.prober._settings = ProbeSettings("", LIMIT_S * 10, LIMIT_S)
+    joined = members.add("r8", port=2)
+    async with asyncio.timeout(LIMIT_S):
+        while not joined.is_routable:
+            await asyncio.sleep(0.001)
+    assert all(member.is_routable for member in ranks)
+    assert len(members.prober._tasks) == 2
+    await members.prober.stop()
+
+
+async def test_the_checks_of_a_server_end_with_the_last_rank_behind_it(stack, monkeypatch):
+    members = Members(stack, monkeypatch)
+    roster = members.group.group.roster
+    for key in ("a", "b"):
+        members.add(key, port=2)
+    await members.prober.start()
+    await members.asked_again("w0", "a", "b")
+    roster.remove("a", 0)
+    await members.asked_again("w0", "b")
+    roster.remove("b", 0)
+    assert len(members.prober._tasks) == len(members.group.endpoints) == 1
+    members.add("c", port=2)
+    await members.asked_again("w0", "c")
+    await members.prober.stop()

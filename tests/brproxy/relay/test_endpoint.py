@@ -9,8 +9,9 @@ import pytest
 import trustme
 
 from brproxy.relay.connection import Exchange
-from brproxy.relay.endpoint import Endpoint, EndpointSettings
+from brproxy.relay.endpoint import Endpoint, EndpointSettings, Reach
 from brproxy.relay.errors import ShortageError, WorkerFailedError
+from brproxy.relay.tls import TlsFileError, TlsFiles
 
 BOTH_LOOPS = True
 HANG_S = 60.0
@@ -180,14 +181,15 @@ async def test_what_the_worker_has_closed_makes_room_when_others_expire(kept, un
     assert [pool.take_idle() for _ in range(3)] == [fresh, connections[1], None]
 
 
-async def test_close_closes_what_is_idle_and_nothing_else(kept, until):
-    worker, pool, connections = await kept(3)
+async def test_close_closes_what_is_idle_at_once_and_what_is_busy_when_it_is_over(kept, until):
+    worker, pool, _ = await kept(3)
     busy = pool.take_idle()
     pool.close()
     await until(lambda: sorted(worker.ended) == [0, 1])
     assert pool.take_idle() is None
     assert await ask(busy) == b"2"
-    assert pool.take_idle() is connections[2]
+    await until(lambda: sorted(worker.ended) == [0, 1, 2])
+    assert pool.take_idle() is None
 
 
 @pytest.mark.parametrize(
@@ -377,3 +379,36 @@ async def test_a_worker_that_closes_at_once(pool_of, server_tls, stack):
         assert str(caught.value) == f"{origin} closed the connection at once"
         assert caught.value.unreachable
     assert pool.take_idle() is None
+
+
+async def test_what_goes_to_a_worker_with_a_base_path_and_fields_of_its_own(stack):
+    reach = Reach(((b"Authorization", b"Bearer k"), (b"X-A", b"1")))
+    endpoint = Endpoint("http://w:1/base", EndpointSettings(**SETTINGS), reach)
+    stack.callback(endpoint.close)
+    assert not endpoint.is_plain
+    assert endpoint.host_field == b"w:1\r\nAuthorization: Bearer k\r\nX-A: 1"
+    lines = b"x-a: 2\r\nX-Ab: 3\r\nAUTHORIZATION: no\r\n"
+    assert endpoint.adapted("/v1/x?/y", lines) == ("/base/v1/x?/y", b"X-Ab: 3\r\n")
+    assert endpoint.adapted("*", b"") == ("*", b""), "the server as a whole"
+
+
+@pytest.mark.parametrize(
+    ("origin", "reach", "is_plain"),
+    [
+        ("http://w:1", Reach(), True),
+        ("http://w:1/b", Reach(), False),
+        ("http://w:1", Reach(((b"X", b"y"),)), False),
+    ],
+)
+async def test_who_gets_requests_as_they_are(origin, reach, is_plain, stack):
+    endpoint = Endpoint(origin, EndpointSettings(**SETTINGS), reach)
+    stack.callback(endpoint.close)
+    assert endpoint.is_plain is is_plain
+
+
+@pytest.mark.parametrize("missing", ["authorities", "certificate"])
+async def test_files_of_tls_that_cannot_be_used_are_named(missing):
+    reach = Reach(tls=TlsFiles(**{missing: "/nowhere/x.pem"}))
+    with pytest.raises(TlsFileError, match=r"^'/nowhere/x.pem' .*No such file or directory$") as caught:
+        Endpoint("https://w:1", EndpointSettings(**SETTINGS), reach)
+    assert caught.value.name == missing

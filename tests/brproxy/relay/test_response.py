@@ -210,3 +210,31 @@ def test_a_place_at_the_worker_leads_nowhere_else(origin, rest):
     seen = urljoin("http://proxy/v1/x?y", place.replace("\t", "").replace("\\", "/"))
     assert urlsplit(seen).netloc == "proxy"
     assert place in {rest, "/." + rest, "/" + rest}
+
+
+@pytest.mark.parametrize(
+    ("place", "seen"),
+    [
+        ("http://worker:1/base/x", "/x"),
+        ("HTTP://Worker:1/base/x", "/x"),
+        ("//worker:1/base?q", "/?q"),
+        ("http://worker:1/base", "/"),
+        ("/base/x", "/x"),
+        ("/base", "/"),
+        ("/base//evil/x", "/.//evil/x"),
+        ("http://worker:1/base//evil", "/.//evil"),
+        # What is not below the base cannot be reached through the proxy.
+        ("/basement/x", "/basement/x"),
+        ("/Base/x", "/Base/x"),
+        ("/other/base/x", "/other/base/x"),
+        ("http://worker:1/other", "http://worker:1/other"),
+        ("http://other:1/base/x", "http://other:1/base/x"),
+        ("x/y", "x/y"),
+    ],
+)
+@pytest.mark.parametrize("name", ["Location", "content-location"])
+def test_a_place_below_a_base_path_is_found_without_it(name, place, seen):
+    lines = f"X: y\r\n{name}: {place}\r\nZ: /base/z\r\n".encode()
+    head = ResponseHead(307, b"", lines, {}, None, chunked=False)
+    told = head.relative_to("http://worker:1/base").lines
+    assert told == f"X: y\r\n{name}: {seen}\r\nZ: /base/z\r\n".encode()

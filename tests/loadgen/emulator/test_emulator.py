@@ -10,7 +10,7 @@ import pytest
 from brproxy.types import InvalidInputError
 from loadgen.cluster import ClusterSettings
 from loadgen.emulator.server import EmulatorSettings, running_emulator
-from loadgen.emulator.wire import LENGTH_HEADER
+from loadgen.emulator.wire import LENGTH_HEADER, RANK_HEADER
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -262,3 +262,40 @@ async def test_a_taken_port_is_one_line(start):
 def test_impossible_speed():
     with pytest.raises(InvalidInputError, match="more than 0 and at most 1000, got 0"):
         EmulatorSettings(speed=0.0)
+
+
+async def ask_rank(client, url, number, **more):
+    headers = {} if number is None else {RANK_HEADER: number}
+    document = {"model": "emulated", "prompt": "x", "max_tokens": 1} | more
+    async with client.post(url + TEXT, json=document, headers=headers) as response:
+        return response.status, await response.read()
+
+
+@pytest.mark.parametrize("ranks_are_global", [False, True])
+async def test_several_ranks_behind_one_port_by_number(ranks_are_global, start, client):
+    emulator = await start(workers=4, ranks_per_url=2, ranks_are_global=ranks_are_global)
+    assert len(emulator.urls) == 2
+    url, first = emulator.urls[1], 2 if ranks_are_global else 0
+    for number, served in ((first, [0, 0, 1, 0]), (first + 1, [0, 0, 1, 1])):
+        assert (await ask_rank(client, url, str(number)))[0] == 200
+        assert emulator.deployment.prompt_tokens_total == served
+    for wrong in (first + 2, 10**20, *([first - 1] if first else [])):
+        status, body = await ask_rank(client, url, str(wrong))
+        assert (status, orjson.loads(body)["error"]["code"]) == (400, 400)
+        status, body = await ask_rank(client, url, str(wrong), stream=True)
+        documents, done = events(body)
+        assert (status, [d["error"]["code"] for d in documents], done) == (200, [400], True)
+    # What is no number is ignored, as if nobody had said anything.
+    assert (await ask_rank(client, url, "x"))[0] == (await ask_rank(client, url, None))[0] == 200
+    assert sum(emulator.deployment.prompt_tokens_total[2:]) == 4
+    assert sum(emulator.deployment.prompt_tokens_total[:2]) == 0
+    async with client.get(url + "/metrics") as response:
+        text = await response.text()
+    assert text.count("# TYPE vllm:num_requests_running ") == 1
+    assert {f'engine="{rank}"' in text for rank in (2, 3)} == {True}
+    assert 'engine="0"' not in text
+
+
+def test_workers_fill_their_ports():
+    with pytest.raises(InvalidInputError, match="behind a port must be a part of all 8, got 3"):
+        EmulatorSettings(ranks_per_url=3)
