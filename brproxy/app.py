@@ -16,6 +16,7 @@ from brproxy.build import build_service, predictors_of
 from brproxy.clock import Clock
 from brproxy.config import Config
 from brproxy.config_sections import Listen
+from brproxy.discovery import fill_in
 from brproxy.listening import start_listening, urls_of
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
 from brproxy.proxy.asking import Prober, ProbeSettings
@@ -137,6 +138,16 @@ async def serve(config: Config) -> None:
 
 
 async def _run_until(config: Config, stop: asyncio.Event) -> None:
+    if config.discovery.enabled:
+        asking = asyncio.create_task(fill_in(config))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not asking.done():
+            asking.cancel()
+            await asyncio.wait((asking,))
+            return
+        config = asking.result()
     async with running_proxy(config) as proxy:
         groups = ", ".join(f"{name} ({size} workers)" for name, size in config.group_sizes.items())
         log.info(

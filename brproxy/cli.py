@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,15 @@ from brproxy.command import USAGE_ERROR, make_command, run_command
 from brproxy.config import Config, load_config
 from brproxy.config_reference import reference_table
 from brproxy.config_workers import Worker
+from brproxy.discovery import find_out
 from brproxy.engines.dialect import make_dialect
+from brproxy.findings import Finding, contradictions, told
 from brproxy.logs import configure_logging
-from brproxy.proxy.asking import Question, Verdict, ask, probe
-from brproxy.proxy.models import listed_models
+from brproxy.proxy.asking import Verdict, probe
 from brproxy.proxy.rank_check import RankCheck
 from brproxy.relay.endpoint import Endpoint
-from brproxy.relay.errors import WorkerFailedError
+from brproxy.starting import finding_line, found_at, of_urls, refuse_to_overwrite, write_first_file
+from brproxy.types import InvalidInputError
 
 app = make_command("brproxy", "A load balancer for barrier-synchronised data-parallel LLM serving.")
 
@@ -30,19 +33,63 @@ _GENERATION_S = 15.0
 """For one token of a worker that may be busy (seconds)."""
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="TOML configuration file.", show_default=False)]
+Urls = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[URL]...", help='Workers, as "http://host:port".', show_default=False),
+]
 
 
 @app.command()
-def serve(config: ConfigFile) -> None:
-    """Run the proxy until SIGTERM or Ctrl-C."""
-    settings = load_config(config)
+def serve(
+    urls: Urls = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML configuration file.", show_default=False)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="TCP port, not the file's or 8080; 0: a free one.")
+    ] = None,
+) -> None:
+    """Run the proxy until SIGTERM or Ctrl-C: for the workers of a file, or for those that are named."""
+    if (config is None) == (not urls):
+        msg = "serve needs either --config FILE or the URLs of workers, and not both"
+        raise InvalidInputError(msg)
+    settings = load_config(config) if config is not None else of_urls(urls or ())
     configure_logging(settings.log.level, settings.log.format)
-    uvloop.run(serve_until_stopped(settings))
+    uvloop.run(_serve(settings, port, asked_first=config is None))
+
+
+async def _serve(settings: Config, port: int | None, *, asked_first: bool) -> None:
+    if asked_first:
+        settings = await found_at(settings)
+    if port is not None:
+        settings = settings.model_copy(update={"listen": settings.listen.model_copy(update={"port": port})})
+    await serve_until_stopped(settings)
+
+
+@app.command()
+def init(
+    urls: Annotated[list[str], typer.Argument(metavar="URL...", help='Workers, as "http://host:port".')],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("brproxy.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Ask workers who they are and write the configuration; exit code 2 if any is left out."""
+    settings = of_urls(urls)
+    refuse_to_overwrite(out, force=force)
+    findings = list(asyncio.run(find_out(settings)).values())
+    for finding in findings:
+        typer.echo(finding_line(finding))
+    write_first_file(out, findings, force=force)
+    typer.echo(f"{out}: written; next: brproxy check --config {out}, brproxy serve --config {out}")
+    if any(finding.identity is None for finding in findings):
+        raise typer.Exit(USAGE_ERROR)
 
 
 @app.command()
 def check(config: ConfigFile) -> None:
-    """Validate the configuration and probe each worker, a line each; exit code 2 if any does not answer."""
+    """Validate the configuration and ask each worker, a line each; exit code 2 if any does not answer.
+
+    Lines that begin with "!" are what the file and a worker contradict each other in.
+    """
     settings = load_config(config)
     groups = ", ".join(f"{name} ({size})" for name, size in settings.group_sizes.items())
     typer.echo(f"{config}: valid; policy {settings.routing.policy}; workers by group: {groups}")
@@ -61,9 +108,10 @@ async def _probe_all(config: Config) -> bool:
     settings = endpoint_settings(config)
     endpoints = [Endpoint(worker.url, settings, reach_of(worker)) for worker in config.worker]
     try:
+        findings = await find_out(config)
         results = await asyncio.gather(
             *(
-                _probe(endpoint, config, worker)
+                _check_worker(endpoint, config, worker, findings[worker.url])
                 for endpoint, worker in zip(endpoints, config.worker, strict=True)
             )
         )
@@ -73,35 +121,38 @@ async def _probe_all(config: Config) -> bool:
     return all(results)
 
 
-async def _probe(endpoint: Endpoint, config: Config, worker: Worker) -> bool:
-    dialect = make_dialect(worker.engine)
-    path, timeout_s = config.health.path or dialect.HEALTH_PATH, config.health.timeout_s
+async def _check_worker(endpoint: Endpoint, config: Config, worker: Worker, finding: Finding) -> bool:
+    name, identity = f"worker {worker.label} [{worker.group}]", finding.identity
+    ok, words = await _probe(endpoint, config, worker)
+    if not ok:
+        typer.echo(f"{name}: {words}")
+        return False
+    typer.echo(f"{name}: {words}; {told(worker, identity) if identity is not None else finding.failure}")
+    for line in contradictions(worker, identity) if identity is not None else ():
+        typer.echo(f"! {name}: {line}")
+    return await _check_ranks(endpoint, config, worker, identity.names if identity is not None else ())
+
+
+async def _probe(endpoint: Endpoint, config: Config, worker: Worker) -> tuple[bool, str]:
+    """Return whether the worker is well, and what to say of that."""
+    path = config.health.path or make_dialect(worker.engine).HEALTH_PATH
     started_s = time.perf_counter()
-    result = await probe(endpoint, path, timeout_s)
+    result = await probe(endpoint, path, config.health.timeout_s)
     duration_ms = (time.perf_counter() - started_s) * 1000
     if result.verdict is not Verdict.OK:
-        typer.echo(f"worker {worker.label} [{worker.group}]: {result.verdict.value.upper()}: {result.reason}")
-        return False
-    question = Question(dialect.MODELS_PATH, timeout_s, config.limits.control_bytes_max)
-    models = await _models(endpoint, question)
-    missing = sorted(worker.models - set(models)) if models else []
-    note = f"; configured but not served: {', '.join(missing)}" if missing else ""
-    served = ", ".join(models) or "none reported"
-    typer.echo(f"worker {worker.label} [{worker.group}]: ok, {duration_ms:.0f} ms; models: {served}{note}")
+        return False, f"{result.verdict.value.upper()}: {result.reason}"
+    return True, f"ok, {duration_ms:.0f} ms"
+
+
+async def _check_ranks(endpoint: Endpoint, config: Config, worker: Worker, names: Sequence[str]) -> bool:
+    """Print what the server means by a rank's number; ``names`` are the models that it lists."""
     if not worker.ranks:
         return True
-    model = min(worker.models, default=models[0] if models else "")
+    model = min(worker.models, default=names[0] if names else "")
     ranks = RankCheck(model, _GENERATION_S, config.limits.control_bytes_max)
     verdict = await ranks.check(endpoint, worker.rank_guess)
     typer.echo(f"worker {worker.label} [{worker.group}]: {'' if verdict.ok else 'FAILED: '}{verdict.text}")
     return verdict.ok
-
-
-async def _models(endpoint: Endpoint, question: Question) -> list[str]:
-    try:
-        return list(listed_models(await ask(endpoint, question), question.bytes_max) or ())
-    except WorkerFailedError:
-        return []
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, create_model, field_validator
 
 from brproxy.config_sections import (
+    Discovery,
     Estimate,
     Forwarding,
     HealthChecks,
@@ -89,6 +90,7 @@ class Config(Section):
     limits: Limits = Field(default_factory=Limits)
     timeouts: Timeouts = Field(default_factory=Timeouts)
     health: HealthChecks = Field(default_factory=HealthChecks)
+    discovery: Discovery = Field(default_factory=Discovery)
     estimate: Estimate = Field(default_factory=Estimate)
     log: Log = Field(default_factory=Log)
 

@@ -234,6 +234,21 @@ class HealthChecks(Section):
     )
 
 
+class Discovery(Section):
+    """What is asked of the engines at start, to fill in what the file leaves out."""
+
+    enabled: bool = Field(
+        default=True, description="Ask workers at start for slots and KV capacity; when off, defaults hold."
+    )
+    timeout_s: float = Field(
+        default=5.0,
+        gt=0,
+        le=600,
+        strict=False,
+        description="For all of them; who has not answered by then keeps the defaults (seconds).",
+    )
+
+
 class Estimate(Section):
     """How load is estimated before and between reports of usage."""
 

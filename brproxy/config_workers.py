@@ -93,12 +93,14 @@ class Worker(Section):
         default=64,
         ge=1,
         le=1 << 20,
-        description="Most requests that it runs at once, of several ranks each one (vLLM: --max-num-seqs).",
+        description="Most requests that it runs at once, of several ranks each one (vLLM: --max-num-seqs); "
+        "left out: what the engine says.",
     )
     kv_capacity_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="KV cache size, of several ranks each one's (tokens); left out: unknown and not watched.",
+        description="KV cache size, of several ranks each one's (tokens); left out: what the engine says, "
+        "else unknown and not watched.",
     )
     engine: Annotated[str, known_name(DIALECTS)] = Field(
         default="vllm", description="What the worker speaks."

@@ -81,13 +81,16 @@ def emulate(
         int | None, typer.Option(help="Answer 503 when so many requests wait in a worker.")
     ] = None,
     ranks_per_url: Annotated[int, typer.Option(help="Workers behind each port, as DP ranks.")] = 1,
+    sglang: Annotated[bool, typer.Option(help="Say what SGLang says of itself, not vLLM.")] = False,
 ) -> None:
     """Emulate a DP deployment: HTTP ports for its workers, vLLM's wire format, a barrier at each step."""
     cluster = _cluster(
         workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
     )
-    host = "127.0.0.1"
-    settings = EmulatorSettings(cluster, speed, model, host, base_port, queued_requests_max, ranks_per_url)
+    host, global_ranks = "127.0.0.1", sglang
+    settings = EmulatorSettings(
+        cluster, speed, model, host, base_port, queued_requests_max, ranks_per_url, global_ranks, sglang
+    )
     uvloop.run(run_emulator(settings, lambda line: print(line, flush=True)))
 
 

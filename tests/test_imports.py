@@ -56,11 +56,15 @@ ALLOWED = {
     "relay": {"types", "transitions", "origins", "logs"},
     "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs", "ranks"},
     "listening": {"types", "config_sections"},
+    "findings": {"config", "config_workers", "engines"},
+    "first_file": {"config_workers", "engines", "findings"},
+    "discovery": {"build", "config", "config_workers", "engines", "findings", "origins", "proxy", "relay"},
+    "starting": {"types", "config", "config_workers", "discovery", "findings", "first_file"},
     "open_files": set(),
     "build": CORE
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},
     "app": {"build", "clock", "config", "config_sections", "listening", "open_files", "proxy", "relay"}
-    | {"state_file"},
+    | {"state_file", "discovery"},
     "cli": CORE
     | {
         "engines",
@@ -73,6 +77,9 @@ ALLOWED = {
         "build",
         "command",
         "logs",
+        "discovery",
+        "findings",
+        "starting",
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -90,6 +97,8 @@ PURE = (
     "happenings",
     "learning",
     "foresight",
+    "findings",
+    "first_file",
     "faults",
     "rounds",
     "dispatcher",

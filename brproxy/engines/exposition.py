@@ -16,9 +16,10 @@ from typing import NamedTuple
 SAMPLES_MAX = 4096
 """Most samples that are read of one page: some for each of a thousand ranks."""
 
-# A label's value may hold any character, a brace too. Possessive, and bounded: no page makes it slow.
+# A label's value may hold any character, a brace too. Possessive, and bounded: no page makes it slow. The
+# bound counts a value as one, and each other character: vLLM's vllm:cache_config_info has some 750.
 _REST = re.compile(
-    rb'(?:[ \t]*\{((?:[^"{}\n]|"(?:[^"\\\n]|\\.)*+"){0,1024}+)\}[ \t]*|[ \t]+)'
+    rb'(?:[ \t]*\{((?:[^"{}\n]|"(?:[^"\\\n]|\\.)*+"){0,8192}+)\}[ \t]*|[ \t]+)'
     rb"([-+.0-9A-Za-z]{1,64})(?=[ \t\r\n]|$)"
 )
 _LABEL = re.compile(r'\s*([A-Za-z_][A-Za-z0-9_]*)\s*=\s*"((?:[^"\\]|\\.)*+)"\s*,?')

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from brproxy.types import InvalidInputError
 from loadgen.cluster import ClusterSettings
 from loadgen.emulator.deployment import Deployment, Generation
+from loadgen.emulator.pages import models_page, server_info_page, version_page
 from loadgen.emulator.wire import (
     DONE,
     LENGTH_HEADER,
@@ -41,7 +42,8 @@ class EmulatorSettings:
     ``base_port`` is the first, the next follow it; 0 takes free ones. ``queued_requests_max``: a worker whose
     queue is that long answers 503, as vLLM does with a queue limit; None: no limit. Behind each port are
     ``ranks_per_url`` workers: X-data-parallel-rank says which, by its number behind that port or, where
-    ``ranks_are_global``, in the deployment.
+    ``ranks_are_global``, in the deployment. ``sglang``: workers say of themselves what SGLang says, not what
+    vLLM does.
     """
 
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
@@ -52,6 +54,7 @@ class EmulatorSettings:
     queued_requests_max: int | None = None
     ranks_per_url: int = 1
     ranks_are_global: bool = False
+    sglang: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a speed that is none, and workers that do not fill their ports."""
@@ -80,6 +83,10 @@ class Worker:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._text)
         app.router.add_get("/v1/models", self._models)
+        if self._settings.sglang:
+            app.router.add_get("/server_info", self._server_info)
+        else:
+            app.router.add_get("/version", self._version)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/emulator/stats", self._stats)
@@ -90,8 +97,17 @@ class Worker:
         return web.Response()
 
     async def _models(self, _request: web.Request) -> web.Response:
-        model = {"id": self._settings.model, "object": "model", "created": 0, "owned_by": "vllm"}
-        return _json(orjson.dumps({"object": "list", "data": [model]}))
+        return _json(orjson.dumps(models_page(self._settings.model, sglang=self._settings.sglang)))
+
+    async def _version(self, _request: web.Request) -> web.Response:
+        return _json(orjson.dumps(version_page()))
+
+    async def _server_info(self, _request: web.Request) -> web.Response:
+        cluster = self._settings.cluster
+        page = server_info_page(
+            self._settings.model, len(self._ranks), cluster.slots, cluster.kv_capacity_tokens
+        )
+        return _json(orjson.dumps(page))
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 WORKER = '[[worker]]\nurl = "{}"\n'
+UNASKED = "[health]\nenabled = false\n[discovery]\nenabled = false\n"
 
 
 async def start(*arguments):
@@ -40,13 +41,15 @@ def config(tmp_path):
     return write
 
 
-async def serving(config_path):
-    """Start the proxy and return the process and its URL."""
-    process = await start("serve", "--config", config_path)
+async def serving(*arguments):
+    """Start the proxy and return the process, its URL, and what it said until it listened."""
+    process = await start("serve", *arguments)
+    said = ""
     while line := (await process.stderr.readline()).decode():
+        said += line
         if "listens on " in line:
-            return process, line.split("listens on ")[1].split(",")[0]
-    raise AssertionError("the proxy ended")
+            return process, line.split("listens on ")[1].split(",")[0], said
+    raise AssertionError(f"the proxy ended: {said}")
 
 
 async def test_version():
@@ -79,7 +82,7 @@ async def test_a_missing_file():
 async def test_a_port_that_is_taken(config):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        path = config("http://127.0.0.1:1", text=f"[listen]\nport = {port}\n[health]\nenabled = false\n")
+        path = config("http://127.0.0.1:1", text=f"[listen]\nport = {port}\n" + UNASKED)
         code, _, err = await run("serve", "--config", path)
     assert code == 2
     assert err == (
@@ -88,7 +91,7 @@ async def test_a_port_that_is_taken(config):
 
 
 async def test_the_limit_of_open_files_is_raised_and_requests_beyond_it_are_turned_away(config):
-    text = "[listen]\nport = 0\n[health]\nenabled = false\n"
+    text = "[listen]\nport = 0\n" + UNASKED
     command = 'ulimit -Sn 300; ulimit -Hn 600; exec "$0" -m brproxy serve --config "$1"'
     process = await asyncio.create_subprocess_exec(
         *("bash", "-c", command, sys.executable, config("http://127.0.0.1:1", text=text)),
@@ -112,7 +115,7 @@ async def test_check_says_a_line_for_each_worker(config, start_emulator, unused_
     code, out, err = await run("check", "--config", config(*emulator.urls))
     assert (code, err) == (0, "")
     assert f"worker 127.0.0.1:{port} [default]: ok, " in out
-    assert out.rstrip().endswith("ms; models: emulated")
+    assert out.rstrip().endswith("; models: emulated")
     code, out, _ = await run("check", "--config", config(*emulator.urls, dead))
     assert code == 2
     assert f"[default]: FAILED: cannot connect to {dead}: Connection refused" in out
@@ -138,7 +141,7 @@ async def test_check_tries_the_ranks_behind_a_url(config, start_emulator):
 
 CHUNK = b'data: {"choices":[{"index":0,"text":" x"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
-UNCHECKED = "[listen]\nport = 0\n[health]\nenabled = false\n[timeouts]\ndrain_s = "
+UNCHECKED = f"[listen]\nport = 0\n{UNASKED}[timeouts]\ndrain_s = "
 
 
 @pytest.fixture
@@ -182,7 +185,7 @@ async def refused(url):
 
 async def test_sigterm_finishes_streams_and_exits_0(config, begun):
     may_end = asyncio.Event()
-    process, url = await serving(config(await begun(may_end), text=UNCHECKED + "600\n"))
+    process, url, _ = await serving("--config", config(await begun(may_end), text=UNCHECKED + "600\n"))
     started = asyncio.Event()
     stream = asyncio.create_task(stream_through(url, started))
     await started.wait()
@@ -197,7 +200,9 @@ async def test_sigterm_finishes_streams_and_exits_0(config, begun):
 
 
 async def test_a_second_signal_does_not_wait(config, begun):
-    process, url = await serving(config(await begun(asyncio.Event()), text=UNCHECKED + "600\n"))
+    process, url, _ = await serving(
+        "--config", config(await begun(asyncio.Event()), text=UNCHECKED + "600\n")
+    )
     started = asyncio.Event()
     stream = asyncio.create_task(stream_through(url, started))
     await started.wait()
@@ -211,7 +216,9 @@ async def test_a_second_signal_does_not_wait(config, begun):
 
 
 async def test_streams_that_take_too_long_are_cut_off(config, begun):
-    process, url = await serving(config(await begun(asyncio.Event()), text=UNCHECKED + "0.2\n"))
+    process, url, _ = await serving(
+        "--config", config(await begun(asyncio.Event()), text=UNCHECKED + "0.2\n")
+    )
     started = asyncio.Event()
     stream = asyncio.create_task(stream_through(url, started))
     await started.wait()

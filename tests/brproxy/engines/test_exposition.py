@@ -63,6 +63,12 @@ def test_what_is_no_finite_number_is_no_sample():
     assert samples(page, ["a"]) == [Sample("a", {}, 2.0)]
 
 
+def test_a_line_with_many_labels_is_read():
+    labels = {f"some_setting_of_the_cache_{number}": "None" for number in range(200)}
+    page = ",".join(f'{key}="{value}"' for key, value in labels.items())
+    assert samples(f"a{{{page}}} 1\n".encode(), ["a"]) == [Sample("a", labels, 1.0)]
+
+
 def test_an_endless_page_is_read_as_far_as_it_may_be():
     page = b"".join(b'a{engine="%d"} 1\n' % number for number in range(SAMPLES_MAX + 5))
     assert len(samples(page, ["a"])) == SAMPLES_MAX

@@ -48,6 +48,28 @@ async def stream(client, url, path=CHAT, headers=None, **document):
         return events(await response.read())
 
 
+async def page(client, url):
+    async with client.get(url) as response:
+        return orjson.loads(await response.read()) if response.status == 200 else None
+
+
+@pytest.mark.parametrize("sglang", [False, True])
+async def test_a_worker_says_which_engine_it_is(start, client, sglang):
+    url = (await start(1, kv_capacity_tokens=5000, slots=3, sglang=sglang)).urls[0]
+    (model,) = (await page(client, url + "/v1/models"))["data"]
+    assert (model["id"], model["owned_by"], model["max_model_len"]) == (
+        "emulated",
+        "sglang" if sglang else "vllm",
+        131_072,
+    )
+    version, info = await page(client, url + "/version"), await page(client, url + "/server_info")
+    if not sglang:
+        assert (version, info) == ({"version": "0.33.0"}, None)
+        return
+    assert (version, info["version"], info["max_total_num_tokens"]) == (None, "0.5.23", 5000)
+    assert info["internal_states"][0]["effective_max_running_requests_per_dp"] == 3
+
+
 async def test_a_chat_stream(start, client):
     emulator = await start()
     messages = [{"role": "user", "content": "three word prompt"}]
