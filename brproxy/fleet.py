@@ -50,6 +50,14 @@ class Group:
         """Have a worker take no new requests; raises RosterError for an unknown one."""
         return self.roster.drain(key)
 
+    def resume(self, key: str) -> Member:
+        """Have a worker that drains take requests again; raises RosterError, also for one that is to leave."""
+        return self.roster.resume(key)
+
+    def set_limits(self, key: str, limits: WorkerLimits) -> Member:
+        """Change what a worker holds while it runs; raises RosterError for an unknown one."""
+        return self.roster.set_limits(key, limits)
+
     def remove(self, key: str) -> Member:
         """Have a worker go: at once if nothing is bound to it, else with its last request.
 

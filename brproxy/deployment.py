@@ -1,0 +1,256 @@
+"""What is deployed, and what is to be: the changes between two configurations, and making them. Pure.
+
+A worker is who has its name in its group. Its limits change in place; whatever else of it changes makes it
+another worker, which comes as the one before leaves, with what that has begun. Groups are made at start.
+
+The configuration's file wins for the workers that it names, but it does not know who is drained: who was
+drained stays so until he is resumed. A worker that the admin API has added stays until that removes it, or
+the file names it; one that it has removed comes back with a file that still names it. All is said in the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from pydantic import BaseModel
+
+from brproxy.config import Config
+from brproxy.config_workers import Worker, disagreements
+from brproxy.fleet import Fleet, Group
+from brproxy.roster import Member, MemberState, Roster, RosterError, WorkerLimits
+from brproxy.types import BrproxyError
+from brproxy.validation import ConfigError
+
+_IN_PLACE = frozenset({"slots", "kv_capacity_tokens"})
+_OF_THE_GROUP = frozenset({"model", "engine"})
+
+
+class UnknownWorkerError(BrproxyError):
+    """There is no worker of that name."""
+
+
+class RefusedError(BrproxyError):
+    """What was asked of a worker cannot be done as things are."""
+
+
+class Kind(Enum):
+    """What happens to a worker; in this order, so that the new are there before the old leave."""
+
+    ADDED = "added"
+    REPLACED = "replaced"
+    LIMITS = "limits changed"
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change; ``worker`` is as it is to be, or as it was if it is removed. ``keys`` of it changed."""
+
+    kind: Kind
+    worker: Worker
+    keys: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the change in a few words, for the log."""
+        changed = f" ({', '.join(self.keys)})" if self.keys else ""
+        return f"{self.kind.value} {self.worker.label} [{self.worker.group}]{changed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The way from one configuration to the next.
+
+    ``refused`` says, a line each, why it cannot be gone: then there are no steps. ``restart`` are the keys
+    that changed and are read at start only, ``kept`` the workers that stay although the file does not name
+    them, as the admin API has added them; ``workers`` are all that there are then.
+    """
+
+    steps: tuple[Step, ...] = ()
+    restart: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    workers: tuple[Worker, ...] = ()
+
+    def __str__(self) -> str:
+        """Return what changes in one line."""
+        parts = [", ".join(map(str, self.steps)) or "no worker changes"]
+        if self.kept:
+            parts.append(f"added by the admin API and kept: {', '.join(self.kept)}")
+        if self.restart:
+            parts.append(f"needs a restart: {', '.join(self.restart)}")
+        return "; ".join(parts)
+
+
+def plan(old: Config, new: Config, by_admin: frozenset[str] = frozenset()) -> Plan:
+    """Return what leads from ``old``, which runs, to ``new``; ``by_admin`` are not the file's to remove."""
+    named = {worker.label for worker in new.worker}
+    kept = [worker for worker in old.worker if worker.label in by_admin - named]
+    wanted = [*new.worker, *kept]
+    refused = tuple((*_group_changes(old.worker, wanted), *_conflicts(wanted)))
+    if refused:
+        return Plan(refused=refused)
+    before = {(worker.group, worker.label): worker for worker in old.worker}
+    after = {(worker.group, worker.label): worker for worker in wanted}
+    steps = [step for key, worker in after.items() if (step := _step(before.get(key), worker)) is not None]
+    steps += [Step(Kind.REMOVED, worker) for key, worker in before.items() if key not in after]
+    order = list(Kind)
+    return Plan(
+        tuple(sorted(steps, key=lambda step: order.index(step.kind))),
+        tuple(_changed_keys(old, new)),
+        tuple(worker.label for worker in kept),
+        workers=tuple(wanted),
+    )
+
+
+def join(roster: Roster, worker: Worker) -> Member:
+    """Add ``worker`` to the roster of its group; raises InvalidInputError for a name that is taken."""
+    return roster.add(worker.label, _limits(worker), worker.url)
+
+
+class Deployment:
+    """What runs: ``fleet``, with the workers that ``config`` names and those that the admin API has added."""
+
+    def __init__(self, config: Config, fleet: Fleet) -> None:
+        self.config = config
+        self.by_admin: frozenset[str] = frozenset()
+        self._groups = {group.name: group for group in fleet.groups}
+
+    def reload(self, new: Config, source: str) -> Plan:
+        """Have the running workers follow ``new``, which was read from ``source``, and return what changed.
+
+        Raises ConfigError, a line for each reason, and has changed nothing then. No stream is cut.
+        """
+        changes = plan(self.config, new, self.by_admin)
+        if changes.refused:
+            raise ConfigError("\n".join(f"{source}: {reason}" for reason in changes.refused))
+        for step in changes.steps:
+            self._make(step)
+        self._is_now(changes.workers)
+        self.by_admin = frozenset(changes.kept)
+        return changes
+
+    def add(self, worker: Worker) -> Member:
+        """Add a worker to a group that is there; raises ConfigError, a line for each reason."""
+        workers = (*self.config.worker, worker)
+        if worker.group not in self._groups:
+            known = ", ".join(sorted(self._groups))
+            msg = f"worker.group: {worker.group!r} is no group of this proxy; groups are made at start: {known}"
+            raise ConfigError(msg)
+        mistakes = list(_conflicts(workers))
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+        member = join(self._groups[worker.group].roster, worker)
+        self._is_now(workers)
+        self.by_admin |= {worker.label}
+        return member
+
+    def drain(self, name: str) -> Member:
+        """Have a worker take no new requests; raises UnknownWorkerError."""
+        group, member = self.find(name)
+        return group.drain(member.key)
+
+    def resume(self, name: str) -> Member:
+        """Have a worker that drains take requests again; raises UnknownWorkerError or RefusedError."""
+        group, member = self.find(name)
+        try:
+            return group.resume(member.key)
+        except RosterError as error:
+            raise RefusedError(str(error)) from error
+
+    def remove(self, name: str) -> Member:
+        """Have a worker go with its last request; raises UnknownWorkerError, and RefusedError for the last."""
+        group, member = self.find(name)
+        if not member.leaves:
+            others = [worker for worker in self.config.worker if worker.label != name]
+            if not any(worker.group == group.name for worker in others):
+                msg = f"worker {name} is the last of group {group.name}: add another one first, or drain it"
+                raise RefusedError(msg)
+            self._is_now(others)
+            self.by_admin -= {name}
+            group.remove(member.key)
+        return member
+
+    def find(self, name: str) -> tuple[Group, Member]:
+        """Return a worker, also one that leaves, and its group; raises UnknownWorkerError."""
+        for group in self._groups.values():
+            for member in group.roster.members:
+                if member.key == name:
+                    return group, member
+        msg = f"there is no worker {name}"
+        raise UnknownWorkerError(msg)
+
+    def _make(self, step: Step) -> None:
+        worker, group = step.worker, self._groups[step.worker.group]
+        if step.kind is Kind.ADDED:
+            join(group.roster, worker)
+        elif step.kind is Kind.LIMITS:
+            group.set_limits(worker.label, _limits(worker))
+        elif step.kind is Kind.REMOVED:
+            group.remove(worker.label)
+        else:
+            was_drained = group.roster.find(worker.label).state is MemberState.DRAINING
+            group.remove(worker.label)
+            join(group.roster, worker)
+            if was_drained:
+                group.drain(worker.label)
+
+    def _is_now(self, workers: Sequence[Worker]) -> None:
+        # What is read at start only stays as it was: that it differs is said with each plan.
+        self.config = self.config.model_copy(update={"worker": list(workers)})
+
+
+def _limits(worker: Worker) -> WorkerLimits:
+    return WorkerLimits(worker.slots, worker.kv_capacity_tokens)
+
+
+def _step(before: Worker | None, worker: Worker) -> Step | None:
+    """Return what makes ``before`` (None: it is not there) into ``worker``, None if nothing need be done."""
+    if before is None:
+        return Step(Kind.ADDED, worker)
+    keys = tuple(key for key in _changed_keys(before, worker) if key not in _OF_THE_GROUP)
+    # Its name may be spelt out now; it is the same name.
+    keys = tuple(key for key in keys if key != "name")
+    if not keys:
+        return None
+    return Step(Kind.LIMITS if _IN_PLACE.issuperset(keys) else Kind.REPLACED, worker, keys)
+
+
+def _changed_keys(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Yield the keys, as the file has them, whose values differ; but for the list of workers."""
+    for name, field in type(old).model_fields.items():
+        key = prefix + (field.alias or name)
+        before, after = getattr(old, name), getattr(new, name)
+        if before == after or key == "worker":
+            continue
+        if isinstance(before, BaseModel):
+            yield from _changed_keys(before, after, f"{key}.")
+        else:
+            yield key
+
+
+def _group_changes(old: Sequence[Worker], wanted: Sequence[Worker]) -> Iterator[str]:
+    """Yield what is to become of groups that can only be had by a restart."""
+    before = {worker.group: worker for worker in old}
+    after = {worker.group: worker for worker in wanted}
+    for name, worker in after.items():
+        first = before.get(name)
+        if first is None:
+            yield f"group {name!r} is new, which needs a restart; nothing was changed"
+        elif (first.models, first.engine) != (worker.models, worker.engine):
+            yield f"group {name!r} has another model or engine, which needs a restart; nothing was changed"
+    for name in before.keys() - after.keys():
+        yield f"group {name!r} is gone, which needs a restart; nothing was changed"
+
+
+def _conflicts(workers: Sequence[Worker]) -> Iterator[str]:
+    """Yield what is wrong with workers of the admin API beside those of the file, which agree by themselves."""
+    for found in disagreements(workers):
+        position, *keys = found.keys
+        label = workers[int(position)].label
+        # Nobody knows the workers by their numbers here.
+        text = found.text
+        for number, worker in enumerate(workers):
+            text = text.replace(f"worker[{number}]", f"worker {worker.label}")
+        yield f"worker {label}{''.join(f'.{key}' for key in keys)}: {text}"
