@@ -11,6 +11,7 @@ import numpy as np
 from brproxy.clock import Clock, MonotonicClock
 from brproxy.config import Config
 from brproxy.config_workers import Worker
+from brproxy.deployment import join
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
 from brproxy.estimate import TokenEstimator
@@ -25,7 +26,7 @@ from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.endpoint import Endpoint, EndpointSettings
 from brproxy.relay.watch import Watch
-from brproxy.roster import Roster, WorkerLimits
+from brproxy.roster import Roster
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state
 from brproxy.telemetry.metrics import Metrics
@@ -37,7 +38,7 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
     thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
     roster = Roster(thresholds, checked=checks.enabled)
     for worker in workers:
-        roster.add(worker.label, WorkerLimits(worker.slots, worker.kv_capacity_tokens), worker.url)
+        join(roster, worker)
     dispatcher = Dispatcher(
         Ledger(roster),
         make_policy(config.routing.policy, config.policy_params()),

@@ -22,18 +22,21 @@ from brproxy.proxy.asking import Question, Verdict, ask, probe
 from brproxy.proxy.models import listed_models
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
+from brproxy.workers_command import workers_command
 
 app = make_command("brproxy", "A load balancer for barrier-synchronised data-parallel LLM serving.")
+
+app.add_typer(workers_command, name="workers")
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="TOML configuration file.", show_default=False)]
 
 
 @app.command()
 def serve(config: ConfigFile) -> None:
-    """Run the proxy until SIGTERM or Ctrl-C."""
+    """Run the proxy until SIGTERM or Ctrl-C; SIGHUP has it read the file again."""
     settings = load_config(config)
     configure_logging(settings.log.level, settings.log.format)
-    uvloop.run(serve_until_stopped(settings))
+    uvloop.run(serve_until_stopped(settings, config))
 
 
 @app.command()

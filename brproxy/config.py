@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model, field_validator
 
-from brproxy.config_sections import Estimate, HealthChecks, Limits, Listen, Log, Seconds, Timeouts
+from brproxy.config_sections import Admin, Estimate, HealthChecks, Limits, Listen, Log, Seconds, Timeouts
 from brproxy.config_workers import Worker, disagreements, known_name
 from brproxy.prediction.predictor import PREDICTORS, PredictorParams
 from brproxy.routing.policy import POLICIES, PolicyParams
@@ -73,6 +73,7 @@ class Config(Section):
     """The whole file."""
 
     listen: Listen = Field(default_factory=Listen)
+    admin: Admin = Field(default_factory=Admin)
     routing: Routing = Field(default_factory=Routing)
     prediction: Prediction = Field(default_factory=Prediction)
     worker: list[Worker] = Field(min_length=1, max_length=4096)

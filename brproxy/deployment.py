@@ -4,12 +4,13 @@ A worker is who has its name in its group. Its limits change in place; whatever 
 another worker, which comes as the one before leaves, with what that has begun. Groups are made at start.
 
 The configuration's file wins for the workers that it names, but it does not know who is drained: who was
-drained stays so until he is resumed. A worker that the admin API has added stays until that removes it, or
-the file names it; one that it has removed comes back with a file that still names it. All is said in the plan.
+drained stays so until resumed. A worker that the admin API has added stays until that removes it, or the file
+names it; one that it has removed comes back with a file that still names it. The plan says all of this.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +24,7 @@ from brproxy.roster import Member, MemberState, Roster, RosterError, WorkerLimit
 from brproxy.types import BrproxyError
 from brproxy.validation import ConfigError
 
+_NUMBERED = re.compile(r"worker\[(\d+)\]")
 _IN_PLACE = frozenset({"slots", "kv_capacity_tokens"})
 _OF_THE_GROUP = frozenset({"model", "engine"})
 
@@ -88,7 +90,7 @@ def plan(old: Config, new: Config, by_admin: frozenset[str] = frozenset()) -> Pl
     named = {worker.label for worker in new.worker}
     kept = [worker for worker in old.worker if worker.label in by_admin - named]
     wanted = [*new.worker, *kept]
-    refused = tuple((*_group_changes(old.worker, wanted), *_conflicts(wanted)))
+    refused = (*_group_changes(old.worker, wanted), *_conflicts(wanted))
     if refused:
         return Plan(refused=refused)
     before = {(worker.group, worker.label): worker for worker in old.worker}
@@ -136,7 +138,9 @@ class Deployment:
         workers = (*self.config.worker, worker)
         if worker.group not in self._groups:
             known = ", ".join(sorted(self._groups))
-            msg = f"worker.group: {worker.group!r} is no group of this proxy; groups are made at start: {known}"
+            msg = (
+                f"worker.group: {worker.group!r} is no group of this proxy; groups are made at start: {known}"
+            )
             raise ConfigError(msg)
         mistakes = list(_conflicts(workers))
         if mistakes:
@@ -160,7 +164,7 @@ class Deployment:
             raise RefusedError(str(error)) from error
 
     def remove(self, name: str) -> Member:
-        """Have a worker go with its last request; raises UnknownWorkerError, and RefusedError for the last."""
+        """Have a worker go with its last request; raises UnknownWorkerError, RefusedError for the last."""
         group, member = self.find(name)
         if not member.leaves:
             others = [worker for worker in self.config.worker if worker.label != name]
@@ -240,17 +244,15 @@ def _group_changes(old: Sequence[Worker], wanted: Sequence[Worker]) -> Iterator[
             yield f"group {name!r} is new, which needs a restart; nothing was changed"
         elif (first.models, first.engine) != (worker.models, worker.engine):
             yield f"group {name!r} has another model or engine, which needs a restart; nothing was changed"
-    for name in before.keys() - after.keys():
+    for name in sorted(before.keys() - after.keys()):
         yield f"group {name!r} is gone, which needs a restart; nothing was changed"
 
 
 def _conflicts(workers: Sequence[Worker]) -> Iterator[str]:
-    """Yield what is wrong with workers of the admin API beside those of the file, which agree by themselves."""
+    """Yield what is wrong with workers of the admin API beside the file's, which agree by themselves."""
     for found in disagreements(workers):
         position, *keys = found.keys
         label = workers[int(position)].label
         # Nobody knows the workers by their numbers here.
-        text = found.text
-        for number, worker in enumerate(workers):
-            text = text.replace(f"worker[{number}]", f"worker {worker.label}")
+        text = _NUMBERED.sub(lambda number: f"worker {workers[int(number[1])].label}", found.text)
         yield f"worker {label}{''.join(f'.{key}' for key in keys)}: {text}"

@@ -51,7 +51,7 @@ class Group:
         return self.roster.drain(key)
 
     def resume(self, key: str) -> Member:
-        """Have a worker that drains take requests again; raises RosterError, also for one that is to leave."""
+        """Have a worker that drains take requests again; raises RosterError, also for one that leaves."""
         return self.roster.resume(key)
 
     def set_limits(self, key: str, limits: WorkerLimits) -> Member:

@@ -117,8 +117,9 @@ Observer = Callable[[Member, Change], None]
 class Roster:
     """The members of one barrier group. Without active checks (``checked``) each starts HEALTHY.
 
-    ``version`` changes with each member that comes, drains, is resumed or goes, and with limits. ``present`` are the indices of those who
-    are there, in order, and ``place`` the place of each index, int64; both are None without a gap.
+    ``version`` changes with each member that comes, drains, is resumed or goes, and with limits. ``present``
+    are the indices of those who are there, in order, and ``place`` the place of each index, int64; both are
+    None without a gap.
     """
 
     def __init__(self, thresholds: HealthThresholds | None = None, *, checked: bool = True) -> None:
@@ -184,8 +185,8 @@ class Roster:
     def add(self, key: str, limits: WorkerLimits, origin: str = "", lines: bytes = b"") -> Member:
         """Add a member; raises InvalidInputError for a name that is taken.
 
-        One that leaves has given its name away. If it is the same worker, at the same place, it stays instead:
-        what is booked for it is what that worker still does.
+        One that leaves has given its name away. If it is the same worker, at the same place, it stays
+        instead: what is booked for it is what that worker still does.
         """
         before = next((member for member in self.members if member.key == key), None)
         if before is not None:
