@@ -29,6 +29,7 @@ WORLD_FAULTS = frozenset(
         *("connect-refused", "connect-silent", "connect-reset", "restart", "freeze", "out-of-files"),
         *("health-late", "health-never", "health-endless", "health-error", "clock-jump"),
         *("policy-raises", "predictor-raises", "shutdown", "member-leaves", "member-joins"),
+        *("member-drains", "limits-fall", "limits-rise"),
     }
 )
 FAULTS = WORKER_FAULTS | CLIENT_FAULTS | WORLD_FAULTS
