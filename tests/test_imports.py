@@ -55,10 +55,16 @@ ALLOWED = {
     "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
     "listening": {"types", "config_sections"},
     "open_files": set(),
+    "deployment": {"types", "config", "config_workers", "dispatcher", "fleet", "roster", "validation"},
+    "reloading": {"config", "deployment", "validation"},
+    "admin": {"config_sections", "config_workers", "deployment", "reloading", "listening", "validation"}
+    | {"types", "fleet", "roster", "proxy", "relay"},
+    "workers_command": {"types", "admin", "config", "config_sections", "origins"},
     "build": CORE
+    | {"deployment"}
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},
     "app": {"build", "clock", "config", "config_sections", "listening", "open_files", "proxy", "relay"}
-    | {"state_file"},
+    | {"state_file", "admin", "deployment", "reloading"},
     "cli": CORE
     | {
         "engines",
@@ -71,6 +77,7 @@ ALLOWED = {
         "build",
         "command",
         "logs",
+        "workers_command",
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -96,6 +103,7 @@ PURE = (
     "estimate",
     "journey",
     "origins",
+    "deployment",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 
