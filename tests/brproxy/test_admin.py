@@ -9,6 +9,7 @@ from brproxy.app import running_proxy
 from brproxy.config import parse_config
 from brproxy.roster import MemberState
 from brproxy.validation import ConfigError
+from tests.brproxy.wire import RawClient, get, post
 
 TOKEN = "s3cret"
 
@@ -284,3 +285,56 @@ async def test_reloads_at_once_come_one_after_the_other(start, tmp_path):
     assert sum(bool(answer["changes"]) for _, answer in answers) == 1
     (group,) = admin.proxy.service.fleet.groups
     assert [m.state for m in group.roster.members] == [MemberState.ACTIVE]
+
+
+@pytest.fixture
+def connect(stack):
+    """Return a function that connects a RawClient to an admin API."""
+
+    async def connect(admin):
+        client = await RawClient.connect(admin.proxy.admin_port)
+        stack.callback(client.writer.close)
+        return client
+
+    return connect
+
+
+@pytest.fixture
+def lines():
+    return (f"Authorization: Bearer {TOKEN}",)
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(start, lines, monkeypatch, connect):
+    admin = await start(*DEAD)
+    # Now, so that it is the body's alone.
+    monkeypatch.setattr("brproxy.admin.PATIENCE_S", 0.05)
+    client = await connect(admin)
+    client.send(post("/admin/workers", b"x" * 9, *lines)[:-1])
+    assert (await client.answer()).status == 408
+    assert await client.ended()
+
+
+async def test_a_body_that_is_none(start, lines, connect):
+    admin = await start(*DEAD)
+    client = await connect(admin)
+    head = "\r\n".join(["POST /admin/workers HTTP/1.1", "Host: h", "Transfer-Encoding: chunked", *lines])
+    client.send(head.encode() + b"\r\n\r\nzz\r\n")
+    assert (await client.answer()).status == 400
+    assert await client.ended()
+
+
+async def test_what_is_no_http_is_answered_in_a_line(start, connect):
+    admin = await start(*DEAD)
+    client = await connect(admin)
+    client.send(b"\x16\x03\x01\r\n\r\n")
+    answer = await client.answer()
+    assert (answer.status, answer.body[:10]) == (400, b'{"error":{')
+
+
+async def test_idle_clients_give_way(start, monkeypatch, connect):
+    monkeypatch.setattr("brproxy.admin.CONNECTIONS_MAX", 2)
+    admin = await start(*DEAD)
+    clients = [await connect(admin) for _ in range(3)]
+    assert await clients[0].ended()
+    clients[2].send(get("/admin/workers", f"Authorization: Bearer {TOKEN}"))
+    assert (await clients[2].answer()).status == 200
