@@ -121,24 +121,22 @@ class AdminApi:
 
     async def _add(self, request: web.BaseRequest) -> web.Response:
         worker = validate(Worker, await _document(request), "worker")
-        member = self._deployment.add(worker)
-        log.info("admin: worker %s [%s] was added", member.key, worker.group)
-        return _json(self._row(member.key), HTTPStatus.CREATED)
+        members = self._deployment.add(worker)
+        log.info("admin: worker %s [%s] was added", worker.label, worker.group)
+        group, _ = self._deployment.find(worker.label)
+        return _json({"workers": [worker_row(group, member) for member in members]}, HTTPStatus.CREATED)
 
     def _changing(
-        self, name: str, change: Callable[[str], Member]
+        self, name: str, change: Callable[[str], list[Member]]
     ) -> Callable[[web.BaseRequest], Awaitable[web.Response]]:
         async def answer(_request: web.BaseRequest) -> web.Response:
             group, _ = self._deployment.find(name)
-            member = change(name)
-            row = worker_row(group, member)
-            log.info("admin: worker %s [%s] is %s now", member.key, group.name, row["state"])
-            return _json(row)
+            rows = [worker_row(group, member) for member in change(name)]
+            for row in rows:
+                log.info("admin: worker %s [%s] is %s now", row["name"], group.name, row["state"])
+            return _json({"workers": rows})
 
         return answer
-
-    def _row(self, name: str) -> dict[str, object]:
-        return worker_row(*self._deployment.find(name))
 
 
 def worker_row(group: Group, member: Member) -> dict[str, object]:

@@ -11,9 +11,10 @@ names it; one that it has removed comes back with a file that still names it. Th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from pydantic import BaseModel
 
@@ -25,8 +26,8 @@ from brproxy.types import BrproxyError
 from brproxy.validation import ConfigError
 
 _NUMBERED = re.compile(r"worker\[(\d+)\]")
-_IN_PLACE = frozenset({"slots", "kv_capacity_tokens"})
-_OF_THE_GROUP = frozenset({"model", "engine"})
+_NOT_OF_ITS_OWN = frozenset({"name", "model", "engine"})
+"""Keys of a worker that are its group's; and a name that is spelt out now is the same name."""
 
 
 class UnknownWorkerError(BrproxyError):
@@ -46,18 +47,29 @@ class Kind(Enum):
     REMOVED = "removed"
 
 
+class Seat(NamedTuple):
+    """One member that a worker's table stands for: its name, and the header lines that lead to it."""
+
+    key: str
+    lines: bytes = b""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change; ``worker`` is as it is to be, or as it was if it is removed. ``keys`` of it changed."""
+    """One change, of one member; ``worker`` is as it is to be, or as it was if it is removed.
+
+    ``keys`` of it changed.
+    """
 
     kind: Kind
     worker: Worker
+    seat: Seat
     keys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return the change in a few words, for the log."""
         changed = f" ({', '.join(self.keys)})" if self.keys else ""
-        return f"{self.kind.value} {self.worker.label} [{self.worker.group}]{changed}"
+        return f"{self.kind.value} {self.seat.key} [{self.worker.group}]{changed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +105,13 @@ def plan(old: Config, new: Config, by_admin: frozenset[str] = frozenset()) -> Pl
     refused = (*_group_changes(old.worker, wanted), *_conflicts(wanted))
     if refused:
         return Plan(refused=refused)
-    before = {(worker.group, worker.label): worker for worker in old.worker}
-    after = {(worker.group, worker.label): worker for worker in wanted}
-    steps = [step for key, worker in after.items() if (step := _step(before.get(key), worker)) is not None]
-    steps += [Step(Kind.REMOVED, worker) for key, worker in before.items() if key not in after]
+    before, after = _by_member(old.worker), _by_member(wanted)
+    steps = [
+        step
+        for key, (worker, seat) in after.items()
+        if (step := _step(before.get(key), worker, seat)) is not None
+    ]
+    steps += [Step(Kind.REMOVED, *gone) for key, gone in before.items() if key not in after]
     order = list(Kind)
     return Plan(
         tuple(sorted(steps, key=lambda step: order.index(step.kind))),
@@ -106,9 +121,9 @@ def plan(old: Config, new: Config, by_admin: frozenset[str] = frozenset()) -> Pl
     )
 
 
-def join(roster: Roster, worker: Worker) -> Member:
+def join(roster: Roster, worker: Worker) -> list[Member]:
     """Add ``worker`` to the roster of its group; raises InvalidInputError for a name that is taken."""
-    return roster.add(worker.label, _limits(worker), worker.url)
+    return [_seat(roster, worker, seat) for seat in _seats(worker)]
 
 
 class Deployment:
@@ -133,7 +148,7 @@ class Deployment:
         self.by_admin = frozenset(changes.kept)
         return changes
 
-    def add(self, worker: Worker) -> Member:
+    def add(self, worker: Worker) -> list[Member]:
         """Add a worker to a group that is there; raises ConfigError, a line for each reason."""
         workers = (*self.config.worker, worker)
         if worker.group not in self._groups:
@@ -145,60 +160,69 @@ class Deployment:
         mistakes = list(_conflicts(workers))
         if mistakes:
             raise ConfigError("\n".join(mistakes))
-        member = join(self._groups[worker.group].roster, worker)
+        members = join(self._groups[worker.group].roster, worker)
         self._is_now(workers)
         self.by_admin |= {worker.label}
-        return member
+        return members
 
-    def drain(self, name: str) -> Member:
+    def drain(self, name: str) -> list[Member]:
         """Have a worker take no new requests; raises UnknownWorkerError."""
-        group, member = self.find(name)
-        return group.drain(member.key)
+        group, members = self.find(name)
+        return [group.drain(member.key) for member in members]
 
-    def resume(self, name: str) -> Member:
+    def resume(self, name: str) -> list[Member]:
         """Have a worker that drains take requests again; raises UnknownWorkerError or RefusedError."""
-        group, member = self.find(name)
+        group, members = self.find(name)
         try:
-            return group.resume(member.key)
+            return [group.resume(member.key) for member in members]
         except RosterError as error:
             raise RefusedError(str(error)) from error
 
-    def remove(self, name: str) -> Member:
+    def remove(self, name: str) -> list[Member]:
         """Have a worker go with its last request; raises UnknownWorkerError, RefusedError for the last."""
-        group, member = self.find(name)
-        if not member.leaves:
-            others = [worker for worker in self.config.worker if worker.label != name]
-            if not any(worker.group == group.name for worker in others):
-                msg = f"worker {name} is the last of group {group.name}: add another one first, or drain it"
-                raise RefusedError(msg)
-            self._is_now(others)
-            self.by_admin -= {name}
+        group, members = self.find(name)
+        if all(member.leaves for member in members):
+            return members
+        others = [worker for worker in self.config.worker if worker.label != name]
+        if len(others) == len(self.config.worker):
+            msg = f"{name} is a part of a worker, which can only be removed as a whole: drain it instead"
+            raise RefusedError(msg)
+        if not any(worker.group == group.name for worker in others):
+            msg = f"worker {name} is the last of group {group.name}: add another one first, or drain it"
+            raise RefusedError(msg)
+        self._is_now(others)
+        self.by_admin -= {name}
+        for member in members:
             group.remove(member.key)
-        return member
+        return members
 
-    def find(self, name: str) -> tuple[Group, Member]:
-        """Return a worker, also one that leaves, and its group; raises UnknownWorkerError."""
+    def find(self, name: str) -> tuple[Group, list[Member]]:
+        """Return the members of a worker, or the one called ``name``, also one that leaves; and their group.
+
+        Raises UnknownWorkerError.
+        """
+        keys = {seat.key for worker in self.config.worker if worker.label == name for seat in _seats(worker)}
         for group in self._groups.values():
-            for member in group.roster.members:
-                if member.key == name:
-                    return group, member
+            members = [member for member in group.roster.members if member.key in (keys or {name})]
+            if members:
+                return group, members
         msg = f"there is no worker {name}"
         raise UnknownWorkerError(msg)
 
     def _make(self, step: Step) -> None:
-        worker, group = step.worker, self._groups[step.worker.group]
+        worker, key, group = step.worker, step.seat.key, self._groups[step.worker.group]
         if step.kind is Kind.ADDED:
-            join(group.roster, worker)
+            _seat(group.roster, worker, step.seat)
         elif step.kind is Kind.LIMITS:
-            group.set_limits(worker.label, _limits(worker))
+            group.set_limits(key, _limits(worker))
         elif step.kind is Kind.REMOVED:
-            group.remove(worker.label)
+            group.remove(key)
         else:
-            was_drained = group.roster.find(worker.label).state is MemberState.DRAINING
-            group.remove(worker.label)
-            join(group.roster, worker)
+            was_drained = group.roster.find(key).state is MemberState.DRAINING
+            group.remove(key)
+            _seat(group.roster, worker, step.seat)
             if was_drained:
-                group.drain(worker.label)
+                group.drain(key)
 
     def _is_now(self, workers: Sequence[Worker]) -> None:
         # What is read at start only stays as it was: that it differs is said with each plan.
@@ -209,16 +233,29 @@ def _limits(worker: Worker) -> WorkerLimits:
     return WorkerLimits(worker.slots, worker.kv_capacity_tokens)
 
 
-def _step(before: Worker | None, worker: Worker) -> Step | None:
+def _seats(worker: Worker) -> list[Seat]:
+    """Return the members that a worker's table stands for."""
+    return [Seat(worker.label)]
+
+
+def _seat(roster: Roster, worker: Worker, seat: Seat) -> Member:
+    return roster.add(seat.key, _limits(worker), worker.url, seat.lines)
+
+
+def _by_member(workers: Iterable[Worker]) -> dict[tuple[str, str], tuple[Worker, Seat]]:
+    """Return each member's worker and seat, by group and name."""
+    return {(worker.group, seat.key): (worker, seat) for worker in workers for seat in _seats(worker)}
+
+
+def _step(before: tuple[Worker, Seat] | None, worker: Worker, seat: Seat) -> Step | None:
     """Return what makes ``before`` (None: it is not there) into ``worker``, None if nothing need be done."""
     if before is None:
-        return Step(Kind.ADDED, worker)
-    keys = tuple(key for key in _changed_keys(before, worker) if key not in _OF_THE_GROUP)
-    # Its name may be spelt out now; it is the same name.
-    keys = tuple(key for key in keys if key != "name")
-    if not keys:
-        return None
-    return Step(Kind.LIMITS if _IN_PLACE.issuperset(keys) else Kind.REPLACED, worker, keys)
+        return Step(Kind.ADDED, worker, seat)
+    old, old_seat = before
+    keys = tuple(key for key in _changed_keys(old, worker) if key not in _NOT_OF_ITS_OWN)
+    if (old.url, old_seat.lines) != (worker.url, seat.lines):
+        return Step(Kind.REPLACED, worker, seat, keys)
+    return Step(Kind.LIMITS, worker, seat, keys) if _limits(old) != _limits(worker) else None
 
 
 def _changed_keys(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:

@@ -95,9 +95,9 @@ class AdminClient:
 
     def change(self, name: str, method: HTTPMethod, verb: str = "") -> None:
         """Have something done to a worker, and say what it is then."""
-        row = self.ask(method, f"workers/{quote(name, safe='')}{verb}")
-        left = f", with {row['requests']} requests" if row["requests"] else ""
-        typer.echo(f"worker {row['name']} [{row['group']}]: {row['state']}{left}")
+        for row in self.ask(method, f"workers/{quote(name, safe='')}{verb}")["workers"]:
+            left = f", with {row['requests']} requests" if row["requests"] else ""
+            typer.echo(f"worker {row['name']} [{row['group']}]: {row['state']}{left}")
 
 
 def _mistakes(content: Any) -> list[str]:
@@ -140,8 +140,8 @@ def add(
 ) -> None:
     """Add a worker to a group; it gets requests after its first successful check."""
     document = {"url": worker} | dict(_key_and_value(text) for text in keys or [])
-    row = AdminClient(config, url, token_file).ask(HTTPMethod.POST, "workers", document)
-    typer.echo(f"worker {row['name']} [{row['group']}]: added")
+    for row in AdminClient(config, url, token_file).ask(HTTPMethod.POST, "workers", document)["workers"]:
+        typer.echo(f"worker {row['name']} [{row['group']}]: added")
 
 
 def _key_and_value(text: str) -> tuple[str, Any]:

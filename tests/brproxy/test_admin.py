@@ -27,6 +27,11 @@ class Admin:
         async with self.client.request(method, self.url + path, headers=headers, **body) as response:
             return response.status, await response.json()
 
+    async def change(self, method, path):
+        _, answer = await self.ask(method, path)
+        (row,) = answer["workers"]
+        return row["state"]
+
     async def states(self):
         _, answer = await self.ask("GET", "/admin/workers")
         return {row["name"]: row["state"] for row in answer["workers"]}
@@ -73,14 +78,15 @@ async def test_workers_are_listed_with_what_is_booked(start, start_emulator):
 async def test_a_worker_is_added_drained_resumed_and_removed(start, start_emulator, client):
     emulator = await start_emulator(1)
     admin = await start(*DEAD[:1])
-    status, row = await admin.ask("POST", "/admin/workers", json={"url": emulator.urls[0], "name": "a/b"})
+    status, answer = await admin.ask("POST", "/admin/workers", json={"url": emulator.urls[0], "name": "a/b"})
+    (row,) = answer["workers"]
     assert (status, row["name"], row["state"]) == (201, "a/b", "active")
-    assert (await admin.ask("POST", "/admin/workers/dp-0/drain"))[1]["state"] == "draining"
+    assert await admin.change("POST", "/admin/workers/dp-0/drain") == "draining"
     document = {"model": "emulated", "prompt": "x", "max_tokens": 1}
     async with client.post(f"http://127.0.0.1:{admin.proxy.port}/v1/completions", json=document) as response:
         assert response.status == 200, "by the one that was added"
-    assert (await admin.ask("POST", "/admin/workers/dp-0/resume"))[1]["state"] == "active"
-    assert (await admin.ask("DELETE", "/admin/workers/a%2Fb"))[1]["state"] == "gone"
+    assert await admin.change("POST", "/admin/workers/dp-0/resume") == "active"
+    assert await admin.change("DELETE", "/admin/workers/a%2Fb") == "gone"
     assert await admin.states() == {"dp-0": "active"}
     status, answer = await admin.ask("DELETE", "/admin/workers/dp-0")
     assert (status, answer["error"]["message"][:43]) == (409, "worker dp-0 is the last of group default: a")
@@ -101,7 +107,8 @@ async def test_one_that_is_removed_finishes_its_stream(start, start_worker, clie
     await admin.ask("POST", "/admin/workers/dp-1/drain")
     url = f"http://127.0.0.1:{admin.proxy.port}/v1/completions"
     async with client.post(url, json={"prompt": "x", "stream": True}) as response:
-        _, row = await admin.ask("DELETE", "/admin/workers/dp-0")
+        _, answer = await admin.ask("DELETE", "/admin/workers/dp-0")
+        (row,) = answer["workers"]
         assert (row["state"], row["requests"]) == ("leaving", 1)
         status, answer = await admin.ask("POST", "/admin/workers/dp-0/resume")
         assert (status, answer["error"]["message"]) == (

@@ -116,8 +116,13 @@ def all_members(deployment):
     return [(group, member) for group in deployment._groups.values() for member in group.roster.members]
 
 
+def the(deployment, name):
+    (member,) = deployment.find(name)[1]
+    return member
+
+
 def bind(deployment, name):
-    group, member = deployment.find(name)
+    group, (member,) = deployment.find(name)
     request_id = group.dispatcher.arrive(PendingRequest(10), 0.0)
     group.dispatcher.bind(request_id, WorkerIndex(member.index), 0.0)
     return lambda: group.dispatcher.end(request_id, Event.FINISH)
@@ -126,9 +131,9 @@ def bind(deployment, name):
 def test_who_is_replaced_finishes_what_it_has_under_another_name():
     deployment = deployment_of(config_of(worker("a", 1), worker("b")))
     end = bind(deployment, "a")
-    old = deployment.find("a")[1]
+    old = the(deployment, "a")
     deployment.reload(config_of(worker("a", 2), worker("b")), "x")
-    new = deployment.find("a")[1]
+    new = the(deployment, "a")
     assert new is not old
     assert (new.origin, new.state, new.index) == ("http://a:2", MemberState.ACTIVE, 2)
     assert (old.key, old.state, old.index) == ("a (leaving)", MemberState.DRAINING, 0)
@@ -154,12 +159,12 @@ def test_several_may_leave_that_had_the_same_name():
 def test_one_that_leaves_and_is_named_again_stays_with_what_it_has():
     deployment = deployment_of(config_of(worker("a"), worker("b")))
     end = bind(deployment, "a")
-    member = deployment.find("a")[1]
+    member = the(deployment, "a")
     deployment.reload(config_of(worker("b")), "x")
     with pytest.raises(RefusedError, match="worker a leaves with its last request"):
         deployment.resume("a")
     deployment.reload(config_of(worker("a", slots=7), worker("b")), "x")
-    assert deployment.find("a")[1] is member
+    assert the(deployment, "a") is member
     assert (member.state, member.leaves, member.limits.slots) == (MemberState.ACTIVE, False, 7)
     end()
     assert member.state is MemberState.ACTIVE
@@ -169,11 +174,11 @@ def test_who_was_drained_stays_so_until_resumed():
     deployment = deployment_of(config_of(worker("a"), worker("b")))
     deployment.drain("a")
     deployment.reload(config_of(worker("a", slots=3), worker("b")), "x")
-    assert deployment.find("a")[1].state is MemberState.DRAINING
+    assert the(deployment, "a").state is MemberState.DRAINING
     deployment.reload(config_of(worker("a", 9), worker("b")), "x")
-    assert deployment.find("a")[1].origin == "http://a:9"
-    assert deployment.find("a")[1].state is MemberState.DRAINING
-    assert deployment.resume("a").state is MemberState.ACTIVE
+    assert the(deployment, "a").origin == "http://a:9"
+    assert the(deployment, "a").state is MemberState.DRAINING
+    assert [m.state for m in deployment.resume("a")] == [MemberState.ACTIVE]
 
 
 def test_who_was_added_stays_until_the_file_names_it():
@@ -183,7 +188,7 @@ def test_who_was_added_stays_until_the_file_names_it():
     assert (changes.steps, changes.kept) == ((), ("late",))
     assert "added by the admin API and kept: late" in str(changes)
     deployment.reload(config_of(worker("a"), worker("late", 1, slots=5)), "x")
-    assert deployment.find("late")[1].limits.slots == 5
+    assert the(deployment, "late").limits.slots == 5
     deployment.reload(config_of(worker("a")), "x")
     with pytest.raises(UnknownWorkerError, match="there is no worker late"):
         deployment.find("late")

@@ -164,10 +164,10 @@ class Run:
         for number, old in enumerate(list(deployment.config.worker)):
             taken = {worker.url for worker in deployment.config.worker}
             url = next(url for url in urls if url not in taken)
-            new = deployment.add(Worker(url=url, name=f"new-{number}", slots=slots))
+            (new,) = deployment.add(Worker(url=url, name=f"new-{number}", slots=slots))
             while not new.is_routable:
                 await asyncio.sleep(0.01)
-            member = deployment.remove(old.label)
+            (member,) = deployment.remove(old.label)
             while member in self.group.roster.members:
                 await asyncio.sleep(0.01)
             self._figures.replaced += 1
