@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from brproxy.config import parse_config
 from brproxy.config_workers import Worker
-from brproxy.deployment import Deployment, Kind, RefusedError, UnknownWorkerError, join, plan
+from brproxy.deployment import Deployment, Kind, RefusedError, Seat, UnknownWorkerError, join, plan
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.fleet import Fleet, Group
 from brproxy.ledger import Ledger
@@ -242,6 +242,44 @@ def test_a_file_that_goes_against_who_was_added_changes_nothing():
         "x.toml: worker late.url: 'http://late:1' is worker other's already; each worker must have its own"
     )
     assert [m.key for _, m in all_members(deployment)] == ["a", "late"]
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """Have each worker stand for a member for each digit of its slots, with lines of its own."""
+    monkeypatch.setattr(
+        "brproxy.deployment._seats",
+        lambda worker: [Seat(f"{worker.label}/{n}", b"%d" % n) for n in range(len(str(worker.slots)))],
+    )
+
+
+def keys_of(deployment):
+    return [m.key for _, m in all_members(deployment)]
+
+
+@pytest.mark.usefixtures("several")
+def test_a_worker_may_be_several_members():
+    deployment = deployment_of(config_of(worker("a", slots=10), worker("b", slots=1)))
+    assert keys_of(deployment) == ["a/0", "a/1", "b/0"]
+    assert [m.key for m in deployment.drain("a")] == ["a/0", "a/1"]
+    assert [m.key for m in deployment.resume("a/1")] == ["a/1"]
+    with pytest.raises(RefusedError, match="a/1 is a part of a worker, which can only be removed as a whole"):
+        deployment.remove("a/1")
+    changes = deployment.reload(config_of(worker("a", slots=100), worker("b", 9, slots=1)), "x")
+    assert list(map(str, changes.steps)) == [
+        "added a/2 [default]",
+        "replaced b/0 [default] (url)",
+        "limits changed a/0 [default] (slots)",
+        "limits changed a/1 [default] (slots)",
+    ]
+    assert [the(deployment, f"a/{n}").state for n in range(3)] == [
+        MemberState.DRAINING,
+        MemberState.ACTIVE,
+        MemberState.ACTIVE,
+    ]
+    assert [m.key for m in deployment.add(Worker(url="http://c:1", slots=22))] == ["c:1/0", "c:1/1"]
+    assert [m.state for m in deployment.remove("a")] == [MemberState.GONE] * 3
+    assert sorted(keys_of(deployment)) == ["b/0", "c:1/0", "c:1/1"]
 
 
 NAMES = ("a", "b", "c", "d")
