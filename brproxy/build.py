@@ -36,7 +36,8 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
     """Build the decision core of one barrier group."""
     checks = config.health
     thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
-    roster = Roster(thresholds, checked=checks.enabled)
+    share_max = checks.ejected_share_max
+    roster = Roster(thresholds, checked=checks.enabled, ejected_share_max=share_max)
     for worker in workers:
         join(roster, worker)
     dispatcher = Dispatcher(

@@ -224,6 +224,14 @@ class HealthChecks(Section):
     healthy_after: int = Field(
         default=1, ge=1, le=1000, description="Successes in a row that bring a worker back."
     )
+    ejected_share_max: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        strict=False,
+        description="Share of a group's workers that may be out; with more unhealthy, all may be chosen; "
+        "1: off (ratio).",
+    )
 
 
 class Estimate(Section):

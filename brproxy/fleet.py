@@ -78,8 +78,8 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Tell whether any worker of any group may be chosen."""
-        return any(any(group.roster.routable()) for group in self.groups)
+        """Tell whether any worker of any group may be chosen, and not only for want of a healthy one."""
+        return any(member.is_routable for group in self.groups for member in group.roster.members)
 
     def choose(self, model: str) -> Group:
         """Return the group for a request; raises UnknownModelError, which lists the models served.

@@ -119,11 +119,20 @@ class Roster:
 
     ``version`` changes with each member that comes, drains, is resumed or goes, and with limits. ``present``
     are the indices of those who are there, in order, and ``place`` the place of each index, int64; both are
-    None without a gap.
+    None without a gap. While more than ``ejected_share_max`` of the active members are UNHEALTHY, none is out
+    for that: checks that fail for so many say more about the checks, or leave too few to bear the load.
     """
 
-    def __init__(self, thresholds: HealthThresholds | None = None, *, checked: bool = True) -> None:
+    def __init__(
+        self,
+        thresholds: HealthThresholds | None = None,
+        *,
+        checked: bool = True,
+        ejected_share_max: float = 1.0,
+    ) -> None:
         self._thresholds = thresholds or HealthThresholds()
+        self._ejected_share_max = ejected_share_max
+        self._panics = False
         self._checked = checked
         self._members: list[Member] = []
         self._observers: list[Observer] = []
@@ -299,7 +308,14 @@ class Roster:
         return next(name for name in names if name not in taken)
 
     def _mask(self) -> tuple[bool, ...]:
-        return tuple(member.is_routable for member in self._members)
+        active = [member for member in self._members if member.state is MemberState.ACTIVE]
+        out = {member for member in active if member.health.state is Health.UNHEALTHY}
+        panics = len(out) > self._ejected_share_max * len(active)
+        if panics is not self._panics:
+            self._panics = panics
+            said = "all may be chosen" if panics else "they may not be chosen"
+            log.warning("%d of %d workers are unhealthy: %s", len(out), len(active), said)
+        return tuple(member.is_routable or (panics and member in out) for member in self._members)
 
     def _tell(self, member: Member, change: Change) -> None:
         for observer in self._observers:

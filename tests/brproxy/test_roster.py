@@ -148,6 +148,26 @@ def test_health_is_told_when_it_changes():
     assert told[1:] == [("a", Change.HEALTHY), ("a", Change.UNHEALTHY), ("a", Change.HEALTHY)]
 
 
+def test_where_too_many_are_out_none_is_out_for_that(caplog):
+    roster = Roster(HealthThresholds(1, 1), ejected_share_max=0.5)
+    for key in "abcde":
+        roster.add(key, LIMITS)
+    for index in range(4):
+        roster.record(index, ok=True, reason="", now_s=0.0)
+    roster.drain("d")
+    masks = []
+    for index, ok in ((0, False), (1, False), (2, False), (3, False), (1, True), (0, True)):
+        roster.record(index, ok=ok, reason="", now_s=1.0)
+        masks.append("".join("01"[routable] for routable in roster.routable()))
+    # Of four active ones, as d drains; e was never healthy.
+    assert masks == ["01100", "00100", "11100", "11100", "01000", "11000"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 of 4 workers are unhealthy: all may be chosen",
+        "2 of 4 workers are unhealthy: they may not be chosen",
+    ]
+    assert not roster.member(2).is_routable, "for who asks whether it is well"
+
+
 def test_an_observer_that_raises_keeps_nothing_from_the_others(caplog):
     told = []
     raising = Roster(checked=False)

@@ -101,7 +101,12 @@ class Draw:
                 "client_keepalive_s": 5.0,
                 "drain_s": 5.0,
             },
-            "health": {"interval_s": 3.0, "timeout_s": 1.0, "unhealthy_after": rng.choice((1, 2, 3))},
+            "health": {
+                "interval_s": 3.0,
+                "timeout_s": 1.0,
+                "unhealthy_after": rng.choice((1, 2, 3)),
+                "ejected_share_max": rng.choice((1.0, 1.0, 0.5, 0.0)),
+            },
             "estimate": {"ask_usage": rng.random() < 0.8},
         }
 

@@ -114,6 +114,29 @@ async def test_who_waits_for_the_largest_worker_is_not_forgotten_when_that_shrin
     await proxy.idle()
 
 
+async def test_where_all_checks_fail_requests_are_served_all_the_same(raw_worker, start_proxy, client, until):
+    status = b"200 OK"
+
+    async def script(worker, reader, writer):
+        while True:
+            length = await worker.read_head(reader)
+            is_check = worker.requests[-1].startswith(b"GET /health")
+            await reader.readexactly(length)
+            said = status if is_check else b"200 OK"
+            writer.write(b"HTTP/1.1 %b\r\nContent-Length: 2\r\n\r\n{}" % said)
+
+    worker = await raw_worker(script)
+    health = {"unhealthy_after": 1, "ejected_share_max": 0.5}
+    proxy = await start_proxy([worker.url], health=True, health_table=health)
+    member = proxy.groups[0].roster.member(0)
+    status = b"500 Bad"
+    await until(lambda: not member.is_routable)
+    assert (await ask(client, proxy))[0] == 200
+    async with client.get(proxy.url + "/ready") as response:
+        assert response.status == 503, "who can send requests elsewhere should"
+    await proxy.idle()
+
+
 async def test_a_group_with_a_rank_down_is_said_to_be_down_and_comes_back(
     start_emulator, start_worker, start_proxy, client, until
 ):
