@@ -78,7 +78,13 @@ async def workers(count, gap_s):
     async with AsyncExitStack() as stack:
         urls = []
         for _ in range(count):
-            server = await asyncio.start_server(lambda r, w: _serve(r, w, gap_s), "127.0.0.1", 0)
+            server = await asyncio.start_server(
+                # All streams may come to one at once, and a slow machine is no slow worker.
+                lambda r, w: _serve(r, w, gap_s),
+                "127.0.0.1",
+                0,
+                backlog=4096,
+            )
             stack.callback(server.close)
             urls.append(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         yield urls
@@ -86,7 +92,8 @@ async def workers(count, gap_s):
 
 def write(path, table):
     """Write a file with ``table``: URL and slots of each worker by its name."""
-    text = "[listen]\nport = 0\n[health]\ninterval_s = 0.2\ntimeout_s = 60\n[limits]\npool_wait_s_max = 600\n"
+    text = "[listen]\nport = 0\n[health]\ninterval_s = 0.2\ntimeout_s = 60\n"
+    text += "[limits]\npool_wait_s_max = 600\n[timeouts]\nconnect_s = 60\n"
     for name, (url, slots) in table.items():
         text += f'[[worker]]\nname = "{name}"\nurl = "{url}"\nslots = {slots}\n'
     path.write_text(text)
