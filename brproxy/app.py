@@ -8,14 +8,18 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import web
 
-from brproxy.build import build_service, predictors_of
+from brproxy.admin import running_admin
+from brproxy.build import build_service, predictors_of, reach_of
 from brproxy.clock import Clock
 from brproxy.config import Config
 from brproxy.config_sections import Listen
+from brproxy.config_workers import Worker
+from brproxy.deployment import Deployment
 from brproxy.discovery import fill_in
 from brproxy.listening import start_listening, urls_of
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
@@ -24,6 +28,7 @@ from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.service import Service
 from brproxy.relay.server import ClientLimits, RelayServer
+from brproxy.reloading import Reloading
 from brproxy.state_file import save_state
 
 log = logging.getLogger(__name__)
@@ -35,26 +40,40 @@ _GC_THRESHOLD = 20_000
 """Container objects more than at the last collection that start one; Python's own 700 is a few requests."""
 
 
+@dataclass(frozen=True, slots=True)
 class RunningProxy:
-    """A proxy that listens: its service, and the port it was given."""
+    """A proxy that listens: what it is made of, and the ports it was given (None: no admin API)."""
 
-    def __init__(self, service: Service, handlers: Handlers, port: int) -> None:
-        self.service = service
-        self.handlers = handlers
-        self.port = port
+    service: Service
+    handlers: Handlers
+    deployment: Deployment
+    reloading: Reloading
+    port: int
+    admin_port: int | None
 
 
 @asynccontextmanager
 async def running_proxy(
-    config: Config, *, clock: Clock | None = None, listening: Listening = start_listening
+    config: Config,
+    *,
+    path: Path | None = None,
+    clock: Clock | None = None,
+    listening: Listening = start_listening,
 ) -> AsyncIterator[RunningProxy]:
     """Listen for as long as the block runs; then drain. Raises ListenError.
 
     Leaving the block stops accepting, lets running requests finish for ``timeouts.drain_s`` and cancels the
-    rest. ``clock`` (None: the machine's) and ``listening`` are a simulation's own, as its event loop is.
+    rest. ``path`` is the file that is read again when asked (None: there is none). ``clock`` (None: the
+    machine's) and ``listening`` are a simulation's own, as its event loop is.
     """
     service = build_service(config, clock)
     handlers = Handlers(service)
+
+    def reach(worker: Worker) -> None:
+        service.reaches[worker.url] = reach_of(worker)
+
+    deployment = Deployment(config, service.fleet, reach)
+    reloading = Reloading(deployment, path)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
     server = RelayServer(
@@ -81,20 +100,28 @@ async def running_proxy(
         await runner.setup()
         if config.health.enabled:
             await prober.start()
-        port = await listening(runner, config.listen)
-        yield RunningProxy(service, handlers, port)
+        async with running_admin(config.admin, service, deployment, reloading) as admin_port:
+            port = await listening(runner, config.listen)
+            yield RunningProxy(service, handlers, deployment, reloading, port, admin_port)
         handlers.pages.draining = True
     finally:
-        await runner.cleanup()
-        await handlers.pages.close()
-        await prober.stop()
-        keeping.cancel()
-        _save_state(config, service)
-        for group in service.groups.values():
-            group.driver.close()
-            for endpoint in group.endpoints:
-                endpoint.close()
-        service.watch.close()
+        try:
+            await runner.cleanup()
+            await handlers.pages.close()
+            await prober.stop()
+        finally:
+            # Also by a second signal, which ends the waiting above.
+            keeping.cancel()
+            _save_state(config, service)
+            _close(service)
+
+
+def _close(service: Service) -> None:
+    for group in service.groups.values():
+        group.driver.close()
+        for endpoint in group.endpoints:
+            endpoint.close()
+    service.watch.close()
 
 
 async def _keep_state(config: Config, service: Service) -> None:
@@ -112,9 +139,12 @@ def _save_state(config: Config, service: Service) -> None:
         save_state(path, predictors_of(service.fleet), config.prediction.predictor)
 
 
-async def serve(config: Config) -> None:
-    """Run the proxy until SIGTERM or SIGINT; a second signal ends it without waiting for requests."""
-    stop, stop_now = asyncio.Event(), asyncio.Event()
+async def serve(config: Config, path: Path | None = None) -> None:
+    """Run the proxy until SIGTERM or SIGINT; a second signal ends it without waiting for anything.
+
+    SIGHUP has it read ``path`` again.
+    """
+    stop, stop_now, again = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         if stop.is_set():
@@ -125,7 +155,9 @@ async def serve(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    run = asyncio.create_task(_run_until(config, stop))
+    # From now on: unheard it would end the process, while it starts as well as while it stops.
+    loop.add_signal_handler(signal.SIGHUP, again.set)
+    run = asyncio.create_task(_run_until(config, path, stop, again))
     hurry = asyncio.create_task(stop_now.wait())
     await asyncio.wait((run, hurry), return_when=asyncio.FIRST_COMPLETED)
     hurry.cancel()
@@ -137,7 +169,7 @@ async def serve(config: Config) -> None:
     run.result()
 
 
-async def _run_until(config: Config, stop: asyncio.Event) -> None:
+async def _run_until(config: Config, path: Path | None, stop: asyncio.Event, again: asyncio.Event) -> None:
     if config.discovery.enabled:
         asking = asyncio.create_task(fill_in(config))
         stopping = asyncio.create_task(stop.wait())
@@ -148,7 +180,7 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
             await asyncio.wait((asking,))
             return
         config = asking.result()
-    async with running_proxy(config) as proxy:
+    async with running_proxy(config, path=path) as proxy:
         groups = ", ".join(f"{name} ({size} workers)" for name, size in config.group_sizes.items())
         log.info(
             "brproxy listens on %s, policy %s, groups: %s",
@@ -156,6 +188,10 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
             config.routing.policy,
             groups,
         )
+        if proxy.admin_port is not None:
+            log.info(
+                "the admin API listens on %s", urls_of(Listen(host=config.admin.host), proxy.admin_port)[0]
+            )
         possible = proxy.service.limits.requests_max
         if possible < config.limits.requests_max:
             log.info(
@@ -169,6 +205,12 @@ async def _run_until(config: Config, stop: asyncio.Event) -> None:
         gc.freeze()
         # A request leaves no cycles behind in the usual course: look for them after more of them.
         gc.set_threshold(_GC_THRESHOLD)
+        following = asyncio.create_task(proxy.reloading.follow(again))
         await stop.wait()
+        following.cancel()
+        proxy.handlers.pages.draining = True
+        if config.timeouts.drain_delay_s:
+            log.info("stopping: new requests are served for %g s more", config.timeouts.drain_delay_s)
+            await asyncio.sleep(config.timeouts.drain_delay_s)
         log.info("stopping: running requests have %g s to finish", config.timeouts.drain_s)
     log.info("stopped")

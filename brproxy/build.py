@@ -11,6 +11,7 @@ import numpy as np
 from brproxy.clock import Clock, MonotonicClock
 from brproxy.config import Config
 from brproxy.config_workers import Worker
+from brproxy.deployment import join
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
 from brproxy.estimate import TokenEstimator
@@ -27,7 +28,7 @@ from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service
 from brproxy.relay.endpoint import NOTHING_ELSE, Endpoint, EndpointSettings, Reach
 from brproxy.relay.hops import Hops
 from brproxy.relay.watch import Watch
-from brproxy.roster import Roster, WorkerLimits
+from brproxy.roster import Roster
 from brproxy.routing.policy import make_policy
 from brproxy.state_file import load_state
 from brproxy.telemetry.metrics import Metrics
@@ -37,11 +38,10 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
     """Build the decision core of one barrier group."""
     checks = config.health
     thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
-    roster = Roster(thresholds, checked=checks.enabled)
+    share_max = checks.ejected_share_max
+    roster = Roster(thresholds, checked=checks.enabled, ejected_share_max=share_max)
     for worker in workers:
-        limits = WorkerLimits(worker.slots, worker.kv_capacity_tokens)
-        for seat in worker.seats:
-            roster.add(seat.key, limits, worker.url, seat.lines, seat.rank)
+        join(roster, worker)
     dispatcher = Dispatcher(
         Ledger(roster),
         make_policy(config.routing.policy, config.policy_params()),

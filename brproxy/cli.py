@@ -26,8 +26,11 @@ from brproxy.proxy.rank_check import RankCheck
 from brproxy.relay.endpoint import Endpoint
 from brproxy.starting import finding_line, found_at, of_urls, refuse_to_overwrite, write_first_file
 from brproxy.types import InvalidInputError
+from brproxy.workers_command import workers_command
 
 app = make_command("brproxy", "A load balancer for barrier-synchronised data-parallel LLM serving.")
+
+app.add_typer(workers_command, name="workers")
 
 _GENERATION_S = 15.0
 """For one token of a worker that may be busy (seconds)."""
@@ -49,21 +52,21 @@ def serve(
         int | None, typer.Option(min=0, max=65535, help="TCP port, not the file's or 8080; 0: a free one.")
     ] = None,
 ) -> None:
-    """Run the proxy until SIGTERM or Ctrl-C: for the workers of a file, or for those that are named."""
+    """Run the proxy until SIGTERM or Ctrl-C, for a file's workers or those named; SIGHUP reads it again."""
     if (config is None) == (not urls):
         msg = "serve needs either --config FILE or the URLs of workers, and not both"
         raise InvalidInputError(msg)
     settings = load_config(config) if config is not None else of_urls(urls or ())
     configure_logging(settings.log.level, settings.log.format)
-    uvloop.run(_serve(settings, port, asked_first=config is None))
+    uvloop.run(_serve(settings, port, config))
 
 
-async def _serve(settings: Config, port: int | None, *, asked_first: bool) -> None:
-    if asked_first:
+async def _serve(settings: Config, port: int | None, path: Path | None) -> None:
+    if path is None:
         settings = await found_at(settings)
     if port is not None:
         settings = settings.model_copy(update={"listen": settings.listen.model_copy(update={"port": port})})
-    await serve_until_stopped(settings)
+    await serve_until_stopped(settings, path)
 
 
 @app.command()

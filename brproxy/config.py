@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, create_model, field_validator
 
 from brproxy.config_sections import (
+    Admin,
     Discovery,
     Estimate,
     Forwarding,
@@ -84,6 +85,7 @@ class Config(Section):
 
     listen: Listen = Field(default_factory=Listen)
     forwarding: Forwarding = Field(default_factory=Forwarding)
+    admin: Admin = Field(default_factory=Admin)
     routing: Routing = Field(default_factory=Routing)
     prediction: Prediction = Field(default_factory=Prediction)
     worker: list[Worker] = Field(min_length=1, max_length=4096)

@@ -1,11 +1,12 @@
-"""Sections of the configuration that stand alone: listening, limits, time-outs, checks, estimates, logs."""
+"""Sections of the configuration that stand alone: listening, admin, limits, time-outs, checks, logs."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from ipaddress import ip_address
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from brproxy.validation import Section
 
@@ -89,6 +90,49 @@ class Forwarding(Section):
         "says, replace it (this proxy is the first), or off: what it says passes.",
     )
     via: bool = Field(default=True, description="Name this proxy in the Via field of requests.")
+
+
+class Admin(Section):
+    """The admin API, on a listener of its own: who may reach it may take workers away."""
+
+    enabled: bool = Field(default=False, description="Listen for the admin API.")
+    host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address to listen on; without a token a loopback one."
+    )
+    port: int = Field(default=9090, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    token: str = Field(
+        default="",
+        max_length=4096,
+        repr=False,
+        description="Bearer token that clients show; empty: none.",
+    )
+    token_file: str = Field(default="", description="File that has the token instead, read at start.")
+
+    @model_validator(mode="after")
+    def _is_guarded(self) -> Self:
+        # Of the whole table, so that no message shows the token.
+        if self.token and self.token_file:
+            msg = "token and token_file are both given; one of them has the token"
+            raise ValueError(msg)
+        if self.token and not is_token(self.token):
+            msg = "token must be printable ASCII without spaces"
+            raise ValueError(msg)
+        if not (self.token or self.token_file or _is_loopback(self.host)):
+            msg = f"host {self.host!r} needs token or token_file; without one it must be a loopback address"
+            raise ValueError(msg)
+        return self
+
+
+def is_token(text: str) -> bool:
+    """Tell whether ``text`` can stand in a header field as a bearer token."""
+    return text.isascii() and text.isprintable() and bool(text) and " " not in text
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 class Limits(Section):
@@ -204,8 +248,15 @@ class Timeouts(Section):
         "(seconds).",
     )
     retry_wait_s_max: Seconds = Field(default=1.0, description="The longest such wait (seconds).")
+    drain_delay_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="After SIGTERM, that /ready says so and new requests are still served (seconds).",
+    )
     drain_s: Seconds = Field(
-        default=30.0, description="For running requests to finish after SIGTERM (seconds)."
+        default=30.0, description="For running requests to finish, after that delay (seconds)."
     )
 
     @field_validator("keepalive_comments_s", mode="after")
@@ -231,6 +282,14 @@ class HealthChecks(Section):
     )
     healthy_after: int = Field(
         default=1, ge=1, le=1000, description="Successes in a row that bring a worker back."
+    )
+    ejected_share_max: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        strict=False,
+        description="Share of a group's workers that may be out; with more unhealthy, all may be chosen; "
+        "1: off (ratio).",
     )
 
 

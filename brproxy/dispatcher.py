@@ -205,8 +205,11 @@ class Dispatcher:
         return entry
 
     def _member_changed(self, member: Member, change: Change) -> None:
-        if change is Change.HEALTHY or change is Change.ADDED:
+        if change in {Change.HEALTHY, Change.ADDED, Change.RESUMED}:
             self.waiting.forgive(member.index)
+        if change not in {Change.HEALTHY, Change.UNHEALTHY}:
+            # The largest worker may be another now, and who waits was measured against the one before.
+            self.waiting.cap_prompts(self.ledger.kv_capacity_tokens_max)
 
     def _worth_seeing(self, state: RoundState) -> int:
         """Return how many of the waiting requests a round can make use of."""

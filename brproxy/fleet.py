@@ -52,6 +52,14 @@ class Group:
         """Have a worker take no new requests; raises RosterError for an unknown one."""
         return self.roster.drain(key)
 
+    def resume(self, key: str) -> Member:
+        """Have a worker that drains take requests again; raises RosterError, also for one that leaves."""
+        return self.roster.resume(key)
+
+    def set_limits(self, key: str, limits: WorkerLimits) -> Member:
+        """Change what a worker holds while it runs; raises RosterError for an unknown one."""
+        return self.roster.set_limits(key, limits)
+
     def remove(self, key: str) -> Member:
         """Have a worker go: at once if nothing is bound to it, else with its last request.
 
@@ -72,8 +80,8 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Tell whether any worker of any group may be chosen."""
-        return any(any(group.roster.routable()) for group in self.groups)
+        """Tell whether any worker of any group may be chosen, and not only for want of a healthy one."""
+        return any(member.is_routable for group in self.groups for member in group.roster.members)
 
     def choose(self, model: str) -> Group:
         """Return the group for a request; raises UnknownModelError, which lists the models served.

@@ -325,9 +325,9 @@ class Ledger:
             for column in (self._slots, self._kv_capacity, self._kv_tokens, self._requests, self._sequences):
                 column.append(0)
             self._is_here.append(True)
-        if change in {Change.ADDED, Change.GONE}:
-            limits = member.limits if change is Change.ADDED else _NOTHING
-            self._is_here[member.index] = change is Change.ADDED
+        if change in {Change.ADDED, Change.LIMITS, Change.GONE}:
+            limits = _NOTHING if change is Change.GONE else member.limits
+            self._is_here[member.index] = change is not Change.GONE
             self._slots[member.index] = limits.slots
             self._kv_capacity[member.index] = _kv_capacity(limits)
         members = self.roster.members

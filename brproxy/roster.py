@@ -4,6 +4,7 @@ Names, limits, health, origins and the labels of metrics come from here, and eve
 each worker (the ledger, the connections, the metrics, the checks) is told what changes. A member is ACTIVE,
 or DRAINING: it takes nothing new and finishes what it has. It is GONE once it has been removed and nothing is
 bound to it. A member that drains is in the barrier still: its load counts for the envelope like any other's.
+One that drains may be resumed, but not once it is to leave: its name is free for another then.
 
 A member has an index for as long as it is there, and what is kept for each worker is kept under that. The
 index of one that has gone is given to the next that comes; until then there is a gap, which policies never
@@ -16,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import count
 from typing import Final
 
 import numpy as np
@@ -48,6 +50,7 @@ class MemberEvent(Enum):
     """What can be done to a member."""
 
     DRAIN = auto()
+    RESUME = auto()
     GO = auto()
 
 
@@ -56,8 +59,15 @@ class RosterError(BrproxyError):
 
 
 TRANSITIONS: Final[dict[MemberState, dict[MemberEvent, MemberState]]] = {
-    MemberState.ACTIVE: {MemberEvent.DRAIN: MemberState.DRAINING},
-    MemberState.DRAINING: {MemberEvent.DRAIN: MemberState.DRAINING, MemberEvent.GO: MemberState.GONE},
+    MemberState.ACTIVE: {
+        MemberEvent.DRAIN: MemberState.DRAINING,
+        MemberEvent.RESUME: MemberState.ACTIVE,
+    },
+    MemberState.DRAINING: {
+        MemberEvent.DRAIN: MemberState.DRAINING,
+        MemberEvent.RESUME: MemberState.ACTIVE,
+        MemberEvent.GO: MemberState.GONE,
+    },
     MemberState.GONE: {},
 }
 
@@ -69,6 +79,8 @@ class Change(Enum):
 
     ADDED = auto()
     DRAINING = auto()
+    RESUMED = auto()
+    LIMITS = auto()
     GONE = auto()
     HEALTHY = auto()
     UNHEALTHY = auto()
@@ -107,12 +119,22 @@ Observer = Callable[[Member, Change], None]
 class Roster:
     """The members of one barrier group. Without active checks (``checked``) each starts HEALTHY.
 
-    ``version`` changes with each member that comes, drains or goes. ``present`` are the indices of those who
-    are there, in order, and ``place`` the place of each index, int64; both are None without a gap.
+    ``version`` changes with each member that comes, drains, is resumed or goes, and with limits. ``present``
+    are the indices of those who are there, in order, and ``place`` the place of each index, int64; both are
+    None without a gap. While more than ``ejected_share_max`` of the active members are UNHEALTHY, none is out
+    for that: checks that fail for so many say more about the checks, or leave too few to bear the load.
     """
 
-    def __init__(self, thresholds: HealthThresholds | None = None, *, checked: bool = True) -> None:
+    def __init__(
+        self,
+        thresholds: HealthThresholds | None = None,
+        *,
+        checked: bool = True,
+        ejected_share_max: float = 1.0,
+    ) -> None:
         self._thresholds = thresholds or HealthThresholds()
+        self._ejected_share_max = ejected_share_max
+        self._panics = False
         self._checked = checked
         self._members: list[Member] = []
         self._observers: list[Observer] = []
@@ -174,10 +196,21 @@ class Roster:
     def add(
         self, key: str, limits: WorkerLimits, origin: str = "", lines: bytes = b"", rank: int | None = None
     ) -> Member:
-        """Add a member; raises InvalidInputError for a name that is taken."""
-        if any(member.key == key for member in self.members):
-            msg = f"there is a worker {key} already"
-            raise InvalidInputError(msg)
+        """Add a member; raises InvalidInputError for a name that is taken.
+
+        One that leaves has given its name away. If it is the same worker, at the same place, it stays
+        instead: what is booked for it is what that worker still does.
+        """
+        before = next((member for member in self.members if member.key == key), None)
+        if before is not None:
+            if not before.leaves:
+                msg = f"there is a worker {key} already"
+                raise InvalidInputError(msg)
+            if (before.origin, before.lines) == (origin, lines):
+                before.leaves = False
+                self.resume(key)
+                return self.set_limits(key, limits)
+            before.key = self._name_of_leaving(key)
         health = HealthTracker(self._thresholds)
         if not self._checked:
             health.record(ok=True, reason="health checks are off", now_s=0.0)
@@ -198,6 +231,26 @@ class Roster:
         if state is not member.state:
             member.state = state
             self._changed(member, Change.DRAINING)
+        return member
+
+    def resume(self, key: str) -> Member:
+        """Have a member that drains be chosen again; raises RosterError, also for one that is to leave."""
+        member = self.find(key)
+        state = AFTER[member.state][MemberEvent.RESUME]
+        if member.leaves:
+            msg = f"worker {key} leaves with its last request: it cannot be resumed, only added again"
+            raise RosterError(msg)
+        if state is not member.state:
+            member.state = state
+            self._changed(member, Change.RESUMED)
+        return member
+
+    def set_limits(self, key: str, limits: WorkerLimits) -> Member:
+        """Change what a member holds, in place: what is bound to it stays; raises RosterError."""
+        member = self.find(key)
+        if limits != member.limits:
+            member.limits = limits
+            self._changed(member, Change.LIMITS)
         return member
 
     def remove(self, key: str, bound: int) -> Member:
@@ -252,8 +305,21 @@ class Roster:
             self.place[present] = np.arange(len(present))
         self._tell(member, change)
 
+    def _name_of_leaving(self, key: str) -> str:
+        """Return what a member called ``key`` is called from now on, as another takes its name."""
+        taken = {member.key for member in self.members}
+        names = (f"{key} (leaving{'' if number == 1 else f' {number}'})" for number in count(1))
+        return next(name for name in names if name not in taken)
+
     def _mask(self) -> tuple[bool, ...]:
-        return tuple(member.is_routable for member in self._members)
+        active = [member for member in self._members if member.state is MemberState.ACTIVE]
+        out = {member for member in active if member.health.state is Health.UNHEALTHY}
+        panics = len(out) > self._ejected_share_max * len(active)
+        if panics is not self._panics:
+            self._panics = panics
+            said = "all may be chosen" if panics else "they may not be chosen"
+            log.warning("%d of %d workers are unhealthy: %s", len(out), len(active), said)
+        return tuple(member.is_routable or (panics and member in out) for member in self._members)
 
     def _tell(self, member: Member, change: Change) -> None:
         for observer in self._observers:

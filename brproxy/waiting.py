@@ -91,6 +91,14 @@ class WaitingRoom:
         for entry in self._first.values():
             entry.avoid -= {worker}
 
+    def cap_prompts(self, prompt_tokens_max: int) -> None:
+        """Count the prompts of those that wait as ``prompt_tokens_max`` at most, so that they can be placed.
+
+        Even one that was counted: it fitted when it came, and its engine says so if it no longer does.
+        """
+        for entry in self._by_age.values():
+            entry.prompt_tokens = min(entry.prompt_tokens, prompt_tokens_max)
+
     def late(self, now_s: float, wait_s_max: float) -> list[Entry]:
         """Return those that have waited longer than ``wait_s_max`` seconds, the oldest first."""
         deadline_s = now_s - wait_s_max

@@ -61,10 +61,16 @@ ALLOWED = {
     "discovery": {"build", "config", "config_workers", "engines", "findings", "origins", "proxy", "relay"},
     "starting": {"types", "config", "config_workers", "discovery", "findings", "first_file"},
     "open_files": set(),
+    "deployment": {"types", "config", "config_workers", "dispatcher", "fleet", "roster", "validation"},
+    "reloading": {"config", "deployment", "discovery", "validation"},
+    "admin": {"config_sections", "config_workers", "deployment", "reloading", "listening", "validation"}
+    | {"types", "fleet", "roster", "proxy", "relay"},
+    "workers_command": {"types", "admin", "config", "config_sections", "origins"},
     "build": CORE
+    | {"deployment"}
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},
     "app": {"build", "clock", "config", "config_sections", "listening", "open_files", "proxy", "relay"}
-    | {"state_file", "discovery"},
+    | {"state_file", "discovery", "admin", "config_workers", "deployment", "reloading"},
     "cli": CORE
     | {
         "engines",
@@ -80,6 +86,7 @@ ALLOWED = {
         "discovery",
         "findings",
         "starting",
+        "workers_command",
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -109,6 +116,7 @@ PURE = (
     "journey",
     "origins",
     "ranks",
+    "deployment",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 

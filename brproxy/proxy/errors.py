@@ -43,6 +43,11 @@ def bad_request(message: str) -> ProxyError:
     return ProxyError(HTTPStatus.BAD_REQUEST, message, "invalid_request_error")
 
 
+def not_allowed(status: int, message: str) -> ProxyError:
+    """Return 401 or 403: whoever asks may not."""
+    return ProxyError(status, message, "authentication_error")
+
+
 def unmet_expectation(message: str) -> ProxyError:
     """Return 417: the client expects what is not known here."""
     return ProxyError(HTTPStatus.EXPECTATION_FAILED, message, "invalid_request_error")

@@ -53,7 +53,18 @@ class Pages:
         stuck = [name for name, group in self._service.groups.items() if group.driver.is_stuck()]
         if stuck:
             return web.Response(status=503, text=f"requests wait and no round is due: {', '.join(stuck)}\n")
-        return web.Response(text="ready\n")
+        return web.Response(text=f"ready\n{self._groups_down()}")
+
+    def _groups_down(self) -> str:
+        """Return a line for each group that has a rank down: it steps no faster than its slowest one."""
+        lines = []
+        for name, service in self._service.groups.items():
+            members = service.group.roster.members
+            down = [m for m in members if m.health.state is not Health.HEALTHY and not m.leaves]
+            if down:
+                first = f"{down[0].key}: {down[0].health.reason}"
+                lines.append(f"group {name} is down: {len(down)} of {len(members)} workers, {first}\n")
+        return "".join(lines)
 
     def _reasons(self) -> str:
         """Return why workers cannot be chosen, a line for each of the first."""

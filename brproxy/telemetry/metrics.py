@@ -60,11 +60,11 @@ class Histogram:
 
 
 class GroupMetrics(Observer):
-    """What has happened in one barrier group; ``retries`` are by member."""
+    """What has happened in one barrier group; ``retries`` are by member, whose name may change."""
 
     def __init__(self, group: Group) -> None:
         self.outcomes: Counter[State] = Counter()
-        self.retries: dict[str, int] = {member.key: 0 for member in group.roster.members}
+        self.retries: dict[Member, int] = dict.fromkeys(group.roster.members, 0)
         self.output_tokens = 0
         self.admitted = 0
         self.wait_s = Histogram(_WAIT_S)
@@ -80,7 +80,7 @@ class GroupMetrics(Observer):
     def retried(self, entry: Entry, member: Member) -> None:
         """See Observer.retried."""
         if member.state is not MemberState.GONE:
-            self.retries[member.key] += 1
+            self.retries[member] += 1
 
     def ended(self, entry: Entry, event: Event, waited_s: float | None) -> None:
         """See Observer.ended."""
@@ -97,11 +97,11 @@ class GroupMetrics(Observer):
         self.admitted += admitted
 
     def _member_changed(self, member: Member, change: Change) -> None:
-        # Names come and go: those that have gone must not stay for ever.
+        # Members come and go: those that have gone must not stay for ever.
         if change is Change.ADDED:
-            self.retries[member.key] = 0
+            self.retries[member] = 0
         elif change is Change.GONE:
-            del self.retries[member.key]
+            del self.retries[member]
 
 
 class Metrics(Collector):
@@ -142,7 +142,7 @@ class Metrics(Collector):
             for outcome, count in metrics.outcomes.items():
                 requests.add_metric([name, outcome.name.lower()], count)
             for worker, count in metrics.retries.items():
-                retries.add_metric([name, worker], count)
+                retries.add_metric([name, worker.key], count)
             tokens.add_metric([name], metrics.output_tokens)
             admitted.add_metric([name], metrics.admitted)
         rejected = CounterMetricFamily(

@@ -149,7 +149,31 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def add(self):
         self.names += 1
-        return self.roster.add(f"added-{self.names}", WorkerLimits(2, 700)).index
+        index = self.roster.add(f"added-{self.names}", WorkerLimits(2, 700)).index
+        self.measure_again()
+        return index
+
+    def measure_again(self):
+        """Who waits counts as what the largest worker holds now, at most."""
+        for entry in self.model.values():
+            if entry["worker"] is None:
+                entry["prompt"] = min(entry["prompt"], self.ledger.kv_capacity_tokens_max)
+
+    @rule(position=st.integers(0, 5))
+    def drain_or_resume(self, position):
+        members = [m for m in self.roster.members if not m.leaves]
+        if position < len(members):
+            member = members[position]
+            change = self.roster.drain if member.state is MemberState.ACTIVE else self.roster.resume
+            change(member.key)
+            self.measure_again()
+
+    @rule(position=st.integers(0, 5), slots=st.integers(1, 9), capacity=st.sampled_from([None, 1, 900]))
+    def change_limits(self, position, slots, capacity):
+        members = self.roster.members
+        if position < len(members):
+            self.roster.set_limits(members[position].key, WorkerLimits(slots, capacity))
+            self.measure_again()
 
     @rule(position=st.integers(0, 5))
     def remove(self, position):
@@ -158,6 +182,7 @@ class LedgerMachine(RuleBasedStateMachine):
             member = members[position]
             self.roster.remove(member.key, self.ledger.requests[member.index])
             self.leaving.add(member)
+            self.measure_again()
 
     def bound(self):
         return [entry for entry in self.model.values() if entry["worker"] is not None]
@@ -204,6 +229,7 @@ class LedgerMachine(RuleBasedStateMachine):
             mask = [True] * self.roster.columns
             state = self.ledger.state(mask, late_binding=True)
             assert state.slots == [member.limits.slots for member in members]
+            assert self.ledger.slots_total == sum(state.slots)
             assert state.kv_tokens == [self.ledger.kv_tokens[member.index] for member in members]
             assert min(state.slots_free + state.kv_free) >= 0
 

@@ -69,6 +69,61 @@ def test_one_with_bound_requests_goes_when_they_have_ended():
     assert not roster.record_of(member, ok=False, reason="late", now_s=9.0)
 
 
+def test_one_that_drains_is_resumed_and_one_that_leaves_is_not():
+    roster, told = roster_of("a", "b")
+    roster.resume("a")
+    assert told[2:] == [], "it took requests all the time"
+    roster.drain("a")
+    assert roster.routable() == (False, True)
+    version = roster.version
+    roster.resume("a")
+    assert (roster.routable(), roster.version > version) == ((True, True), True)
+    assert told[2:] == [("a", Change.DRAINING), ("a", Change.RESUMED)]
+    roster.remove("a", bound=1)
+    with pytest.raises(
+        RosterError, match="worker a leaves with its last request: it cannot be resumed, only"
+    ):
+        roster.resume("a")
+    with pytest.raises(RosterError, match="there is no worker c"):
+        roster.resume("c")
+
+
+def test_limits_change_in_place_and_are_told():
+    roster, told = roster_of("a")
+    member = roster.set_limits("a", WorkerLimits(9, None))
+    roster.set_limits("a", WorkerLimits(9, None))
+    assert (member.limits, member.index) == (WorkerLimits(9, None), 0)
+    assert told[1:] == [("a", Change.LIMITS)], "once"
+    with pytest.raises(RosterError, match="there is no worker c"):
+        roster.set_limits("c", LIMITS)
+
+
+def test_one_that_leaves_gives_its_name_to_another():
+    roster, told = roster_of("a")
+    old = roster.remove("a", bound=1)
+    new = roster.add("a", LIMITS, "http://elsewhere")
+    assert (old.key, new.key, new.index) == ("a (leaving)", "a", 1)
+    assert roster.find("a") is new
+    roster.add("a (leaving 2)", LIMITS)
+    again = roster.remove("a", bound=1)
+    roster.add("a", LIMITS, "http://third")
+    assert again.key == "a (leaving 3)", "no name is given twice"
+    roster.let_go(old.index)
+    assert told[-1] == ("a (leaving)", Change.GONE)
+
+
+def test_one_that_leaves_and_comes_again_at_its_place_stays():
+    roster, told = roster_of("a")
+    old = roster.remove("a", bound=1)
+    assert roster.add("a", WorkerLimits(9), "http://a") is old
+    assert (old.state, old.leaves, old.limits) == (MemberState.ACTIVE, False, WorkerLimits(9))
+    roster.let_go(old.index)
+    assert old.state is MemberState.ACTIVE
+    assert [change for _, change in told[1:]] == [Change.DRAINING, Change.RESUMED, Change.LIMITS]
+    roster.remove("a", bound=1)
+    assert roster.add("a", LIMITS, "http://a", b"X-Rank: 1\r\n") is not old, "another rank there"
+
+
 def test_a_gap_is_filled_by_the_next_that_comes():
     roster, _ = roster_of("a", "b")
     gone = roster.remove("a", bound=0)
@@ -91,6 +146,26 @@ def test_health_is_told_when_it_changes():
     assert (roster.routable(), member.health.reason) == ((False,), "silent")
     roster.record(0, ok=True, reason="back", now_s=3.0)
     assert told[1:] == [("a", Change.HEALTHY), ("a", Change.UNHEALTHY), ("a", Change.HEALTHY)]
+
+
+def test_where_too_many_are_out_none_is_out_for_that(caplog):
+    roster = Roster(HealthThresholds(1, 1), ejected_share_max=0.5)
+    for key in "abcde":
+        roster.add(key, LIMITS)
+    for index in range(4):
+        roster.record(index, ok=True, reason="", now_s=0.0)
+    roster.drain("d")
+    masks = []
+    for index, ok in ((0, False), (1, False), (2, False), (3, False), (1, True), (0, True)):
+        roster.record(index, ok=ok, reason="", now_s=1.0)
+        masks.append("".join("01"[routable] for routable in roster.routable()))
+    # Of four active ones, as d drains; e was never healthy.
+    assert masks == ["01100", "00100", "11100", "11100", "01000", "11000"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 of 4 workers are unhealthy: all may be chosen",
+        "2 of 4 workers are unhealthy: they may not be chosen",
+    ]
+    assert not roster.member(2).is_routable, "for who asks whether it is well"
 
 
 def test_an_observer_that_raises_keeps_nothing_from_the_others(caplog):

@@ -101,7 +101,8 @@ class Trouble:
     ``kind``: "connect-refused", "connect-silent", "connect-reset", "restart", "freeze", "health-late",
     "health-never", "health-endless", "health-error", "out-of-files", "clock-jump" (by ``lasts_s``),
     "policy-raises", "predictor-raises", "shutdown" (of the proxy: nothing comes after it),
-    "member-leaves" (and comes back), "member-joins" (a new one, in the same group).
+    "member-leaves" (and comes back), "member-joins" (a new one, in the same group), "member-drains" (and is
+    resumed), "limits-fall" and "limits-rise" (of a member, and are as before again).
     """
 
     at_s: float

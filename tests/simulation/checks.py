@@ -11,7 +11,7 @@ from brproxy.happenings import Observer
 from brproxy.lifecycle import Entry, Event
 from brproxy.proxy.service import GroupService
 from brproxy.relay.states import State
-from brproxy.roster import MemberState
+from brproxy.roster import Change, Member, MemberState
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.outside import ErrorLog
 from tests.simulation.workers import SCRIPT
@@ -48,13 +48,23 @@ class GroupChecks(Observer):
         self._ended: set[int] = set()
         self._twice: int | None = None
         self._changed = True
+        # What a worker that was given fewer slots still has of before.
+        self._of_before: dict[int, int] = {}
         self._watch()
 
     def _watch(self) -> None:
         """Note what arrives and ends, and when the books have to be looked at again."""
         self._dispatcher.happenings.tell(self)
+        self._ledger.roster.observe(self._member_changed)
         for name in _CHANGES:
             setattr(self._ledger, name, self._noting(getattr(self._ledger, name)))
+
+    def _member_changed(self, member: Member, change: Change) -> None:
+        self._changed = True
+        if change is Change.LIMITS:
+            self._of_before[member.index] = self._ledger.requests[member.index]
+        elif change is Change.ADDED:
+            self._of_before.pop(member.index, None)
 
     def _noting(self, change: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*arguments, **named):
@@ -119,7 +129,10 @@ class GroupChecks(Observer):
                 raise Violation("books", f"row {row} is not that of {entry}")
         if load != ledger._kv_tokens or requests != ledger._requests:
             raise Violation("books", f"rows say {load} KV tokens, {requests} requests, the ledger {ledger!r}")
-        if self._late_binding and any(n > slots for n, slots in zip(takers, ledger._slots, strict=True)):
+        for worker, most in self._of_before.items():
+            self._of_before[worker] = min(most, takers[worker])
+        most = [max(slots, self._of_before.get(g, 0)) for g, slots in enumerate(ledger._slots)]
+        if self._late_binding and any(n > slots for n, slots in zip(takers, most, strict=True)):
             raise Violation("limits", f"{takers} requests in {ledger._slots} slots")
 
     @staticmethod

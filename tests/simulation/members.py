@@ -1,4 +1,4 @@
-"""Workers that join a running group, are drained, leave it and come back."""
+"""Workers that join a running group, are drained and resumed, hold more or less, leave and come back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from brproxy.fleet import Group
-from brproxy.roster import MemberState, WorkerLimits
+from brproxy.roster import Member, MemberState, WorkerLimits
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.workers import Worker
 
@@ -22,6 +22,18 @@ class Members:
         self._workers = workers
         self._start = start
         self._out_s: dict[Worker, int] = {}
+        self._usual: dict[Member, WorkerLimits] = {}
+
+    def happen(self, kind: str, worker: Worker, lasts_s: float) -> None:
+        """Have what ``Trouble`` calls ``kind`` happen to a worker."""
+        if kind == "member-leaves":
+            self.leave(worker, lasts_s)
+        elif kind == "member-drains":
+            self.drain(worker, lasts_s)
+        elif kind == "member-joins":
+            self.join_like(worker)
+        else:
+            self.change_limits(worker, lasts_s, rise=kind == "limits-rise")
 
     def leave(self, worker: Worker, lasts_s: float) -> None:
         """Drain a worker, remove it in the middle of ``lasts_s`` and take it back behind; never the last.
@@ -40,15 +52,39 @@ class Members:
             self._loop.call_later(lasts_s / 2, self._remove, group, member)
             self._loop.call_later(lasts_s, self._come_back, group, member)
 
+    def drain(self, worker: Worker, lasts_s: float) -> None:
+        """Drain a worker, and resume it ``lasts_s`` later; also the last, whose group then waits."""
+        group = self._group_of(worker)
+        if group is not None:
+            self._loop.call_later(lasts_s, self._resume, group, group.drain(worker.key))
+
+    def change_limits(self, worker: Worker, lasts_s: float, *, rise: bool) -> None:
+        """Have a worker hold more, or hardly anything, for ``lasts_s``."""
+        group = self._group_of(worker)
+        if group is None:
+            return
+        member = group.roster.find(worker.key)
+        usual = self._usual.setdefault(member, member.limits)
+        group.set_limits(worker.key, WorkerLimits(2 * usual.slots) if rise else WorkerLimits(1, 300))
+        self._loop.call_later(lasts_s, self._as_usual, group, member)
+
     def join(self, group: Group) -> None:
         """Add a new worker."""
         like = group.roster.members[0]
         worker = self._start()
-        group.add(worker.key, like.limits, worker.url)
+        group.add(worker.key, self._usual.get(like, like.limits), worker.url)
 
     def join_like(self, worker: Worker) -> None:
         """Add a new worker to the group of ``worker``."""
         self.join(self._group_of(worker) or self._groups[0])
+
+    def _resume(self, group: Group, member: Any) -> None:
+        if member in group.roster.members and not member.leaves:
+            group.resume(member.key)
+
+    def _as_usual(self, group: Group, member: Any) -> None:
+        if member in group.roster.members:
+            group.set_limits(member.key, self._usual[member])
 
     def _remove(self, group: Group, member: Any) -> None:
         if member in group.roster.members:
@@ -59,7 +95,7 @@ class Members:
             # Its last request has not ended yet.
             self._loop.call_later(1.0, self._come_back, group, member)
         else:
-            limits = WorkerLimits(member.limits.slots, member.limits.kv_capacity_tokens)
+            limits = self._usual.get(member, member.limits)
             group.add(member.key, limits, member.origin, member.lines, member.rank)
 
     def _group_of(self, worker: Worker) -> Group | None:

@@ -29,6 +29,7 @@ WORLD_FAULTS = frozenset(
         *("connect-refused", "connect-silent", "connect-reset", "restart", "freeze", "out-of-files"),
         *("health-late", "health-never", "health-endless", "health-error", "clock-jump"),
         *("policy-raises", "predictor-raises", "shutdown", "member-leaves", "member-joins"),
+        *("member-drains", "limits-fall", "limits-rise"),
     }
 )
 FAULTS = WORKER_FAULTS | CLIENT_FAULTS | WORLD_FAULTS
@@ -109,7 +110,12 @@ class Draw:
                 # Often enough to meet every fault.
                 "keepalive_comments_s": rng.choice((0, 0, 0.05, 0.7)),
             },
-            "health": {"interval_s": 3.0, "timeout_s": 1.0, "unhealthy_after": rng.choice((1, 2, 3))},
+            "health": {
+                "interval_s": 3.0,
+                "timeout_s": 1.0,
+                "unhealthy_after": rng.choice((1, 2, 3)),
+                "ejected_share_max": rng.choice((1.0, 1.0, 0.5, 0.0)),
+            },
             "estimate": {"ask_usage": rng.random() < 0.8},
         }
 

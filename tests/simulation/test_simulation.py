@@ -57,7 +57,7 @@ def test_seeds_differ_and_every_fault_is_drawn():
     drawn = {
         action.kind for scenario in scenarios for action in scenario.actions if isinstance(action, Trouble)
     }
-    assert len(drawn) == 16
+    assert len(drawn) == 19
 
 
 def test_what_is_not_allowed_is_not_drawn():

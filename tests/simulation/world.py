@@ -192,10 +192,8 @@ class World:
         elif kind.startswith("health-"):
             worker.health = kind
             later(trouble.lasts_s, setattr, worker, "health", "well")
-        elif kind == "member-leaves":
-            self._members.leave(worker, trouble.lasts_s)
-        elif kind == "member-joins":
-            self._members.join_like(worker)
+        elif kind.startswith(("member-", "limits-")):
+            self._members.happen(kind, worker, trouble.lasts_s)
         elif kind == "freeze":
             worker.freeze()
             later(trouble.lasts_s, worker.thaw)

@@ -71,6 +71,97 @@ async def test_one_that_is_removed_finishes_what_it_has_and_is_forgotten(
     await proxy.idle()
 
 
+async def test_two_of_one_name_are_told_apart_while_one_of_them_leaves(start_worker, start_proxy, client):
+    stopped = asyncio.Event()
+
+    async def script(writer):
+        await stopped.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        return True
+
+    slow = await start_worker(script)
+    proxy = await start_proxy([], workers=[{"url": slow.url, "name": "w"}])
+    running = asyncio.create_task(ask(client, proxy))
+    while not slow.requests:
+        await asyncio.sleep(0.001)
+    group = proxy.groups[0]
+    group.remove("w")
+    group.add("w", WorkerLimits(8), "http://127.0.0.1:1")
+    text = await metrics(client, proxy)
+    series = [line.partition(" ")[0] for line in text.splitlines() if line.startswith("brproxy_")]
+    assert len(series) == len(set(series)), "a page that has one twice is refused as a whole"
+    assert 'brproxy_worker_requests{group="default",worker="w (leaving)"} 1.0' in text
+    assert 'brproxy_worker_requests{group="default",worker="w"} 0.0' in text
+    stopped.set()
+    assert (await running) == (200, b"{}")
+    await proxy.idle()
+    assert "leaving" not in await metrics(client, proxy)
+
+
+async def test_who_waits_for_the_largest_worker_is_not_forgotten_when_that_shrinks(
+    start_worker, start_proxy, client, until, answer, fixed
+):
+    worker = await start_worker(answer(fixed(b"{}")))
+    proxy = await start_proxy([], workers=[{"url": worker.url, "name": "w", "kv_capacity_tokens": 1000}])
+    group = proxy.groups[0]
+    group.drain("w")
+    asked = asyncio.create_task(ask(client, proxy, prompt="x" * 8000))
+    await until(lambda: proxy.waiting == 1)
+    group.set_limits("w", WorkerLimits(1, 100))
+    group.resume("w")
+    async with asyncio.timeout(60):
+        assert (await asked)[0] == 200
+    await proxy.idle()
+
+
+async def test_where_all_checks_fail_requests_are_served_all_the_same(raw_worker, start_proxy, client, until):
+    status = b"200 OK"
+
+    async def script(worker, reader, writer):
+        while True:
+            length = await worker.read_head(reader)
+            is_check = worker.requests[-1].startswith(b"GET /health")
+            await reader.readexactly(length)
+            said = status if is_check else b"200 OK"
+            writer.write(b"HTTP/1.1 %b\r\nContent-Length: 2\r\n\r\n{}" % said)
+
+    worker = await raw_worker(script)
+    health = {"unhealthy_after": 1, "ejected_share_max": 0.5}
+    proxy = await start_proxy([worker.url], health=True, health_table=health)
+    member = proxy.groups[0].roster.member(0)
+    status = b"500 Bad"
+    await until(lambda: not member.is_routable)
+    assert (await ask(client, proxy))[0] == 200
+    async with client.get(proxy.url + "/ready") as response:
+        assert response.status == 503, "who can send requests elsewhere should"
+    await proxy.idle()
+
+
+async def test_a_group_with_a_rank_down_is_said_to_be_down_and_comes_back(
+    start_emulator, start_worker, start_proxy, client, until
+):
+    is_well = False
+
+    async def script(writer):
+        status = b"200 OK" if is_well else b"500 Bad"
+        writer.write(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
+        return False
+
+    emulator, rank = await start_emulator(1), await start_worker(script)
+    names = {"one": emulator.urls[0], "two": rank.url}
+    workers = [{"url": url, "name": name} for name, url in names.items()]
+    proxy = await start_proxy([], workers=workers, health=True, health_table={"unhealthy_after": 1})
+
+    async def ready():
+        async with client.get(proxy.url + "/ready") as response:
+            return response.status, await response.text()
+
+    assert await ready() == (200, "ready\ngroup default is down: 1 of 2 workers, two: /health answers 500\n")
+    is_well = True
+    await until(lambda: all(proxy.groups[0].roster.routable()))
+    assert await ready() == (200, "ready\n")
+
+
 async def test_a_group_without_workers_lets_its_requests_wait(start_emulator, start_proxy, client, until):
     emulator = await start_emulator(1)
     proxy = await start_proxy(emulator.urls, health=True)

@@ -1,0 +1,63 @@
+"""Reads the configuration's file again while the proxy runs, and has its workers follow."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from brproxy.config import load_config
+from brproxy.deployment import Deployment, Plan
+from brproxy.discovery import fill_in
+from brproxy.validation import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Reloading:
+    """Reloads ``path`` (None: the proxy was started without a file), one at a time."""
+
+    def __init__(self, deployment: Deployment, path: Path | None) -> None:
+        self._deployment = deployment
+        self._path = path
+        self._one_at_a_time = asyncio.Lock()
+
+    async def reload(self) -> Plan:
+        """Apply the file as it is now, log what changed in a line, and return that.
+
+        Raises ConfigError, a line for each mistake, which are logged too; nothing has changed then.
+        """
+        async with self._one_at_a_time:
+            try:
+                changes = await self._apply()
+            except ConfigError as error:
+                for line in str(error).split("\n"):
+                    log.error("not reloaded: %s", line)  # noqa: TRY400 - a user's mistake has no traceback
+                raise
+            level = logging.WARNING if changes.restart else logging.INFO
+            log.log(level, "reloaded %s: %s", self._path, changes)
+            return changes
+
+    async def follow(self, asked: asyncio.Event) -> None:
+        """Reload each time that ``asked`` is set, for ever; what is wrong with the file is only logged."""
+        while True:
+            await asked.wait()
+            asked.clear()
+            try:
+                await self.reload()
+            except ConfigError:
+                continue
+            except Exception:
+                # The next file may be a better one, and there must be somebody to read it.
+                log.exception("reloading %s failed", self._path)
+
+    async def _apply(self) -> Plan:
+        if self._path is None:
+            msg = "the proxy was started without a configuration file: there is nothing to read again"
+            raise ConfigError(msg)
+        # In a thread: thousands of workers take longer to check than a stream may wait.
+        config = await asyncio.to_thread(load_config, self._path)
+        if config.discovery.enabled:
+            # As at start: else what the file leaves out would go back to its defaults.
+            config = await fill_in(config)
+        return self._deployment.reload(config, str(self._path))
