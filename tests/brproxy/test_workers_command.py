@@ -22,7 +22,7 @@ def config(tmp_path, unused_tcp_port):
         path = tmp_path / "brproxy.toml"
         text = (
             f'[listen]\nport = 0\n[admin]\nenabled = true\nport = {unused_tcp_port}\ntoken_file = "{token}"\n'
-            f"[health]\n{health}\n{more}"
+            f"[health]\n{health}\n[discovery]\nenabled = false\n{more}"
         )
         tables = [f'[[worker]]\nname = "dp-{i}"\nurl = "{url}"\n' for i, url in enumerate(urls)]
         path.write_text(text + "".join(tables))
@@ -36,7 +36,7 @@ async def serve(stack):
     """Return a function that starts a proxy, and ends it at the end of the test."""
 
     async def serve(path):
-        process, url = await serving(path)
+        process, url, _ = await serving("--config", path)
 
         async def end():
             if process.returncode is None:
