@@ -17,14 +17,18 @@ from brproxy.clock import Clock
 from brproxy.config import Config
 from brproxy.config_sections import Listen
 from brproxy.listening import start_listening, url_of
+from brproxy.offsets import OffsetSettings
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
 from brproxy.proxy.asking import Prober, ProbeSettings
 from brproxy.proxy.cors import Cors
 from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
+from brproxy.proxy.polling import Poller, PollSettings
 from brproxy.proxy.service import Service
 from brproxy.relay.server import ClientLimits, RelayServer
+from brproxy.signals import GroupSignals
 from brproxy.state_file import save_state
+from brproxy.telemetry.engine_metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ async def running_proxy(
     handlers = Handlers(service)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
+    poller = _poller(config, service)
     server = RelayServer(
         Cors(config.listen.cors_origins).around(handlers.handle),
         config.limits.body_bytes_max,
@@ -79,6 +84,7 @@ async def running_proxy(
         await runner.setup()
         if config.health.enabled:
             await prober.start()
+        poller.start()
         port = await listening(runner, config.listen)
         yield RunningProxy(service, handlers, port)
         handlers.pages.draining = True
@@ -86,6 +92,7 @@ async def running_proxy(
         await runner.cleanup()
         await handlers.pages.close()
         await prober.stop()
+        await poller.stop()
         keeping.cancel()
         _save_state(config, service)
         for group in service.groups.values():
@@ -93,6 +100,20 @@ async def running_proxy(
             for endpoint in group.endpoints:
                 endpoint.close()
         service.watch.close()
+
+
+def _poller(config: Config, service: Service) -> Poller:
+    """Return what asks engines for their load, of no group where that is off; metrics show what they say."""
+    telemetry, clock = config.telemetry, service.clock
+    settings = OffsetSettings(telemetry.lag_s, telemetry.stale_s, telemetry.half_life_s)
+    groups = [
+        (each, GroupSignals(name, each.group.dispatcher.ledger, settings))
+        for name, each in service.groups.items()
+        if telemetry.enabled
+    ]
+    service.metrics.also(EngineMetrics([signals for _, signals in groups], clock))
+    polls = PollSettings(telemetry.interval_s, telemetry.timeout_s, config.limits.control_bytes_max)
+    return Poller(groups, clock, polls)
 
 
 async def _keep_state(config: Config, service: Service) -> None:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model, field_validator
 
-from brproxy.config_sections import Estimate, HealthChecks, Limits, Listen, Log, Seconds, Timeouts
+from brproxy.config_sections import (
+    Estimate,
+    HealthChecks,
+    Limits,
+    Listen,
+    Log,
+    Seconds,
+    TelemetryPolls,
+    Timeouts,
+)
 from brproxy.config_workers import Worker, disagreements, known_name
 from brproxy.prediction.predictor import PREDICTORS, PredictorParams
 from brproxy.routing.policy import POLICIES, PolicyParams
@@ -79,6 +88,7 @@ class Config(Section):
     limits: Limits = Field(default_factory=Limits)
     timeouts: Timeouts = Field(default_factory=Timeouts)
     health: HealthChecks = Field(default_factory=HealthChecks)
+    telemetry: TelemetryPolls = Field(default_factory=TelemetryPolls)
     estimate: Estimate = Field(default_factory=Estimate)
     log: Log = Field(default_factory=Log)
 

@@ -61,7 +61,9 @@ class Worker(Section):
         default=64, ge=1, le=1 << 20, description="Most requests that it runs at once (vLLM: --max-num-seqs)."
     )
     kv_capacity_tokens: int | None = Field(
-        default=None, ge=1, description="KV cache size (tokens); unknown and not watched when left out."
+        default=None,
+        ge=1,
+        description="KV cache size (tokens); left out: what the engine says, without it not watched.",
     )
     engine: Annotated[str, known_name(DIALECTS)] = Field(
         default="vllm", description="What the worker speaks."

@@ -72,13 +72,15 @@ class Change(Enum):
     GONE = auto()
     HEALTHY = auto()
     UNHEALTHY = auto()
+    LIMITS = auto()
 
 
 @dataclass(slots=True, eq=False)
 class Member:
     """One worker: ``key`` is its name and the label of its metrics, ``origin`` where it listens.
 
-    ``lines`` are header lines sent with every request, each with its end. ``leaves``: it goes as soon as
+    ``lines`` are header lines sent with every request, each with its end. ``rank``: the one that it is of
+    several behind its origin; None where it is all that is there. ``leaves``: it goes as soon as
     nothing is bound to it. ``refuses_since_s``: since then nobody could connect to it, since it refused; None
     while it does not.
     """
@@ -89,6 +91,7 @@ class Member:
     health: HealthTracker
     origin: str = ""
     lines: bytes = b""
+    rank: int | None = None
     state: MemberState = MemberState.ACTIVE
     leaves: bool = False
     refuses_since_s: float | None = None
@@ -105,8 +108,9 @@ Observer = Callable[[Member, Change], None]
 class Roster:
     """The members of one barrier group. Without active checks (``checked``) each starts HEALTHY.
 
-    ``version`` changes with each member that comes, drains or goes. ``present`` are the indices of those who
-    are there, in order, and ``place`` the place of each index, int64; both are None without a gap.
+    ``version`` changes with each member that comes, drains, goes or gets other limits. ``present`` are the
+    indices of those who are there, in order, and ``place`` the place of each index, int64; both are None
+    without a gap.
     """
 
     def __init__(self, thresholds: HealthThresholds | None = None, *, checked: bool = True) -> None:
@@ -213,6 +217,12 @@ class Roster:
         if member.leaves and member.state is MemberState.DRAINING:
             member.state = AFTER[member.state][MemberEvent.GO]
             self._changed(member, Change.GONE)
+
+    def set_limits(self, member: Member, limits: WorkerLimits) -> None:
+        """Have a member hold ``limits`` from now on; one that has gone is left alone."""
+        if member.state is not MemberState.GONE and limits != member.limits:
+            member.limits = limits
+            self._changed(member, Change.LIMITS)
 
     def record(self, index: int, *, ok: bool, reason: str, now_s: float, refused: bool = False) -> bool:
         """Take in the result of a check or of connecting; return whether the member's health changed."""

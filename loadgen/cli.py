@@ -80,13 +80,14 @@ def emulate(
     queued_requests_max: Annotated[
         int | None, typer.Option(help="Answer 503 when so many requests wait in a worker.")
     ] = None,
+    sglang: Annotated[bool, typer.Option(help="Tell load at /v1/loads, not at /metrics.")] = False,
 ) -> None:
     """Emulate a DP deployment: one HTTP port for each worker, vLLM's wire format, a barrier at each step."""
     cluster = _cluster(
         workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
     )
     settings = EmulatorSettings(
-        cluster, speed=speed, model=model, base_port=base_port, queued_requests_max=queued_requests_max
+        cluster, speed, model, base_port=base_port, queued_requests_max=queued_requests_max, sglang=sglang
     )
     uvloop.run(run_emulator(settings, lambda line: print(line, flush=True)))
 

@@ -35,6 +35,8 @@ ALLOWED = {
     "prediction": BASE,
     "engines": BASE,
     "ledger": BASE | {"lifecycle", "roster", "routing", "prediction"},
+    "offsets": set(),
+    "signals": {"types", "ledger", "roster", "offsets", "engines", "logs"},
     "faults": set(),
     "happenings": {"faults", "lifecycle", "roster"},
     "learning": {"happenings", "lifecycle", "prediction"},
@@ -42,7 +44,7 @@ ALLOWED = {
     "rounds": {"types", "dispatcher", "lifecycle"},
     "dispatcher": BASE | STATES | {"ledger", "happenings", "learning", "foresight", "routing", "prediction"},
     "fleet": BASE | {"dispatcher", "roster"},
-    "telemetry": CORE,
+    "telemetry": CORE | {"engines", "signals"},
     "validation": {"types"},
     "state_file": {"prediction"},
     "config_sections": {"validation"},
@@ -52,13 +54,13 @@ ALLOWED = {
     "journey": {"types", "transitions"},
     "origins": {"types"},
     "relay": {"types", "transitions", "origins", "logs"},
-    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs", "signals"},
     "listening": {"types", "config_sections"},
     "open_files": set(),
     "build": CORE
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},
     "app": {"build", "clock", "config", "config_sections", "listening", "open_files", "proxy", "relay"}
-    | {"state_file"},
+    | {"state_file", "offsets", "signals", "telemetry"},
     "cli": CORE
     | {
         "engines",
@@ -89,6 +91,7 @@ PURE = (
     "learning",
     "foresight",
     "faults",
+    "offsets",
     "rounds",
     "dispatcher",
     "health",

@@ -8,7 +8,7 @@ an older name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -59,30 +59,23 @@ class LoadReport:
 class LoadReading:
     """What one page says: a report for each rank that it names.
 
-    ``missing`` are figures that a dialect wants and that some rank (all, where there is none) does not say,
-    by their name in LoadReport; ``renamed`` are those that came by another name, which is the value.
+    ``wanted`` are the figures that each report should have, by their name there; ``renamed`` are those that
+    came by another name than the newest, which is the value.
     """
 
     reports: Mapping[int, LoadReport] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
+    wanted: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def missing(self, report: LoadReport) -> frozenset[str]:
+        """Return the wanted figures that ``report`` does not have."""
+        return frozenset(name for name in self.wanted if getattr(report, name) is None)
 
 
 _COUNTS = (
     *("kv_used_tokens", "kv_capacity_tokens", "running", "waiting", "waiting_tokens"),
     *("preemptions", "prefill_tokens", "prefill_busy_us"),
 )
-
-
-def reading_of(
-    reports: Mapping[int, LoadReport], wanted: Iterable[str], renamed: Mapping[str, str]
-) -> LoadReading:
-    """Return the reading of a page with ``reports``, of which ``wanted`` figures should be there."""
-    said = reports.values()
-    missing = tuple(
-        name for name in wanted if not said or any(getattr(report, name) is None for report in said)
-    )
-    return LoadReading(reports, missing, renamed)
 
 
 def count_of(value: object, highest: int = TOKENS_MAX) -> int | None:

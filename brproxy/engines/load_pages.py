@@ -17,24 +17,28 @@ from brproxy.engines.load import (
     LoadReport,
     count_of,
     moments_of,
-    reading_of,
 )
 from brproxy.types import TOKENS_MAX
 
 VLLM_WANTED = ("kv_used_tokens", "kv_capacity_tokens", "running", "waiting", "preemptions")
 SGLANG_WANTED = ("kv_used_tokens", "kv_capacity_tokens", "running", "waiting")
 
-# The newest name first.
-_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
+# Each by its newest name, and by those that older engines give it. Clients of the format write a counter with
+# "_total", older ones without.
+_USAGE, _OLD_USAGE = "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"
 _CONFIG = "vllm:cache_config_info"
 _COUNTS = {
-    "running": ("vllm:num_requests_running",),
-    "waiting": ("vllm:num_requests_waiting",),
-    # Clients of the format write a counter with "_total", older ones without.
-    "preemptions": ("vllm:num_preemptions_total", "vllm:num_preemptions"),
-    "prefill_tokens": ("vllm:prompt_tokens_total", "vllm:prompt_tokens"),
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+    "preemptions": "vllm:num_preemptions_total",
+    "prefill_tokens": "vllm:prompt_tokens_total",
 }
-_NAMES = (*_USAGE, _CONFIG, *(name for names in _COUNTS.values() for name in names))
+_NAMES = (_USAGE, _CONFIG, *_COUNTS.values())
+_OLDER = {
+    _USAGE: _OLD_USAGE,
+    "vllm:num_preemptions_total": "vllm:num_preemptions",
+    "vllm:prompt_tokens_total": "vllm:prompt_tokens",
+}
 
 _FULL_MAX = 1.01
 """Largest usage that is read as full; what is more is in another unit, and says nothing."""
@@ -52,14 +56,18 @@ _LOADS = {
 
 def read_vllm_metrics(page: bytes) -> LoadReading:
     """Return what a vLLM metrics page says of each of its ``engine`` labels; 0 is a page without them."""
+    found = samples(page, _NAMES)
+    # Each name is one search of the whole page: for older ones only where the new ones are not there.
+    names = {sample.name for sample in found}
+    found += samples(page, [older for name, older in _OLDER.items() if name not in names])
     by_rank: dict[int, dict[str, Sample]] = {}
-    for sample in samples(page, _NAMES):
+    for sample in found:
         rank = _rank_of(sample.labels.get("engine", "0"))
         if rank is not None and (rank in by_rank or len(by_rank) < RANKS_MAX):
             by_rank.setdefault(rank, {})[sample.name] = sample
     renamed: dict[str, str] = {}
     reports = {rank: _vllm_report(found, renamed) for rank, found in by_rank.items()}
-    return reading_of(reports, VLLM_WANTED, renamed)
+    return LoadReading(reports, VLLM_WANTED, renamed)
 
 
 def read_sglang_loads(body: bytes) -> LoadReading:
@@ -75,13 +83,13 @@ def read_sglang_loads(body: bytes) -> LoadReading:
             rank = count_of(load.get("dp_rank", position))
             if rank is not None:
                 reports[rank] = _sglang_report(load)
-    return reading_of(reports, SGLANG_WANTED, {})
+    return LoadReading(reports, SGLANG_WANTED)
 
 
 def _vllm_report(found: dict[str, Sample], renamed: dict[str, str]) -> LoadReport:
     figures: dict[str, int | None] = {}
-    for figure, names in _COUNTS.items():
-        sample = next((found[name] for name in names if name in found), None)
+    for figure, name in _COUNTS.items():
+        sample = found.get(name) or found.get(_OLDER.get(name, name))
         figures[figure] = None if sample is None else count_of(sample.value, FIGURE_MAX)
     capacity = _vllm_capacity(found[_CONFIG].labels, renamed) if _CONFIG in found else None
     usage = _vllm_usage(found, renamed)
@@ -91,13 +99,11 @@ def _vllm_report(found: dict[str, Sample], renamed: dict[str, str]) -> LoadRepor
 
 def _vllm_usage(found: dict[str, Sample], renamed: dict[str, str]) -> float | None:
     """Return the share of the KV cache that is taken, 0 to 1."""
-    for name in _USAGE:
-        if name in found:
-            if name != _USAGE[0]:
-                renamed["kv_used_tokens"] = name
-            value = found[name].value
-            return min(value, 1.0) if 0 <= value <= _FULL_MAX else None
-    return None
+    sample = found.get(_USAGE)
+    if sample is None and _OLD_USAGE in found:
+        sample = found[_OLD_USAGE]
+        renamed["kv_used_tokens"] = _OLD_USAGE
+    return min(sample.value, 1.0) if sample is not None and 0 <= sample.value <= _FULL_MAX else None
 
 
 def _vllm_capacity(labels: dict[str, str], renamed: dict[str, str]) -> int | None:

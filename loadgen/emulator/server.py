@@ -38,6 +38,7 @@ class EmulatorSettings:
 
     ``base_port`` is the first worker's, the next follow it; 0 takes free ones. ``queued_requests_max``: a
     worker whose queue is that long answers 503, as vLLM does with a queue limit; None: no limit.
+    ``sglang``: workers tell their load at ``/v1/loads`` as SGLang does, instead of ``/metrics`` as vLLM.
     """
 
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
@@ -46,6 +47,7 @@ class EmulatorSettings:
     host: str = "127.0.0.1"
     base_port: int = 0
     queued_requests_max: int | None = None
+    sglang: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a speed that is none."""
@@ -71,7 +73,10 @@ class Worker:
         app.router.add_post("/v1/completions", self._text)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._metrics)
+        if self._settings.sglang:
+            app.router.add_get("/v1/loads", self._loads)
+        else:
+            app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/emulator/stats", self._stats)
         app.router.add_post("/emulator/reset", self._reset)
         return app
@@ -87,6 +92,25 @@ class Worker:
         return web.Response(
             body=generate_latest(self._registry), headers={"Content-Type": "text/plain; version=0.0.4"}
         )
+
+    async def _loads(self, _request: web.Request) -> web.Response:
+        return _json(orjson.dumps({"version": "emulated", "loads": [self._load()]}))
+
+    def _load(self) -> dict[str, int]:
+        """Return the worker's load under SGLang's names."""
+        cluster, i = self._deployment.cluster, self._index
+        used_tokens, queued_tokens = int(cluster.kv_tokens[i]), cluster.queued_tokens[i]
+        load = {
+            "dp_rank": 0,
+            "num_running_reqs": int(cluster.running[i]),
+            "num_waiting_reqs": cluster.queued[i],
+            "num_waiting_uncached_tokens": queued_tokens,
+            "num_used_tokens": used_tokens,
+            "num_total_tokens": used_tokens + queued_tokens,
+            "total_prefill_uncached_tokens": self._deployment.prompt_tokens_total[i],
+        }
+        capacity = self._settings.cluster.kv_capacity_tokens
+        return load if capacity is None else load | {"max_total_num_tokens": capacity}
 
     async def _stats(self, request: web.Request) -> web.Response:
         """Barrier statistics of a window of emulated seconds, ``from_s`` to ``to_s``."""
@@ -161,17 +185,28 @@ class VllmCollector(Collector):
     def collect(self) -> list[Metric]:
         """Return the families that load balancers read."""
         cluster, i = self._deployment.cluster, self._index
-        capacity = self._settings.cluster.kv_capacity_tokens
-        usage = int(cluster.kv_tokens[i]) / capacity if capacity else 0.0
         return [
             self._gauge("vllm:num_requests_running", "Requests that run", int(cluster.running[i])),
             self._gauge("vllm:num_requests_waiting", "Requests that wait", cluster.queued[i]),
-            self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage, 1 is full", usage),
+            *self._cache(int(cluster.kv_tokens[i])),
+            self._counter("vllm:num_preemptions", "Preemptions", cluster.preempted[i]),
             self._counter("vllm:prompt_tokens", "Prefill tokens", self._deployment.prompt_tokens_total[i]),
             self._counter(
                 "vllm:generation_tokens", "Generation tokens", self._deployment.output_tokens_total[i]
             ),
         ]
+
+    def _cache(self, kv_tokens: int) -> list[Metric]:
+        """Return what a worker with a KV cache of known size says of it; usage has no meaning without."""
+        capacity = self._settings.cluster.kv_capacity_tokens
+        if capacity is None:
+            return []
+        config = GaugeMetricFamily(
+            "vllm:cache_config_info", "The cache's configuration", labels=("engine", "kv_cache_size_tokens")
+        )
+        config.add_metric([str(self._index), str(capacity)], 1)
+        usage = kv_tokens / capacity
+        return [self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage, 1 is full", usage), config]
 
     @property
     def _labels(self) -> list[str]:
