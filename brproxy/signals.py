@@ -116,7 +116,8 @@ class GroupSignals:
             signals.said.clear()
         says_nothing = report == LoadReport()
         signals.report = None if says_nothing else report
-        signals.missing, signals.renamed = reading.missing(report), frozenset(reading.renamed)
+        signals.missing = reading.missing(report)
+        signals.renamed = frozenset(reading.renamed) - signals.missing
         if not says_nothing:
             signals.read_s = now_s
             signals.said.discard(_PAGE)
