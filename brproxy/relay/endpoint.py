@@ -12,7 +12,7 @@ import os
 import socket
 import ssl
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from brproxy.origins import read_origin
 from brproxy.relay.connection import WorkerConnection
@@ -127,8 +127,9 @@ class Endpoint:
                 connection.abandon()
 
     def close(self) -> None:
-        """Close every idle connection, for good."""
+        """Close every idle connection, for good: what is in use is not kept when it has ended."""
         self._settings.shared.endpoints.pop(self, None)
+        self._settings = replace(self._settings, idle_max=0)
         self.close_idle()
 
     def close_idle(self) -> bool:
