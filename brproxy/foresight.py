@@ -85,9 +85,9 @@ class Foresight:
             load: list[float] = self._predictor.discounted_load(active, workers, discounts).tolist()
             # An endless or missing number makes the sum one.
             if len(load) == workers and math.isfinite(sum(load)):
-                offset = self._ledger.offset_by_place()
-                if offset is None:
+                if not self._ledger.has_offset:
                     return load
+                offset = self._ledger.offset_by_place()
                 # Nobody knows when it goes: it stays as it is for as long as anybody looks ahead.
                 weight = float(discounts.sum())
                 return [max(kv + weight * more, 0.0) for kv, more in zip(load, offset, strict=True)]
@@ -104,10 +104,10 @@ class Foresight:
         try:
             forecast = self._predictor.forecast(self._active(horizon_steps), *shape[:1], horizon_steps)
             if forecast.shape == shape and math.isfinite(forecast.sum()):
-                offset = self._ledger.offset_by_place()
-                if offset is None:
+                if not self._ledger.has_offset:
                     return forecast
-                return np.maximum(forecast + np.array(offset, dtype=np.float64)[:, None], 0.0)
+                offset = np.array(self._ledger.offset_by_place(), dtype=np.float64)
+                return np.maximum(forecast + offset[:, None], 0.0)
             self._faults.note("predictor", RoutingError(f"no finite forecast of shape {shape}: {forecast}"))
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises, the round goes on
             self._faults.note("predictor", error)

@@ -75,7 +75,8 @@ class Ledger:
     """Sticky bindings and KV tokens of the workers of one barrier group.
 
     ``kv_tokens`` and ``requests`` are by index of the member; a gap has none. ``kv_capacity_tokens_max`` is
-    what the largest worker holds: a longer prompt can never be served.
+    what the largest worker holds: a longer prompt can never be served. ``has_offset``: some worker's is not
+    zero, which those ask who decide, as it mostly is.
     """
 
     def __init__(self, roster: Roster) -> None:
@@ -90,7 +91,7 @@ class Ledger:
         # Sequences of each worker: they take its slots, and each is a request in the engine.
         self._sequences: list[int] = []
         self._offset: list[int] = []
-        self._has_offset = False
+        self.has_offset = False
         # Rows whose sequences are not one, sums apart: mostly there are none.
         self._unusual_rows = 0
         self._entries: dict[RequestId, Entry] = {}
@@ -125,7 +126,7 @@ class Ledger:
 
     def load(self) -> list[int]:
         """Return the load of each worker as decisions see it: booked and offset, never less than none."""
-        if not self._has_offset:
+        if not self.has_offset:
             return self._kv_tokens.copy()
         return [max(kv_tokens, 0) for kv_tokens in map(add, self._kv_tokens, self._offset)]
 
@@ -202,8 +203,7 @@ class Ledger:
         load still counts for the envelope. Without ``late_binding`` slots and KV room are unlimited, because
         the worker queues what it cannot run.
         """
-        # Asked by the flag: mostly there is no offset, and this is done for each request.
-        kv_tokens = self.load() if self._has_offset else self._kv_tokens.copy()
+        kv_tokens = self.load() if self.has_offset else self._kv_tokens.copy()
         if late_binding:
             slots_free = list(map(sub, self._slots, self._sequences))
             kv_free = list(map(sub, self._kv_capacity, kv_tokens))
@@ -229,10 +229,8 @@ class Ledger:
         present = self.roster.present
         return state if present is None else state.only(present)
 
-    def offset_by_place(self) -> list[int] | None:
-        """Return the offset of each worker that is there, by place; None while all are zero."""
-        if not self._has_offset:
-            return None
+    def offset_by_place(self) -> list[int]:
+        """Return the offset of each worker that is there, by place."""
         present = self.roster.present
         return self._offset if present is None else [self._offset[g] for g in present]
 
@@ -241,7 +239,7 @@ class Ledger:
     def set_offset(self, worker: WorkerIndex, kv_tokens: int) -> None:
         """Set what a worker holds beside what is booked, within TOKENS_MAX of zero (KV tokens)."""
         self._offset[worker] = max(-TOKENS_MAX, min(kv_tokens, TOKENS_MAX))
-        self._has_offset = any(self._offset)
+        self.has_offset = any(self._offset)
 
     def bind(self, entry: Entry, worker: WorkerIndex, now_s: float, prospect: Prospect | None = None) -> None:
         """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it.

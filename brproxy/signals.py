@@ -74,7 +74,7 @@ class GroupSignals:
         return list(self._workers.items())
 
     def asked(self, members: Sequence[Member], now_s: float) -> None:
-        """Note what is booked on ``members`` while they are asked; everything streamed has been booked."""
+        """Note what is booked on ``members`` while they are asked."""
         kv_tokens, begun = self._ledger.kv_tokens, self._ledger.begun()
         for member, signals in self._there(members):
             signals.offset.booked(now_s, kv_tokens[member.index], begun[member.index])
@@ -90,6 +90,7 @@ class GroupSignals:
     def silent(self, members: Sequence[Member], wanted: Sequence[str], reason: str) -> None:
         """Note that ``members`` tell nothing of their load, for ``reason``, and say so once for each."""
         for member, signals in self._there(members):
+            signals.report = None
             signals.missing, signals.renamed = frozenset(wanted), frozenset()
             if _PAGE not in signals.said:
                 signals.said.add(_PAGE)
@@ -110,7 +111,7 @@ class GroupSignals:
     def _take_in(
         self, member: Member, signals: WorkerSignals, reading: LoadReading, report: LoadReport, now_s: float
     ) -> None:
-        if signals.report is not None and signals.report.is_before(report):
+        if signals.report is not None and report.started_anew(signals.report):
             signals.restarts.log(logging.INFO, "the engine of worker %s started anew", member.key)
             signals.offset.forget()
             signals.said.clear()

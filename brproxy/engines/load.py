@@ -49,9 +49,9 @@ class LoadReport:
         counts = {name: _sum(getattr(self, name), getattr(other, name)) for name in _COUNTS}
         return LoadReport(decode_moments=_sum_each(self.decode_moments, other.decode_moments), **counts)
 
-    def is_before(self, other: LoadReport) -> bool:
-        """Tell whether ``other``, which came later, is of an engine that started anew: a counter fell."""
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("preemptions", "prefill_tokens"))
+    def started_anew(self, before: LoadReport) -> bool:
+        """Tell whether the engine has started anew since the report ``before``: a counter fell."""
+        pairs = ((getattr(before, name), getattr(self, name)) for name in ("preemptions", "prefill_tokens"))
         return any(old is not None and new is not None and new < old for old, new in pairs)
 
 

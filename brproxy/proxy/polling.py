@@ -57,8 +57,10 @@ class Poller:
         """Begin: nobody waits for the first answers, as requests can be served without."""
         self._is_running = True
         for service, signals in self._groups:
-            # Without a page there is nothing to ask, and the file says so itself.
-            if service.dialect.LOAD_PATH:
+            if not service.dialect.LOAD_PATH:
+                text = "group %s: its engine has no page of its load, the booked load alone stands in"
+                log.info(text, signals.name)
+            else:
                 service.group.roster.observe(partial(self._member_changed, service, signals))
                 origins = dict.fromkeys(member.origin for member in service.group.roster.members)
                 for position, origin in enumerate(origins):
@@ -110,13 +112,15 @@ class Poller:
         One that fails to answer, or that cannot be asked, is asked again at the next interval: checks say
         what is wrong with it.
         """
-        self._note(service, signals, members)
+        # So that the books have what streamed until now.
+        service.driver.catch_up()
+        signals.asked(members, self._clock.now_s())
         path, settings = service.dialect.LOAD_PATH, self._settings
         question = Question(path, settings.timeout_s, settings.bytes_max)
         try:
             reply = await ask(service.endpoint(members[0].index), question)
         except TooLongError as error:
-            msg = f"{path}: {error}"
+            msg = f"{path}: {error} (limits.control_bytes_max)"
             raise NoPageError(msg) from error
         except WorkerFailedError as error:
             self._note_failure(members, str(error))
@@ -133,12 +137,9 @@ class Poller:
             msg = f"{path} is no page of this engine, it has none of: {', '.join(reading.wanted)}"
             raise NoPageError(msg)
         # The gauge was read in between: what has been booked until now may be in it, too.
-        self._note(service, signals, members)
-        signals.told(members, reading, self._clock.now_s())
-
-    def _note(self, service: GroupService, signals: GroupSignals, members: list[Member]) -> None:
-        service.driver.catch_up()
-        signals.asked(members, self._clock.now_s())
+        now_s = self._clock.now_s()
+        signals.asked(members, now_s)
+        signals.told(members, reading, now_s)
 
     def _note_failure(self, members: list[Member], reason: str) -> None:
         # Of one that is out its checks have said so.

@@ -375,4 +375,4 @@ def test_other_limits_are_those_that_rounds_see():
     assert ledger.offset_by_place() == [100]
     # Whoever gets its index begins without one.
     ledger.set_offset(WorkerIndex(0), 0)
-    assert ledger.offset_by_place() is None
+    assert not ledger.has_offset

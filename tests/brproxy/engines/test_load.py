@@ -208,7 +208,7 @@ def test_what_one_rank_does_not_say_is_unknown_of_both():
     ],
 )
 def test_a_counter_that_falls_is_a_new_start(old, new, anew):
-    assert LoadReport(**old).is_before(LoadReport(**new)) is anew
+    assert LoadReport(**new).started_anew(LoadReport(**old)) is anew
 
 
 @pytest.mark.parametrize("name", DIALECTS.names())

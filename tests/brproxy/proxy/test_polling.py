@@ -14,6 +14,8 @@ from loadgen.cluster import ClusterSettings
 from loadgen.emulator.server import EmulatorSettings, running_emulator
 
 LONG = 10_000
+IN_FLIGHT = 1000
+"""More than an engine can have decoded that the proxy has not read yet, here (tokens)."""
 FAST = {"enabled": True, "interval_s": 0.02, "timeout_s": 60, "lag_s": 0.05, "stale_s": 3600}
 
 
@@ -92,7 +94,7 @@ async def test_traffic_past_the_proxy_is_found_within_two_polls_and_avoided(
     for _ in range(6):
         await stream(proxy.url, 1000)
     assert proxy.ledger.requests == (0, 6)
-    assert proxy.ledger.offset[1] == 0
+    assert abs(proxy.ledger.offset[1]) < IN_FLIGHT
     # What did not pass through is in no book.
     assert proxy.ledger.kv_tokens[0] == 0
     text = await metrics(client, proxy)
@@ -144,7 +146,7 @@ async def test_what_is_served_through_the_proxy_is_no_offset(start_engines, star
         await stream(proxy.url, prompt_tokens)
         count = len(told)
         await until(lambda count=count: len(told) >= count + 6)
-        assert proxy.ledger.offset == (0, 0)
+        assert max(map(abs, proxy.ledger.offset)) < IN_FLIGHT
     assert max(used for _, used, _ in told) >= 7000
 
 
