@@ -84,8 +84,8 @@ async def running_proxy(
         await runner.setup()
         if config.health.enabled:
             await prober.start()
-        poller.start()
         port = await listening(runner, config.listen)
+        poller.start()
         yield RunningProxy(service, handlers, port)
         handlers.pages.draining = True
     finally:
