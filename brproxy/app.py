@@ -22,14 +22,18 @@ from brproxy.config_workers import Worker
 from brproxy.deployment import Deployment
 from brproxy.discovery import fill_in
 from brproxy.listening import start_listening, urls_of
+from brproxy.offsets import OffsetSettings
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
 from brproxy.proxy.asking import Prober, ProbeSettings
 from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
+from brproxy.proxy.polling import Poller, PollSettings
 from brproxy.proxy.service import Service
 from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.reloading import Reloading
+from brproxy.signals import GroupSignals
 from brproxy.state_file import save_state
+from brproxy.telemetry.engine_metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ async def running_proxy(
     reloading = Reloading(deployment, path)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
+    poller = _poller(config, service)
     server = RelayServer(
         service.cors.around(handlers.handle),
         config.limits.body_bytes_max,
@@ -102,6 +107,7 @@ async def running_proxy(
             await prober.start()
         async with running_admin(config.admin, service, deployment, reloading) as admin_port:
             port = await listening(runner, config.listen)
+            poller.start()
             yield RunningProxy(service, handlers, deployment, reloading, port, admin_port)
         handlers.pages.draining = True
     finally:
@@ -109,6 +115,7 @@ async def running_proxy(
             await runner.cleanup()
             await handlers.pages.close()
             await prober.stop()
+            await poller.stop()
         finally:
             # Also by a second signal, which ends the waiting above.
             keeping.cancel()
@@ -122,6 +129,20 @@ def _close(service: Service) -> None:
         for endpoint in group.endpoints:
             endpoint.close()
     service.watch.close()
+
+
+def _poller(config: Config, service: Service) -> Poller:
+    """Return what asks engines for their load, of no group where that is off; metrics show what they say."""
+    telemetry, clock = config.telemetry, service.clock
+    settings = OffsetSettings(telemetry.lag_s, telemetry.stale_s, telemetry.half_life_s)
+    groups = [
+        (each, GroupSignals(name, each.group.dispatcher.ledger, settings))
+        for name, each in service.groups.items()
+        if telemetry.enabled
+    ]
+    service.metrics.also(EngineMetrics([signals for _, signals in groups], clock))
+    polls = PollSettings(telemetry.interval_s, telemetry.timeout_s, config.limits.control_bytes_max)
+    return Poller(groups, clock, polls)
 
 
 async def _keep_state(config: Config, service: Service) -> None:

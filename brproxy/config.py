@@ -21,6 +21,7 @@ from brproxy.config_sections import (
     Listen,
     Log,
     Seconds,
+    TelemetryPolls,
     Timeouts,
 )
 from brproxy.config_workers import Worker, disagreements, known_name
@@ -93,6 +94,7 @@ class Config(Section):
     timeouts: Timeouts = Field(default_factory=Timeouts)
     health: HealthChecks = Field(default_factory=HealthChecks)
     discovery: Discovery = Field(default_factory=Discovery)
+    telemetry: TelemetryPolls = Field(default_factory=TelemetryPolls)
     estimate: Estimate = Field(default_factory=Estimate)
     log: Log = Field(default_factory=Log)
 

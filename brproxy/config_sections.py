@@ -1,4 +1,4 @@
-"""Sections of the configuration that stand alone: listening, admin, limits, time-outs, checks, logs."""
+"""Sections of the configuration that stand alone: listening, admin, limits, checks, telemetry, logs."""
 
 from __future__ import annotations
 
@@ -305,6 +305,38 @@ class Discovery(Section):
         le=600,
         strict=False,
         description="For all of them; who has not answered by then keeps the defaults (seconds).",
+    )
+
+
+class TelemetryPolls(Section):
+    """What engines say of their load, asked for and taken up beside what is booked."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Ask engines for their load (vLLM: /metrics, SGLang: /v1/loads); when off, what is "
+        "booked alone decides.",
+    )
+    interval_s: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=3600,
+        strict=False,
+        description="Between two questions to a worker (seconds).",
+    )
+    timeout_s: Seconds = Field(default=2.0, description="For one answer (seconds).")
+    lag_s: float = Field(
+        default=6.0,
+        ge=0,
+        le=60,
+        strict=False,
+        description="Age that an engine's figures may have under load: what was booked within it explains "
+        "them (seconds).",
+    )
+    stale_s: Seconds = Field(
+        default=10.0, description="After the last answer, until what it said begins to fade (seconds)."
+    )
+    half_life_s: Seconds = Field(
+        default=10.0, description="In which what an old answer said fades by half (seconds)."
     )
 
 

@@ -233,7 +233,9 @@ class Deployment:
 
 
 def _limits(worker: Worker) -> WorkerLimits:
-    return WorkerLimits(worker.slots, worker.kv_capacity_tokens)
+    capacity = worker.kv_capacity_tokens
+    is_found = capacity is not None and "kv_capacity_tokens" not in worker.model_fields_set
+    return WorkerLimits(worker.slots, capacity, is_found)
 
 
 def _seat(roster: Roster, worker: Worker, seat: Seat) -> Member:

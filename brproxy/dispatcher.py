@@ -164,7 +164,7 @@ class Dispatcher:
         """Bind a request that takes no slot to the worker with the least load, if any may be chosen."""
         candidates = [g for g, ok in enumerate(_others(routable, entry)) if ok]
         if candidates:
-            worker = least(candidates, self.ledger.kv_tokens, self._rng)
+            worker = least(candidates, self.ledger.load(), self._rng)
             self._bind(entry, WorkerIndex(worker), now_s)
 
     def bind(

@@ -85,7 +85,12 @@ class Foresight:
             load: list[float] = self._predictor.discounted_load(active, workers, discounts).tolist()
             # An endless or missing number makes the sum one.
             if len(load) == workers and math.isfinite(sum(load)):
-                return load
+                if not self._ledger.has_offset:
+                    return load
+                offset = self._ledger.offset_by_place()
+                # Nobody knows when it goes: it stays as it is for as long as anybody looks ahead.
+                weight = float(discounts.sum())
+                return [max(kv + weight * more, 0.0) for kv, more in zip(load, offset, strict=True)]
             self._faults.note("predictor", RoutingError(f"discounted_load of {workers} workers is {load}"))
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises, the round goes on
             self._faults.note("predictor", error)
@@ -99,7 +104,10 @@ class Foresight:
         try:
             forecast = self._predictor.forecast(self._active(horizon_steps), *shape[:1], horizon_steps)
             if forecast.shape == shape and math.isfinite(forecast.sum()):
-                return forecast
+                if not self._ledger.has_offset:
+                    return forecast
+                offset = np.array(self._ledger.offset_by_place(), dtype=np.float64)
+                return np.maximum(forecast + offset[:, None], 0.0)
             self._faults.note("predictor", RoutingError(f"no finite forecast of shape {shape}: {forecast}"))
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises, the round goes on
             self._faults.note("predictor", error)

@@ -9,13 +9,16 @@ nothing.
 Bound requests live in parallel arrays without holes (ending one moves the last into its row), so that
 forecasting over thousands of them is array arithmetic, while booking a token stays a few integer additions.
 What is kept for each worker is kept under the index that the roster gives it.
+
+Beside what is booked stands each worker's offset: what its engine holds besides, as far as it tells.
+Decisions see both together; the books themselves are never corrected by it.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from operator import index, sub
+from operator import add, index, sub
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +75,8 @@ class Ledger:
     """Sticky bindings and KV tokens of the workers of one barrier group.
 
     ``kv_tokens`` and ``requests`` are by index of the member; a gap has none. ``kv_capacity_tokens_max`` is
-    what the largest worker holds: a longer prompt can never be served.
+    what the largest worker holds: a longer prompt can never be served. ``has_offset``: some worker's is not
+    zero, which those ask who decide, as it mostly is.
     """
 
     def __init__(self, roster: Roster) -> None:
@@ -86,6 +90,8 @@ class Ledger:
         self._requests: list[int] = []
         # Sequences of each worker: they take its slots, and each is a request in the engine.
         self._sequences: list[int] = []
+        self._offset: list[int] = []
+        self.has_offset = False
         # Rows whose sequences are not one, sums apart: mostly there are none.
         self._unusual_rows = 0
         self._entries: dict[RequestId, Entry] = {}
@@ -112,6 +118,26 @@ class Ledger:
     def kv_tokens(self) -> tuple[int, ...]:
         """Booked load of each worker, in KV tokens."""
         return tuple(self._kv_tokens)
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """What each worker holds beside what is booked, in KV tokens; fewer than zero: less than booked."""
+        return tuple(self._offset)
+
+    def load(self) -> list[int]:
+        """Return the load of each worker as decisions see it: booked and offset, never less than none."""
+        if not self.has_offset:
+            return self._kv_tokens.copy()
+        return [max(kv_tokens, 0) for kv_tokens in map(add, self._kv_tokens, self._offset)]
+
+    def begun(self) -> list[int]:
+        """Return what is booked on each worker for requests that have streamed a token (KV tokens)."""
+        table = self._table()
+        has_begun = table[:, _OUTPUT_TOKENS] > 0
+        columns = len(self._kv_tokens)
+        # Added up as floats, which are exact as far as any load goes.
+        sums = np.bincount(table[has_begun, _WORKER], table[has_begun, _KV_TOKENS], columns)
+        return [int(kv_tokens) for kv_tokens in sums.tolist()]
 
     @property
     def requests(self) -> tuple[int, ...]:
@@ -177,14 +203,15 @@ class Ledger:
         load still counts for the envelope. Without ``late_binding`` slots and KV room are unlimited, because
         the worker queues what it cannot run.
         """
+        kv_tokens = self.load() if self.has_offset else self._kv_tokens.copy()
         if late_binding:
             slots_free = list(map(sub, self._slots, self._sequences))
-            kv_free = list(map(sub, self._kv_capacity, self._kv_tokens))
+            kv_free = list(map(sub, self._kv_capacity, kv_tokens))
             # Rare: early binding, several sequences in the last slot, or an estimate that was corrected.
             if min(slots_free) < 0:
                 slots_free = [max(slots, 0) for slots in slots_free]
             if min(kv_free) < 0:
-                kv_free = [max(kv_tokens, 0) for kv_tokens in kv_free]
+                kv_free = [max(tokens, 0) for tokens in kv_free]
         else:
             slots_free = [SLOTS_UNLIMITED] * len(routable)
             kv_free = [KV_UNLIMITED_TOKENS] * len(routable)
@@ -192,7 +219,7 @@ class Ledger:
             slots_free = [slots if ok else 0 for slots, ok in zip(slots_free, routable, strict=True)]
         # By position, in the order of its fields: this is done for each request.
         state = RoundState(
-            self._kv_tokens.copy(),
+            kv_tokens,
             self._sequences.copy(),
             self._slots,
             slots_free,
@@ -202,7 +229,17 @@ class Ledger:
         present = self.roster.present
         return state if present is None else state.only(present)
 
+    def offset_by_place(self) -> list[int]:
+        """Return the offset of each worker that is there, by place."""
+        present = self.roster.present
+        return self._offset if present is None else [self._offset[g] for g in present]
+
     # What happens.
+
+    def set_offset(self, worker: WorkerIndex, kv_tokens: int) -> None:
+        """Set what a worker holds beside what is booked, within TOKENS_MAX of zero (KV tokens)."""
+        self._offset[worker] = max(-TOKENS_MAX, min(kv_tokens, TOKENS_MAX))
+        self.has_offset = any(self._offset)
 
     def bind(self, entry: Entry, worker: WorkerIndex, now_s: float, prospect: Prospect | None = None) -> None:
         """Bind a waiting request to ``worker`` and book its prompt there, before the engine has seen it.
@@ -322,12 +359,16 @@ class Ledger:
     def _member_changed(self, member: Member, change: Change) -> None:
         """Keep a column for each member that is there."""
         if change is Change.ADDED and member.index == len(self._slots):
-            for column in (self._slots, self._kv_capacity, self._kv_tokens, self._requests, self._sequences):
+            for column in (self._slots, self._kv_capacity, self._kv_tokens, self._offset):
+                column.append(0)
+            for column in (self._requests, self._sequences):
                 column.append(0)
             self._is_here.append(True)
-        if change in {Change.ADDED, Change.LIMITS, Change.GONE}:
+        if change in {Change.ADDED, Change.GONE, Change.LIMITS}:
             limits = _NOTHING if change is Change.GONE else member.limits
-            self._is_here[member.index] = change is not Change.GONE
+            if change is not Change.LIMITS:
+                self._is_here[member.index] = change is Change.ADDED
+                self.set_offset(member.index, 0)
             self._slots[member.index] = limits.slots
             self._kv_capacity[member.index] = _kv_capacity(limits)
         members = self.roster.members

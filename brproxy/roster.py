@@ -32,10 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """What a worker holds: ``slots`` sequences at once, ``kv_capacity_tokens`` (None: unknown)."""
+    """What a worker holds: ``slots`` sequences at once, ``kv_capacity_tokens`` (None: unknown).
+
+    ``capacity_is_found``: the engine says so, and not the configuration.
+    """
 
     slots: int
     kv_capacity_tokens: int | None = None
+    capacity_is_found: bool = False
 
 
 class MemberState(Enum):
@@ -248,9 +252,7 @@ class Roster:
     def set_limits(self, key: str, limits: WorkerLimits) -> Member:
         """Change what a member holds, in place: what is bound to it stays; raises RosterError."""
         member = self.find(key)
-        if limits != member.limits:
-            member.limits = limits
-            self._changed(member, Change.LIMITS)
+        self.set_limits_of(member, limits)
         return member
 
     def remove(self, key: str, bound: int) -> Member:
@@ -270,6 +272,12 @@ class Roster:
         if member.leaves and member.state is MemberState.DRAINING:
             member.state = AFTER[member.state][MemberEvent.GO]
             self._changed(member, Change.GONE)
+
+    def set_limits_of(self, member: Member, limits: WorkerLimits) -> None:
+        """As ``set_limits``, for whoever knows the member; one that has gone is left alone."""
+        if member.state is not MemberState.GONE and limits != member.limits:
+            member.limits = limits
+            self._changed(member, Change.LIMITS)
 
     def record(self, index: int, *, ok: bool, reason: str, now_s: float, refused: bool = False) -> bool:
         """Take in the result of a check or of connecting; return whether the member's health changed."""

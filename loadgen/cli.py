@@ -81,7 +81,7 @@ def emulate(
         int | None, typer.Option(help="Answer 503 when so many requests wait in a worker.")
     ] = None,
     ranks_per_url: Annotated[int, typer.Option(help="Workers behind each port, as DP ranks.")] = 1,
-    sglang: Annotated[bool, typer.Option(help="Say what SGLang says of itself, not vLLM.")] = False,
+    sglang: Annotated[bool, typer.Option(help="Say what SGLang says of itself and its load.")] = False,
 ) -> None:
     """Emulate a DP deployment: HTTP ports for its workers, vLLM's wire format, a barrier at each step."""
     cluster = _cluster(

@@ -76,7 +76,7 @@ class Cluster:
 
     def __init__(self, settings: ClusterSettings) -> None:
         self.settings = settings
-        self.preemptions = 0
+        self.preempted = [0] * settings.workers
         self._queues: list[deque[_Queued]] = [deque() for _ in range(settings.workers)]
         self._queued: dict[int, int] = {}
         self._ids = np.empty(0, dtype=np.int64)
@@ -91,9 +91,19 @@ class Cluster:
         return np.bincount(self._worker, minlength=self.settings.workers)
 
     @property
+    def preemptions(self) -> int:
+        """Requests that were pushed back so far, on all workers."""
+        return sum(self.preempted)
+
+    @property
     def queued(self) -> list[int]:
         """Requests that wait in each worker's queue."""
         return [len(queue) for queue in self._queues]
+
+    @property
+    def queued_tokens(self) -> list[int]:
+        """Tokens that each worker has to prefill for the requests in its queue."""
+        return [sum(q.prompt_tokens + q.decoded_tokens for q in queue) for queue in self._queues]
 
     @property
     def kv_tokens(self) -> IntArray:
@@ -197,7 +207,7 @@ class Cluster:
             )
             self._queues[worker].appendleft(request)
             self._queued[request.request_id] = worker
-        self.preemptions += len(rows)
+        self.preempted[worker] += len(rows)
         keep = np.ones(len(self._ids), dtype=bool)
         keep[rows] = False
         self._keep(keep)

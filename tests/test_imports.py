@@ -36,6 +36,8 @@ ALLOWED = {
     "prediction": BASE,
     "engines": BASE,
     "ledger": BASE | {"lifecycle", "roster", "routing", "prediction"},
+    "offsets": set(),
+    "signals": {"types", "ledger", "roster", "offsets", "engines", "logs"},
     "faults": set(),
     "happenings": {"faults", "lifecycle", "roster"},
     "learning": {"happenings", "lifecycle", "prediction"},
@@ -43,7 +45,7 @@ ALLOWED = {
     "rounds": {"types", "dispatcher", "lifecycle"},
     "dispatcher": BASE | STATES | {"ledger", "happenings", "learning", "foresight", "routing", "prediction"},
     "fleet": BASE | {"dispatcher", "roster"},
-    "telemetry": CORE,
+    "telemetry": CORE | {"engines", "signals"},
     "validation": {"types"},
     "state_file": {"prediction"},
     "config_sections": {"validation"},
@@ -54,7 +56,7 @@ ALLOWED = {
     "origins": {"types"},
     "ranks": {"types"},
     "relay": {"types", "transitions", "origins", "logs"},
-    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs", "ranks"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs", "ranks", "signals"},
     "listening": {"types", "config_sections"},
     "findings": {"config", "config_workers", "engines"},
     "first_file": {"config_workers", "engines", "findings"},
@@ -70,7 +72,8 @@ ALLOWED = {
     | {"deployment"}
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},
     "app": {"build", "clock", "config", "config_sections", "listening", "open_files", "proxy", "relay"}
-    | {"state_file", "discovery", "admin", "config_workers", "deployment", "reloading"},
+    | {"state_file", "discovery", "admin", "config_workers", "deployment", "reloading"}
+    | {"offsets", "signals", "telemetry"},
     "cli": CORE
     | {
         "engines",
@@ -107,6 +110,7 @@ PURE = (
     "findings",
     "first_file",
     "faults",
+    "offsets",
     "rounds",
     "dispatcher",
     "health",

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TypeVar
 
+from brproxy.engines.load import LoadReading
 from brproxy.engines.text import bytes_of
 from brproxy.registry import Registry
 from brproxy.types import NO_TEXT, TextCounts
@@ -87,6 +88,8 @@ class Dialect(ABC):
 
     HEALTH_PATH: ClassVar[str]
     MODELS_PATH: ClassVar[str] = "/v1/models"
+    LOAD_PATH: ClassVar[str] = ""
+    """Where the engine tells its load, to be asked with GET; empty: nowhere."""
     USAGE_TAKES_FINGERPRINT: ClassVar[bool] = False
     """Whether asking for usage moves ``system_fingerprint`` from a sequence's last event to usage's own."""
 
@@ -123,6 +126,10 @@ class Dialect(ABC):
     def is_death(self, status: int, body: bytes) -> bool:
         """Tell whether an error's body says that the engine behind the server is dead."""
         return False
+
+    def read_load(self, body: bytes) -> LoadReading:
+        """Return what the page at LOAD_PATH says of each rank; never raises."""
+        return LoadReading()
 
     @abstractmethod
     def is_refusal(self, status: int) -> bool:

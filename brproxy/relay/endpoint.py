@@ -12,7 +12,7 @@ import os
 import socket
 import ssl
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from brproxy.origins import read_worker_url
 from brproxy.relay.connection import WorkerConnection
@@ -164,6 +164,7 @@ class Endpoint:
         """Close every idle connection, for good; what is in use is closed when it is over."""
         self._is_closed = True
         self._settings.shared.endpoints.pop(self, None)
+        self._settings = replace(self._settings, idle_max=0)
         self.close_idle()
 
     def close_idle(self) -> bool:

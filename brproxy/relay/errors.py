@@ -21,6 +21,10 @@ class ShortageError(WorkerFailedError):
     """This machine is out of files, memory or ports: the worker could not be asked and is not to blame."""
 
 
+class TooLongError(WorkerFailedError):
+    """What a worker answers the proxy itself is longer than the proxy reads."""
+
+
 class StaleConnectionError(WorkerFailedError):
     """A kept connection turned out to be closed: engines do that when they like, it says nothing of them."""
 

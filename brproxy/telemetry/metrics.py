@@ -118,6 +118,10 @@ class Metrics(Collector):
         """Return everything in the Prometheus text format."""
         return generate_latest(self._registry)
 
+    def also(self, collector: Collector) -> None:
+        """Have the exposition tell what ``collector`` has, too."""
+        self._registry.register(collector)
+
     def reject(self, status: int | str) -> None:
         """Count a request that the proxy answered itself; "stream": within a stream that had begun."""
         self._rejected[str(int(status)) if isinstance(status, int) else status] += 1

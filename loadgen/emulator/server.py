@@ -42,8 +42,8 @@ class EmulatorSettings:
     ``base_port`` is the first, the next follow it; 0 takes free ones. ``queued_requests_max``: a worker whose
     queue is that long answers 503, as vLLM does with a queue limit; None: no limit. Behind each port are
     ``ranks_per_url`` workers: X-data-parallel-rank says which, by its number behind that port or, where
-    ``ranks_are_global``, in the deployment. ``sglang``: workers say of themselves what SGLang says, not what
-    vLLM does.
+    ``ranks_are_global``, in the deployment. ``sglang``: workers say of themselves and their load what
+    SGLang says, not what vLLM does.
     """
 
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
@@ -85,10 +85,11 @@ class Worker:
         app.router.add_get("/v1/models", self._models)
         if self._settings.sglang:
             app.router.add_get("/server_info", self._server_info)
+            app.router.add_get("/v1/loads", self._loads)
         else:
             app.router.add_get("/version", self._version)
+            app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/emulator/stats", self._stats)
         app.router.add_post("/emulator/reset", self._reset)
         return app
@@ -113,6 +114,26 @@ class Worker:
         return web.Response(
             body=generate_latest(self._registry), headers={"Content-Type": "text/plain; version=0.0.4"}
         )
+
+    async def _loads(self, _request: web.Request) -> web.Response:
+        loads = [self._load(rank) for rank in self._ranks]
+        return _json(orjson.dumps({"version": "emulated", "loads": loads}))
+
+    def _load(self, i: int) -> dict[str, int]:
+        """Return the load of worker ``i`` under SGLang's names."""
+        cluster = self._deployment.cluster
+        used_tokens, queued_tokens = int(cluster.kv_tokens[i]), cluster.queued_tokens[i]
+        load = {
+            "dp_rank": i - self._ranks.start,
+            "num_running_reqs": int(cluster.running[i]),
+            "num_waiting_reqs": cluster.queued[i],
+            "num_waiting_uncached_tokens": queued_tokens,
+            "num_used_tokens": used_tokens,
+            "num_total_tokens": used_tokens + queued_tokens,
+            "total_prefill_uncached_tokens": self._deployment.prompt_tokens_total[i],
+        }
+        capacity = self._settings.cluster.kv_capacity_tokens
+        return load if capacity is None else load | {"max_total_num_tokens": capacity}
 
     async def _stats(self, request: web.Request) -> web.Response:
         """Barrier statistics of a window of emulated seconds, ``from_s`` to ``to_s``."""
@@ -210,15 +231,14 @@ class VllmCollector(Collector):
     def collect(self) -> list[Metric]:
         """Return the families that load balancers read."""
         deployment, cluster = self._deployment, self._deployment.cluster
-        capacity = self._settings.cluster.kv_capacity_tokens
-        usage = [int(tokens) / capacity if capacity else 0.0 for tokens in cluster.kv_tokens]
         running = [int(requests) for requests in cluster.running]
         return [
             self._family(GaugeMetricFamily, "vllm:num_requests_running", "Requests that run", running),
             self._family(
                 GaugeMetricFamily, "vllm:num_requests_waiting", "Requests that wait", cluster.queued
             ),
-            self._family(GaugeMetricFamily, "vllm:kv_cache_usage_perc", "KV-cache usage, 1 is full", usage),
+            *self._cache(),
+            self._family(CounterMetricFamily, "vllm:num_preemptions", "Preemptions", cluster.preempted),
             self._family(
                 CounterMetricFamily, "vllm:prompt_tokens", "Prefill tokens", deployment.prompt_tokens_total
             ),
@@ -229,6 +249,20 @@ class VllmCollector(Collector):
                 deployment.output_tokens_total,
             ),
         ]
+
+    def _cache(self) -> list[Metric]:
+        """Return what workers with a KV cache of known size say of it; usage has no meaning without."""
+        capacity = self._settings.cluster.kv_capacity_tokens
+        if capacity is None:
+            return []
+        config = GaugeMetricFamily(
+            "vllm:cache_config_info", "The cache's configuration", labels=("engine", "kv_cache_size_tokens")
+        )
+        for rank in self._ranks:
+            config.add_metric([str(rank), str(capacity)], 1)
+        usage = [int(tokens) / capacity for tokens in self._deployment.cluster.kv_tokens]
+        text = "KV-cache usage, 1 is full"
+        return [self._family(GaugeMetricFamily, "vllm:kv_cache_usage_perc", text, usage), config]
 
     def _family(
         self,

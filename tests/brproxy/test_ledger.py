@@ -184,6 +184,14 @@ class LedgerMachine(RuleBasedStateMachine):
             self.leaving.add(member)
             self.measure_again()
 
+    @rule(position=st.integers(0, 5), kv_tokens=numbers)
+    def offset(self, position, kv_tokens):
+        members = self.roster.members
+        if position < len(members):
+            index = members[position].index
+            self.ledger.set_offset(index, kv_tokens)
+            assert self.ledger.offset[index] == min(max(kv_tokens, -TOKENS_MAX), TOKENS_MAX)
+
     def bound(self):
         return [entry for entry in self.model.values() if entry["worker"] is not None]
 
@@ -200,6 +208,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert len(self.dispatcher.waiting) == len(self.model) - len(bound)
         unusual = sum(e["sequences"] != 1 for e in bound)
         assert self.ledger._unusual_rows == unusual
+        begun = [e for e in bound if e["output"]]
+        of_begun = [sum(e["prompt"] + e["output"] for e in begun if e["worker"] == g) for g in columns]
+        assert self.ledger.begun() == of_begun
 
     @invariant()
     def rows_are_the_entries(self):
@@ -230,7 +241,12 @@ class LedgerMachine(RuleBasedStateMachine):
             state = self.ledger.state(mask, late_binding=True)
             assert state.slots == [member.limits.slots for member in members]
             assert self.ledger.slots_total == sum(state.slots)
-            assert state.kv_tokens == [self.ledger.kv_tokens[member.index] for member in members]
+            booked, offset = self.ledger.kv_tokens, self.ledger.offset
+            load = [max(booked[member.index] + offset[member.index], 0) for member in members]
+            assert state.kv_tokens == load
+            assert load == [self.ledger.load()[member.index] for member in members]
+            room = zip(state.kv_capacity, load, strict=True)
+            assert state.kv_free == [max(capacity - kv_tokens, 0) for capacity, kv_tokens in room]
             assert min(state.slots_free + state.kv_free) >= 0
 
     def teardown(self):
@@ -371,3 +387,18 @@ def test_no_number_leaves_its_bounds():
         assert ledger.kv_tokens == (booked + 7,)
     assert dispatcher.end(request_id, Event.FINISH).sequences == SEQUENCES_MAX
     assert (ledger.kv_tokens, ledger.requests, ledger.bound) == ((0,), (0,), 0)
+
+
+def test_other_limits_are_those_that_rounds_see():
+    ledger = bound_ledger([WorkerLimits(2), WorkerLimits(2, 50)], [(0, 300)])
+    ledger.set_offset(WorkerIndex(0), 100)
+    ledger.roster.set_limits_of(ledger.roster.member(0), WorkerLimits(3, 1000))
+    assert ledger.kv_capacity_tokens_max == 1000
+    assert ledger.slots_total == 5
+    state = ledger.state([True, True], late_binding=True)
+    assert (state.kv_free, state.slots_free) == ([600, 50], [2, 2])
+    ledger.roster.remove("1", bound=0)
+    assert ledger.offset_by_place() == [100]
+    # Whoever gets its index begins without one.
+    ledger.set_offset(WorkerIndex(0), 0)
+    assert not ledger.has_offset

@@ -39,6 +39,20 @@ def test_names_are_unique_among_those_who_are_there():
     roster.add("a", LIMITS)
 
 
+def test_limits_change_and_observers_are_told():
+    roster, told = roster_of("a", "b")
+    member, version = roster.member(0), roster.version
+    roster.set_limits_of(member, LIMITS)
+    assert (told[2:], roster.version) == ([], version), "nothing has changed"
+    roster.set_limits_of(member, WorkerLimits(4, 900))
+    assert told[2:] == [("a", Change.LIMITS)]
+    assert member.limits == WorkerLimits(4, 900)
+    assert roster.version > version, "what is kept by it is not as before"
+    roster.remove("a", bound=0)
+    roster.set_limits_of(member, LIMITS)
+    assert told[3:] == [("a", Change.DRAINING), ("a", Change.GONE)]
+
+
 def test_one_that_drains_takes_nothing_new_and_is_there():
     roster, told = roster_of("a", "b")
     member = roster.drain("a")

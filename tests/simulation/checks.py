@@ -27,6 +27,11 @@ _CHANGES = ("bind", "first_token", "grow", "correct_prompt", "take_back", "end")
 """The methods of the ledger that change it."""
 
 
+def _is_periodic(task: str) -> bool:
+    """Tell whether a task is one of those that each member has for as long as it is there."""
+    return "Prober._run" in task or "Poller._run" in task
+
+
 class Violation(Exception):  # noqa: N818 - a promise that is broken, of the proxy and not of this code
     """``promise`` is the name of what was not held (see the package's docstring)."""
 
@@ -154,6 +159,11 @@ class GroupChecks(Observer):
         if any(left.values()):
             raise Violation("returns-to-zero", f"with no request in the proxy {left}")
 
+    def check_offsets(self) -> None:
+        """Raise Violation if what workers held besides is seen after it has gone."""
+        if any(self._ledger.offset):
+            raise Violation("returns-to-zero", f"offsets {self._ledger.offset}")
+
 
 class Checks:
     """All that is looked at from outside while a scenario runs."""
@@ -175,7 +185,7 @@ class Checks:
         """Check ``proxy``, which nobody has asked anything so far, behind every event from now on."""
         self._proxy = proxy
         self._groups = [GroupChecks(service) for service in proxy.service.groups.values()]
-        self._tasks = {task for task in asyncio.all_tasks(self._loop) if "Prober._run" not in str(task)}
+        self._tasks = {task for task in asyncio.all_tasks(self._loop) if not _is_periodic(str(task))}
 
     def check(self) -> None:
         """Raise Violation; called behind every event."""
@@ -213,6 +223,7 @@ class Checks:
         assert self._proxy is not None
         for group in self._groups:
             group.check_idle()
+            group.check_offsets()
         handlers, watch = self._proxy.handlers, self._proxy.service.watch
         if handlers._requests or watch._watched:
             raise Violation(
@@ -223,11 +234,12 @@ class Checks:
         if any(one.state is not MemberState.ACTIVE for one in members):
             raise Violation("nothing-left", f"members that were to go: {members}")
         tasks = self._tasks_since_start()
-        # Members come and go, and each that is there is checked.
-        if len(tasks) > workers or any("Prober._run" not in task for task in tasks):
+        # Members come and go, and each that is there is checked, and asked for its load.
+        if len(tasks) > 2 * workers or not all(map(_is_periodic, tasks)):
             raise Violation("nothing-left", f"tasks: {tasks}")
         open_ = [t for t in self._loop.network.open if t.is_proxys]
-        if any(t.is_clients for t in open_) or len(open_) > 2 * workers:
+        # Of each one that is checked, one that is asked for its load, and one that is kept.
+        if any(t.is_clients for t in open_) or len(open_) > 3 * workers:
             raise Violation("nothing-left", f"connections: {open_}")
         timers = self._loop.timers()
         if len(timers) > PERIODIC_MAX + 4 * workers:

@@ -30,6 +30,7 @@ WORLD_FAULTS = frozenset(
         *("health-late", "health-never", "health-endless", "health-error", "clock-jump"),
         *("policy-raises", "predictor-raises", "shutdown", "member-leaves", "member-joins"),
         *("member-drains", "limits-fall", "limits-rise"),
+        *("load-foreign", "load-garbage", "load-missing"),
     }
 )
 FAULTS = WORKER_FAULTS | CLIENT_FAULTS | WORLD_FAULTS
@@ -117,6 +118,15 @@ class Draw:
                 "ejected_share_max": rng.choice((1.0, 1.0, 0.5, 0.0)),
             },
             "estimate": {"ask_usage": rng.random() < 0.8},
+            "telemetry": {
+                "enabled": rng.random() < 0.8,
+                "interval_s": rng.choice((0.2, 1.0)),
+                "timeout_s": 1.0,
+                "lag_s": rng.choice((0.0, 0.5, 6.0)),
+                "stale_s": rng.choice((0.5, 2.0)),
+                # What was said of a worker has faded when all must be well again.
+                "half_life_s": rng.choice((0.1, 0.3)),
+            },
         }
 
     def _visit(self, at_s: float, groups: tuple[str, ...]) -> Visit:

@@ -18,6 +18,17 @@ SCRIPT = "script of a worker"
 OWN_BYTES_MAX = 8 << 20
 """More than the proxy itself may read of what it asks a worker, and what is under way when it stops."""
 
+KV_CAPACITY_TOKENS = 1 << 30
+"""What a worker holds where its scenario says nothing."""
+
+_LOAD_PAGE = b"""# HELP vllm:kv_cache_usage_perc KV-cache usage
+vllm:kv_cache_usage_perc{engine="0"} %b
+vllm:cache_config_info{engine="0",kv_cache_size_tokens="%d"} 1.0
+vllm:num_requests_running{engine="0"} %d
+vllm:num_requests_waiting{engine="0"} %d
+vllm:num_preemptions_total{engine="0"} 0.0
+"""
+_USAGES = (b"NaN", b"-3", b"1e308", b"", b"1.0", b"0.5", b"+Inf", b"\xff\x00")
 _ENDLESS = bytes(1 << 16)
 _NUMBER = re.compile(rb"x-sim: (\d+)")
 _MODELS = b'{"object":"list","data":[{"id":"a"},{"id":"b"}]}'
@@ -89,6 +100,9 @@ class Worker:
         self._ranks = {b"%d" % number for number in range(ranks)}
         self.host = f"worker-{index}"
         self.health = "well"
+        self.load = "none"
+        self.kv_capacity_tokens = KV_CAPACITY_TOKENS
+        self._pages = 0
         self._loop = loop
         self._records = records
         self._wrong = wrong
@@ -284,6 +298,9 @@ class Worker:
         if health == "health-endless":
             await self._send_for_ever(wire)
             return False
+        if line.startswith(b"GET /metrics "):
+            await wire.send(self._load_page())
+            return True
         status = b"500 Broken" if health == "health-error" else b"200 OK"
         head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (
             status,
@@ -291,6 +308,19 @@ class Worker:
         )
         await wire.send(head if line.startswith(b"HEAD") else head + _MODELS)
         return True
+
+    def _load_page(self) -> bytes:
+        """Return the answer to who asks for the load: none of it is what came through the proxy."""
+        if self.load == "load-missing":
+            return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+        self._pages += 1
+        usage, capacity = b"0.0", self.kv_capacity_tokens
+        if self.load == "load-foreign":
+            usage = b"0.9"
+        elif self.load == "load-garbage":
+            usage, capacity = _USAGES[self._pages % len(_USAGES)], self._pages % 3 * (1 << 40)
+        page = _LOAD_PAGE % (usage, capacity, self._pages, self._pages % 2)
+        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(page), page)
 
     async def _send_for_ever(self, wire: Wire) -> None:
         """Send a body that has no end, as fast as it is read."""

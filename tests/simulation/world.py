@@ -22,7 +22,7 @@ from tests.simulation.loop import START_S, DeadlockError, SpinningError, Virtual
 from tests.simulation.members import Members
 from tests.simulation.outside import ON_PURPOSE, cut_off
 from tests.simulation.transport import PROXY
-from tests.simulation.workers import Record, Worker
+from tests.simulation.workers import KV_CAPACITY_TOKENS, Record, Worker
 
 PATIENCE_S = 600.0
 """Within which every visit must have ended once the last has begun: far more than all limits together."""
@@ -97,8 +97,8 @@ class World:
 
     async def _main(self) -> None:
         loop, scenario = self._loop, self._scenario
-        for *_, ranks in scenario.workers:
-            self._start_worker(ranks)
+        for _, capacity, *_, ranks in scenario.workers:
+            self._start_worker(ranks).kv_capacity_tokens = capacity or KV_CAPACITY_TOKENS
         clock = LoopClock(loop)
         async with running_proxy(self._config(), clock=clock, listening=_listen) as proxy:
             self._follow(proxy)
@@ -194,6 +194,9 @@ class World:
             later(trouble.lasts_s, setattr, worker, "health", "well")
         elif kind.startswith(("member-", "limits-")):
             self._members.happen(kind, worker, trouble.lasts_s)
+        elif kind.startswith("load-"):
+            worker.load = kind
+            later(trouble.lasts_s, setattr, worker, "load", "none")
         elif kind == "freeze":
             worker.freeze()
             later(trouble.lasts_s, worker.thaw)

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from brproxy.engines.dialect import register_dialect
 from brproxy.engines.dialects.openai import OpenAIDialect
+from brproxy.engines.load import LoadReading
+from brproxy.engines.load_pages import read_sglang_loads
 
 _QUEUE_FULL = "The request queue is full."
 
@@ -15,6 +17,11 @@ class SglangDialect(OpenAIDialect):
     """SGLang, from 0.4 on. A full queue is a 503, or an error event in a stream that began with 200."""
 
     HEALTH_PATH: ClassVar[str] = "/health"
+    LOAD_PATH: ClassVar[str] = "/v1/loads"
+
+    def read_load(self, body: bytes) -> LoadReading:
+        """See Dialect.read_load."""
+        return read_sglang_loads(body)
 
     def is_refusal_error(self, error: object) -> bool:
         """See OpenAIDialect.is_refusal_error."""

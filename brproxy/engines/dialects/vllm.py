@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from brproxy.engines.dialect import register_dialect
 from brproxy.engines.dialects.openai import OpenAIDialect
+from brproxy.engines.load import LoadReading
+from brproxy.engines.load_pages import read_vllm_metrics
 
 # EngineDeadError (v1/engine/exceptions.py), and what the engines before it said.
 _DEATHS = (
@@ -26,7 +28,12 @@ class VllmDialect(OpenAIDialect):
     """
 
     HEALTH_PATH: ClassVar[str] = "/health"
+    LOAD_PATH: ClassVar[str] = "/metrics"
     USAGE_TAKES_FINGERPRINT: ClassVar[bool] = True
+
+    def read_load(self, body: bytes) -> LoadReading:
+        """See Dialect.read_load."""
+        return read_vllm_metrics(body)
 
     def is_refusal_error(self, error: object) -> bool:
         """See OpenAIDialect.is_refusal_error."""

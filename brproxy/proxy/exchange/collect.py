@@ -6,7 +6,7 @@ import asyncio
 from typing import NamedTuple
 
 from brproxy.relay.connection import Exchange, WorkerConnection
-from brproxy.relay.errors import BrokenResponseError, WorkerFailedError
+from brproxy.relay.errors import BrokenResponseError, TooLongError, WorkerFailedError
 from brproxy.relay.response import ResponseHead
 
 
@@ -104,7 +104,7 @@ class Collect(Exchange):
         if not self._connection.is_idle:
             self._connection.abandon()
         if self._wants_body:
-            self._fail(WorkerFailedError(f"its response is longer than {self._bytes_max} bytes"))
+            self._fail(TooLongError(f"its response is longer than {self._bytes_max} bytes"))
         else:
             self._succeed()
 

@@ -207,6 +207,7 @@ async def running_bench():
             document = {
                 "listen": {"port": 0},
                 "health": {"enabled": False},
+                "telemetry": {"enabled": False},
                 "worker": [{"url": url} for url in urls],
                 "limits": {"idle_connections_max": 0} if is_damaged else {},
             }

@@ -7,6 +7,8 @@ import aiohttp
 import orjson
 import pytest
 
+from brproxy.engines.load import LoadReport
+from brproxy.engines.load_pages import read_sglang_loads, read_vllm_metrics
 from brproxy.types import InvalidInputError
 from loadgen.cluster import ClusterSettings
 from loadgen.emulator.server import EmulatorSettings, running_emulator
@@ -140,10 +142,39 @@ async def test_models_health_and_metrics(start, client):
         'vllm:num_requests_running{model_name="tiny",engine="1"} 0.0',
         'vllm:num_requests_waiting{model_name="tiny",engine="1"} 0.0',
         'vllm:kv_cache_usage_perc{model_name="tiny",engine="1"} 0.0',
+        'vllm:num_preemptions_total{model_name="tiny",engine="1"} 0.0',
         'vllm:prompt_tokens_total{model_name="tiny",engine="1"} 3.0',
         'vllm:generation_tokens_total{model_name="tiny",engine="1"} 5.0',
     ):
         assert line in text or line.replace('{model_name="tiny",engine="1"}', labels) in text
+    assert read_vllm_metrics(text.encode()).reports == {1: LoadReport(0, 1000, 0, 0, None, 0, 3)}
+
+
+async def test_load_as_sglang_tells_it(start, client):
+    emulator = await start(slots=1, kv_capacity_tokens=1000, sglang=True)
+    url = emulator.urls[0]
+    document = {"model": "emulated", "prompt": [1] * 300, "max_tokens": 400, "stream": True}
+    first = await client.post(url + TEXT, json=document)
+    await first.content.readany()
+    second = await client.post(url + TEXT, json=document | {"prompt": [1] * 20})
+    async with client.get(url + "/v1/loads") as response:
+        reading = read_sglang_loads(await response.read())
+    report = reading.reports[0]
+    assert not reading.missing(report)
+    assert (report.running, report.waiting, report.waiting_tokens) == (1, 1, 20)
+    assert 300 <= report.kv_used_tokens <= 700
+    assert (report.kv_capacity_tokens, report.prefill_tokens) == (1000, 320)
+    async with client.get(url + "/metrics") as response:
+        assert response.status == 404
+    for each in (first, second):
+        each.close()
+
+
+async def test_a_cache_of_unknown_size_has_no_usage(start, client):
+    emulator = await start()
+    async with client.get(emulator.urls[0] + "/metrics") as response:
+        (report,) = read_vllm_metrics(await response.read()).reports.values()
+    assert (report.kv_used_tokens, report.kv_capacity_tokens, report.running) == (None, None, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,178 @@
+"""What the engines of one barrier group have said of their load, and what follows from it. No I/O.
+
+A page that was read moves offsets in the ledger and fills in limits that the configuration leaves out. What
+is missing, renamed, or contradicts the configuration is said once for each worker, not at each reading.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from brproxy.engines.load import LoadReading, LoadReport, matched
+from brproxy.ledger import Ledger
+from brproxy.logs import SparingLog
+from brproxy.offsets import Offset, OffsetSettings
+from brproxy.roster import Change, Member
+from brproxy.types import TOKENS_MAX
+
+log = logging.getLogger(__name__)
+
+CONTRADICTS = 0.1
+"""Share by which the KV capacity that was configured may differ from the engine's without a warning."""
+
+_STAND_IN = {
+    "kv_used_tokens": "the booked load alone stands in",
+    "kv_capacity_tokens": "kv_capacity_tokens of the configuration stands in, without it room is not watched",
+    "waiting": "the engine's load is taken up only where it is more than what is booked",
+}
+_PAGE = "page"
+_NO_STAND_IN = "it is not shown, and decides nothing"
+
+
+@dataclass(slots=True)
+class WorkerSignals:
+    """What is known of one worker: its last ``report``, when it was asked for, and what it does not say.
+
+    ``missing`` and ``renamed`` are figures of the report, see LoadReading. ``filed_tokens`` is the KV
+    capacity that the configuration says, None where it leaves it to the engine; ``found_tokens`` is the
+    engine's. ``said`` is what was logged already.
+    """
+
+    offset: Offset
+    filed_tokens: int | None
+    found_tokens: int | None = None
+    restarts: SparingLog = field(default_factory=lambda: SparingLog(log))
+    capacities: SparingLog = field(default_factory=lambda: SparingLog(log))
+    report: LoadReport | None = None
+    read_s: float | None = None
+    missing: frozenset[str] = frozenset()
+    renamed: frozenset[str] = frozenset()
+    said: set[str] = field(default_factory=set)
+
+
+class GroupSignals:
+    """The signals of each member of the group that ``ledger`` is of, as they come and go."""
+
+    def __init__(self, name: str, ledger: Ledger, settings: OffsetSettings) -> None:
+        self.name = name
+        self._ledger = ledger
+        self._roster = ledger.roster
+        self._settings = settings
+        self._workers: dict[Member, WorkerSignals] = {}
+        for member in self._roster.members:
+            self._member_changed(member, Change.ADDED)
+        self._roster.observe(self._member_changed)
+
+    def offsets(self) -> tuple[int, ...]:
+        """Return the offset of each worker that decisions see now, by index (KV tokens)."""
+        return self._ledger.offset
+
+    def known(self) -> list[tuple[Member, WorkerSignals]]:
+        """Return what is known of each member that is there."""
+        return list(self._workers.items())
+
+    def asked(self, members: Sequence[Member], now_s: float) -> None:
+        """Note what is booked on ``members`` while they are asked."""
+        kv_tokens, begun = self._ledger.kv_tokens, self._ledger.begun()
+        for member, signals in self._there(members):
+            signals.offset.booked(now_s, kv_tokens[member.index], begun[member.index])
+
+    def told(self, members: Sequence[Member], reading: LoadReading, now_s: float) -> None:
+        """Take in what the page of ``members``, all behind one endpoint, says; ``asked`` has just been."""
+        reports = matched([member.rank for member in members], reading.reports)
+        for member, report in zip(members, reports, strict=True):
+            signals = self._workers.get(member)
+            if signals is not None:
+                self._take_in(member, signals, reading, report or LoadReport(), now_s)
+
+    def silent(self, members: Sequence[Member], wanted: Sequence[str], reason: str) -> None:
+        """Note that ``members`` tell nothing of their load, for ``reason``, and say so once for each."""
+        for member, signals in self._there(members):
+            signals.report = None
+            signals.missing, signals.renamed = frozenset(wanted), frozenset()
+            if _PAGE not in signals.said:
+                signals.said.add(_PAGE)
+                text = "worker %s does not tell its load: %s; the booked load alone stands in"
+                log.warning(text, member.key, reason)
+
+    def settle(self, members: Sequence[Member], now_s: float) -> None:
+        """Have the ledger know the offsets of ``members`` as they are now."""
+        for member, signals in self._there(members):
+            capacity = member.limits.kv_capacity_tokens or TOKENS_MAX
+            offset = signals.offset.value(now_s, capacity)
+            if offset != self._ledger.offset[member.index]:
+                self._ledger.set_offset(member.index, offset)
+
+    def _there(self, members: Sequence[Member]) -> list[tuple[Member, WorkerSignals]]:
+        return [(member, self._workers[member]) for member in members if member in self._workers]
+
+    def _take_in(
+        self, member: Member, signals: WorkerSignals, reading: LoadReading, report: LoadReport, now_s: float
+    ) -> None:
+        if signals.report is not None and report.started_anew(signals.report):
+            signals.restarts.log(logging.INFO, "the engine of worker %s started anew", member.key)
+            signals.offset.forget()
+            signals.said.clear()
+        says_nothing = report == LoadReport()
+        signals.report = None if says_nothing else report
+        signals.missing = reading.missing(report)
+        signals.renamed = frozenset(reading.renamed) - signals.missing
+        if not says_nothing:
+            signals.read_s = now_s
+            signals.said.discard(_PAGE)
+        if report.kv_used_tokens is not None:
+            signals.offset.told(now_s, report.kv_used_tokens, report.waiting)
+        # Compared at each reading: after a restart it may be another.
+        if report.kv_capacity_tokens not in {None, signals.found_tokens}:
+            signals.found_tokens = report.kv_capacity_tokens
+            self._capacity_found(member, signals, report.kv_capacity_tokens or 0)
+        self._say(member, signals, reading)
+
+    def _capacity_found(self, member: Member, signals: WorkerSignals, found_tokens: int) -> None:
+        filed_tokens = signals.filed_tokens
+        if filed_tokens is None:
+            limits = replace(member.limits, kv_capacity_tokens=found_tokens, capacity_is_found=True)
+            self._roster.set_limits_of(member, limits)
+            text = "worker %s has a KV capacity of %d tokens, says its engine"
+            signals.capacities.log(logging.INFO, text, member.key, found_tokens)
+        elif abs(found_tokens - filed_tokens) > CONTRADICTS * filed_tokens:
+            signals.capacities.warning(
+                "worker %s: kv_capacity_tokens = %d is configured, and its engine says %d; "
+                "what is configured counts",
+                member.key,
+                filed_tokens,
+                found_tokens,
+            )
+
+    def _say(self, member: Member, signals: WorkerSignals, reading: LoadReading) -> None:
+        """Say what is missing or renamed, each once; what is missing only where it should be there."""
+        for figure, name in reading.renamed.items():
+            if name not in signals.said:
+                signals.said.add(name)
+                text = "worker %s tells %s by another name, %s, which is read instead"
+                log.info(text, member.key, figure, name)
+        # Engines have some gauges only from their first request on.
+        if not signals.offset.was_busy:
+            return
+        for figure in sorted(signals.missing - signals.said):
+            signals.said.add(figure)
+            text = "worker %s serves requests and does not tell %s: %s"
+            log.warning(text, member.key, figure, _STAND_IN.get(figure, _NO_STAND_IN))
+
+    def _member_changed(self, member: Member, change: Change) -> None:
+        if change is Change.ADDED:
+            offset = Offset(self._settings)
+            self._workers[member] = WorkerSignals(offset, _filed(member))
+        elif change is Change.GONE:
+            self._workers.pop(member, None)
+        elif change is Change.LIMITS and member in self._workers and not member.limits.capacity_is_found:
+            # Somebody has configured it, or left it out again.
+            signals = self._workers[member]
+            signals.filed_tokens, signals.found_tokens = _filed(member), None
+
+
+def _filed(member: Member) -> int | None:
+    """Return the KV capacity that the configuration says, None where it leaves that to the engine."""
+    return None if member.limits.capacity_is_found else member.limits.kv_capacity_tokens
