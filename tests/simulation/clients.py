@@ -348,7 +348,7 @@ def _as_event(body: bytes) -> bytes:
 def _lacks_its_end(answer: Received, attempt: Attempt) -> bool:
     """Tell whether a stream that was to say where it ends does not, in an answer that looks whole."""
     shows_nothing = attempt.answer.framing == "close" and answer.framing != "close"
-    return shows_nothing and attempt.response.is_stream and not answer.body.endswith(b"[DONE]\n\n")
+    return shows_nothing and attempt.response.is_stream and not answer.body.rstrip(b"\n").endswith(b"[DONE]")
 
 
 def _keeps(ask: Ask, answer: Received) -> bool:

@@ -55,18 +55,16 @@ class Members:
     def drain(self, worker: Worker, lasts_s: float) -> None:
         """Drain a worker, and resume it ``lasts_s`` later; also the last, whose group then waits."""
         group = self._group_of(worker)
-        if group is not None:
-            self._loop.call_later(lasts_s, self._resume, group, group.drain(worker.key))
+        for member in self._behind(group, worker):
+            self._loop.call_later(lasts_s, self._resume, group, group.drain(member.key))
 
     def change_limits(self, worker: Worker, lasts_s: float, *, rise: bool) -> None:
         """Have a worker hold more, or hardly anything, for ``lasts_s``."""
         group = self._group_of(worker)
-        if group is None:
-            return
-        member = group.roster.find(worker.key)
-        usual = self._usual.setdefault(member, member.limits)
-        group.set_limits(worker.key, WorkerLimits(2 * usual.slots) if rise else WorkerLimits(1, 300))
-        self._loop.call_later(lasts_s, self._as_usual, group, member)
+        for member in self._behind(group, worker):
+            usual = self._usual.setdefault(member, member.limits)
+            group.set_limits(member.key, WorkerLimits(2 * usual.slots) if rise else WorkerLimits(1, 300))
+            self._loop.call_later(lasts_s, self._as_usual, group, member)
 
     def join(self, group: Group) -> None:
         """Add a new worker."""
@@ -104,6 +102,12 @@ class Members:
                 return group
         return None
 
+    @staticmethod
+    def _behind(group: Group | None, worker: Worker) -> list[Any]:
+        """Return the members that a worker is: one, or several ranks."""
+        members = [] if group is None else group.roster.members
+        return [member for member in members if member.origin == worker.url]
+
     def stuck(self, retries_max: int) -> str | None:
         """Say which request stays unread with a worker that is out although there is another, if any does.
 
@@ -112,11 +116,12 @@ class Members:
         workers = {worker.url: worker for worker in self._workers}
         for group in self._groups:
             members = group.roster.members
-            others = any(other.is_routable for other in members)
+            others, may = any(other.is_routable for other in members), group.roster.routable()
             for origin in dict.fromkeys(member.origin for member in members):
                 worker = workers[origin]
                 ranks = [member for member in members if member.origin == origin]
-                is_out = all(one.state is MemberState.ACTIVE and not one.is_routable for one in ranks)
+                # Where too many are out, all may be chosen: then this one keeps what it is given.
+                is_out = all(one.state is MemberState.ACTIVE and not may[one.index] for one in ranks)
                 self._out_s[worker] = self._out_s.get(worker, 0) + 1 if is_out else 0
                 # The first look may come at once, and requests of the last moment are on their way.
                 if self._out_s[worker] < 2 or not others:
