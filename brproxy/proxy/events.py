@@ -107,6 +107,10 @@ class EventReader:
         """Take what is left for an event, for there is no more; returns what ``read`` does."""
         tail, self._splitter.tail = self._splitter.tail, b""
         facts = self.read(tail, [tail]) if tail else None
-        if facts is None and self._remover is not None:
-            self._held += self._remover.rest()
+        if facts is None:
+            self._held += self.rest()
         return facts
+
+    def rest(self) -> bytes:
+        """Return the event that is held, whole, for the report of usage that does not come, b"" for none."""
+        return b"" if self._remover is None else self._remover.rest()

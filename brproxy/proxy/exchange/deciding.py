@@ -280,6 +280,8 @@ class WorkerAnswer(Exchange):
 
     def break_off(self, error: ProxyError, event: bytes | None = None) -> None:
         """End an answer of which the client has had a part; ``event`` says why, else ``error`` does."""
+        if isinstance(self._kind, Stream):
+            self.sink.pass_on(self._kind.rest())
         self.sink.say(error.event(self.path) if event is None else event)
         self._attempt.settle(Event.BROKE_OFF, error)
         # Without the framing's end: a client that ignores the event still sees a broken response.

@@ -85,6 +85,10 @@ class Stream:
         self._account.learn()
         self._answer.complete(trailers)
 
+    def rest(self) -> bytes:
+        """Return what is held that the client gets although the stream breaks off."""
+        return self._events.rest()
+
     def _pass_plain(self, data: bytes, events: int) -> None:
         """Pass on plain chunks as they came: the parser need not see whole chunks."""
         self._answer.progressed = True

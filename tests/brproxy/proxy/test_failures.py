@@ -181,6 +181,24 @@ async def test_a_stream_that_breaks_off_says_so_and_has_no_clean_end(
     await proxy.idle()
 
 
+@pytest.mark.parametrize("framing", ["chunked", "until close"])
+async def test_an_event_that_waits_for_usage_is_not_lost_with_the_stream(
+    framing, start_worker, start_proxy, client, reset, answer, chunked
+):
+    # What vLLM says of its fingerprint may come in the usage event, for which this one is held.
+    finish = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+    if framing == "chunked":
+        script = reset(*chunked(CHUNK, finish, end=False))
+    else:
+        script = answer(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + CHUNK + finish)
+    worker = await start_worker(script)
+    proxy = await start_proxy([worker.url])
+    received, end = await broken_stream(client, proxy)
+    assert end == "broken"
+    assert received.startswith(CHUNK + finish + b'data: {"error":{')
+    await proxy.idle()
+
+
 async def test_a_stream_until_close_with_done_is_complete(start_worker, start_proxy, client, answer):
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
     worker = await start_worker(answer(head + CHUNK + DONE))
