@@ -192,7 +192,8 @@ async def test_a_start_asks_nobody_where_that_is_off(engine, tmp_path):
     path = file_with(tmp_path / "x.toml", f'url = "{server.url}"\nengine = "sglang"', enabled=False)
     process, _, said = await serving_proxy("--config", path)
     await stop(process)
-    assert set(server.asked) <= {"/health"}
+    # Of its health and its load, as of every worker.
+    assert set(server.asked) <= {"/health", "/v1/loads"}
     assert "SGLang" not in said
 
 

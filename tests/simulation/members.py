@@ -92,7 +92,8 @@ class Members:
         if member in group.roster.members:
             # Its last request has not ended yet.
             self._loop.call_later(1.0, self._come_back, group, member)
-        else:
+        elif all(one.key != member.key or one.leaves for one in group.roster.members):
+            # Who was resumed meanwhile may have left twice.
             limits = self._usual.get(member, member.limits)
             group.add(member.key, limits, member.origin, member.lines, member.rank)
 
