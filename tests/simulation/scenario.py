@@ -119,8 +119,8 @@ class Draw:
             },
             "estimate": {"ask_usage": rng.random() < 0.8},
             "telemetry": {
-                "enabled": rng.random() < 0.8,
-                "interval_s": rng.choice((0.2, 1.0)),
+                "enabled": rng.random() < 0.5,
+                "interval_s": rng.choice((0.5, 2.0)),
                 "timeout_s": 1.0,
                 "lag_s": rng.choice((0.0, 0.5, 6.0)),
                 "stale_s": rng.choice((0.5, 2.0)),
