@@ -279,16 +279,11 @@ class Roster:
             member.limits = limits
             self._changed(member, Change.LIMITS)
 
-    def record(self, index: int, *, ok: bool, reason: str, now_s: float, refused: bool = False) -> bool:
-        """Take in the result of a check or of connecting; return whether the member's health changed."""
-        return self.record_of(self.member(index), ok=ok, reason=reason, now_s=now_s, refused=refused)
+    def record(self, member: Member, *, ok: bool, reason: str, now_s: float, refused: bool = False) -> bool:
+        """Take in the result of a check or of connecting; return whether the member's health changed.
 
-    def record_of(
-        self, member: Member, *, ok: bool, reason: str, now_s: float, refused: bool = False
-    ) -> bool:
-        """As ``record``, for whoever knows the member; the result of one that has gone changes nothing.
-
-        ``refused``: it refuses connections, which also a worker that answers on older ones can.
+        That of one that has gone changes nothing. ``refused``: it refuses connections, which also a worker
+        that answers on older ones can.
         """
         if member.state is MemberState.GONE:
             return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -16,6 +17,7 @@ from brproxy.clock import Clock
 from brproxy.logs import SparingLog
 from brproxy.proxy.asking import Question, ask
 from brproxy.proxy.service import GroupService
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import TooLongError, WorkerFailedError
 from brproxy.roster import Change, Member
 from brproxy.signals import GroupSignals
@@ -48,7 +50,7 @@ class Poller:
         self._groups = groups
         self._clock = clock
         self._settings = settings
-        self._tasks: dict[tuple[GroupService, str], asyncio.Task[None]] = {}
+        self._tasks: dict[Endpoint, asyncio.Task[None]] = {}
         self._failed = SparingLog(log)
         self._bugs = SparingLog(log)
         self._is_running = False
@@ -62,10 +64,11 @@ class Poller:
                 log.info(text, signals.name)
             else:
                 service.group.roster.observe(partial(self._member_changed, service, signals))
-                origins = dict.fromkeys(member.origin for member in service.group.roster.members)
-                for position, origin in enumerate(origins):
+                endpoints = service.endpoints
+                for position, endpoint in enumerate(endpoints):
                     # Spread over the interval, so that not all pages have to be read at one instant.
-                    self._begin(service, signals, origin, self._settings.interval_s * position / len(origins))
+                    spread_s = self._settings.interval_s * position / len(endpoints)
+                    self._begin(service, signals, endpoint, spread_s)
 
     async def stop(self) -> None:
         """End all questions."""
@@ -79,34 +82,39 @@ class Poller:
         self, service: GroupService, signals: GroupSignals, member: Member, change: Change
     ) -> None:
         if change is Change.ADDED:
-            self._begin(service, signals, member.origin)
+            self._begin(service, signals, service.endpoint(member.index))
 
     def _begin(
-        self, service: GroupService, signals: GroupSignals, origin: str, spread_s: float = 0.0
+        self, service: GroupService, signals: GroupSignals, endpoint: Endpoint, spread_s: float = 0.0
     ) -> None:
-        if self._is_running and (service, origin) not in self._tasks:
-            run = self._run(service, signals, origin, spread_s)
-            self._tasks[service, origin] = asyncio.create_task(run)
+        if self._is_running and endpoint not in self._tasks:
+            run = self._run(service, signals, endpoint, spread_s)
+            self._tasks[endpoint] = asyncio.create_task(run)
 
-    async def _run(self, service: GroupService, signals: GroupSignals, origin: str, spread_s: float) -> None:
-        """Ask ``origin`` until nobody behind it is there; ``spread_s`` later from the second time on."""
+    async def _run(
+        self, service: GroupService, signals: GroupSignals, endpoint: Endpoint, spread_s: float
+    ) -> None:
+        """Ask ``endpoint`` until nobody behind it is there; ``spread_s`` later from the second time on."""
         ask_at_s = 0.0
-        while members := [m for m in service.group.roster.members if m.origin == origin]:
+        while members := tuple(service.behind(endpoint)):
             if self._clock.now_s() >= ask_at_s:
                 try:
-                    await self._poll(service, signals, members)
+                    await self._poll(service, signals, endpoint, members)
                 except NoPageError as error:
                     signals.silent(members, service.dialect.read_load(b"").wanted, str(error))
                     ask_at_s = self._clock.now_s() + UNANSWERED_S
                 except Exception as error:  # noqa: BLE001 - logged; else nobody would ask this worker again
-                    self._bugs.log(logging.ERROR, "asking %s for its load failed", origin, exc_info=error)
+                    self._bugs.log(
+                        logging.ERROR, "asking %s for its load failed", endpoint.origin, exc_info=error
+                    )
             signals.settle(members, self._clock.now_s())
             await asyncio.sleep(self._settings.interval_s + spread_s)
             spread_s = 0.0
-        # At once, so that whoever comes next is asked.
-        del self._tasks[service, origin]
+        del self._tasks[endpoint]
 
-    async def _poll(self, service: GroupService, signals: GroupSignals, members: list[Member]) -> None:
+    async def _poll(
+        self, service: GroupService, signals: GroupSignals, endpoint: Endpoint, members: Sequence[Member]
+    ) -> None:
         """Ask once and take in the answer; raises NoPageError.
 
         One that fails to answer, or that cannot be asked, is asked again at the next interval: checks say
@@ -118,7 +126,7 @@ class Poller:
         path, settings = service.dialect.LOAD_PATH, self._settings
         question = Question(path, settings.timeout_s, settings.bytes_max)
         try:
-            reply = await ask(service.endpoint(members[0].index), question)
+            reply = await ask(endpoint, question)
         except TooLongError as error:
             msg = f"{path}: {error} (limits.control_bytes_max)"
             raise NoPageError(msg) from error
@@ -141,7 +149,7 @@ class Poller:
         signals.asked(members, now_s)
         signals.told(members, reading, now_s)
 
-    def _note_failure(self, members: list[Member], reason: str) -> None:
+    def _note_failure(self, members: Sequence[Member], reason: str) -> None:
         # Of one that is out its checks have said so.
         if any(member.is_routable for member in members):
             self._failed.warning("worker %s did not say its load: %s", members[0].key, reason)

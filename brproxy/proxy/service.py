@@ -77,7 +77,7 @@ class GroupService:
         return [
             member
             for member in tuple(self.behind(endpoint))
-            if roster.record_of(member, ok=ok, reason=reason, now_s=now_s, refused=refused)
+            if roster.record(member, ok=ok, reason=reason, now_s=now_s, refused=refused)
         ]
 
     def _member_changed(self, member: Member, change: Change) -> None:

@@ -97,7 +97,7 @@ def test_a_retry_returns_to_the_same_worker_only_when_that_has_come_back():
     dispatcher.retry(failed, 1.0)
     assert dispatcher.decide(1.0, routable(dispatcher)) == []
     for ok in (False, False, False, True):
-        dispatcher.roster.record(0, ok=ok, reason="", now_s=2.0)
+        dispatcher.roster.record(dispatcher.roster.member(0), ok=ok, reason="", now_s=2.0)
     assert [a.worker for a in dispatcher.decide(3.0, routable(dispatcher))] == [0]
 
 

@@ -80,7 +80,7 @@ def test_one_with_bound_requests_goes_when_they_have_ended():
         roster.member(1)
     with pytest.raises(RosterError, match="there is no worker b"):
         roster.find("b")
-    assert not roster.record_of(member, ok=False, reason="late", now_s=9.0)
+    assert not roster.record(member, ok=False, reason="late", now_s=9.0)
 
 
 def test_one_that_drains_is_resumed_and_one_that_leaves_is_not():
@@ -154,11 +154,11 @@ def test_health_is_told_when_it_changes():
     roster, told = roster_of("a", checked=True)
     member = roster.member(0)
     assert (member.health.state, roster.routable()) == (Health.UNKNOWN, (False,))
-    assert roster.record(0, ok=True, reason="answers", now_s=1.0)
+    assert roster.record(roster.member(0), ok=True, reason="answers", now_s=1.0)
     for _ in range(3):
-        roster.record(0, ok=False, reason="silent", now_s=2.0)
+        roster.record(roster.member(0), ok=False, reason="silent", now_s=2.0)
     assert (roster.routable(), member.health.reason) == ((False,), "silent")
-    roster.record(0, ok=True, reason="back", now_s=3.0)
+    roster.record(roster.member(0), ok=True, reason="back", now_s=3.0)
     assert told[1:] == [("a", Change.HEALTHY), ("a", Change.UNHEALTHY), ("a", Change.HEALTHY)]
 
 
@@ -167,11 +167,11 @@ def test_where_too_many_are_out_none_is_out_for_that(caplog):
     for key in "abcde":
         roster.add(key, LIMITS)
     for index in range(4):
-        roster.record(index, ok=True, reason="", now_s=0.0)
+        roster.record(roster.member(index), ok=True, reason="", now_s=0.0)
     roster.drain("d")
     masks = []
     for index, ok in ((0, False), (1, False), (2, False), (3, False), (1, True), (0, True)):
-        roster.record(index, ok=ok, reason="", now_s=1.0)
+        roster.record(roster.member(index), ok=ok, reason="", now_s=1.0)
         masks.append("".join("01"[routable] for routable in roster.routable()))
     # Of four active ones, as d drains; e was never healthy.
     assert masks == ["01100", "00100", "11100", "11100", "01000", "11000"]

@@ -147,7 +147,7 @@ async def test_workers_that_could_not_be_asked_stay_what_they_were(stack, caplog
     monkeypatch.setattr(service.groups["default"].endpoint(0), "connect", fail)
     for state in (Health.UNKNOWN, Health.HEALTHY):
         if state is Health.HEALTHY:
-            roster.record(0, ok=True, reason="", now_s=0.0)
+            roster.record(roster.member(0), ok=True, reason="", now_s=0.0)
         asked = 0
         await prober.start()
         async with asyncio.timeout(LIMIT_S):

@@ -86,7 +86,7 @@ async def test_a_server_that_refuses_is_out_with_all_its_ranks(
     roster = proxy.groups[0].roster
     for member in roster.members[:4]:
         # As if it had been there when it was asked.
-        roster.record_of(member, ok=True, reason="", now_s=0.0)
+        roster.record(member, ok=True, reason="", now_s=0.0)
     assert (await ask(client, proxy))[0] == 200
     assert [member.is_routable for member in roster.members] == [False] * 4 + [True] * 2
     assert all(member.refuses_since_s is not None for member in roster.members[:4])
