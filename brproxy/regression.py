@@ -103,5 +103,6 @@ class Regression:
                 moved = weights[index] + gain * surprise
                 lowest, highest = _BOUNDS[index]
                 weights[index] = lowest if moved < lowest else min(moved, highest)
-                variances[index] *= 1 - gain * count
+                # By rounding, what a huge count leaves comes out as nothing, or as less.
+                variances[index] = max(variances[index] * (1 - gain * count), self._drifts[index])
         return True

@@ -10,12 +10,12 @@ from brproxy.ledger import Ledger
 from brproxy.prediction.predictor import make_predictor
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
-from brproxy.types import PendingRequest, WorkerIndex
+from brproxy.types import PendingRequest
 
 
 def group(name, *models, slots=4, healthy=True):
     roster = Roster(HealthThresholds(1, 1))
-    roster.add(f"{name}-0", WorkerLimits(slots))
+    member = roster.add(f"{name}-0", WorkerLimits(slots))
     dispatcher = Dispatcher(
         Ledger(roster),
         make_policy("br-0"),
@@ -23,7 +23,7 @@ def group(name, *models, slots=4, healthy=True):
         np.random.default_rng(0),
         PoolLimits(),
     )
-    roster.record(WorkerIndex(0), ok=healthy, reason="", now_s=0.0)
+    roster.record(member, ok=healthy, reason="", now_s=0.0)
     return Group(name, frozenset(models), dispatcher)
 
 

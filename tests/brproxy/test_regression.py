@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brproxy.regression import Regression, tokens_at_most
@@ -31,6 +31,7 @@ def test_no_reports_lead_beyond_the_bounds(bytes_per_token, reports, text):
 
 
 @given(st.lists(st.tuples(texts, many), max_size=20))
+@example([((0, 0, 0, 0, 0, 0, 1 << 50, 0), 1)] * 5)
 def test_what_is_known_is_known_better_with_each_report_and_never_for_certain(reports):
     regression = Regression(4.0)
     prior = Regression(4.0)._variances
