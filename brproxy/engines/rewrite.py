@@ -101,12 +101,12 @@ def members(body: bytes) -> list[Member] | None:
 
     What is inside of values is not checked, nor is what stands behind the object.
     """
-    opening = _object_start(body)
+    opening = object_start(body)
     if opening is None:
         return None
     found: list[Member] = []
     key_start, colon = opening + 1, -1
-    for position, character in _top_level(body, opening):
+    for position, character in top_level(body, opening):
         if character == b":":
             if colon < 0:
                 colon = position
@@ -124,7 +124,7 @@ def members(body: bytes) -> list[Member] | None:
     return None
 
 
-def _object_start(body: bytes) -> int | None:
+def object_start(body: bytes) -> int | None:
     """Return where the opening brace is: behind nothing but whitespace and a byte order mark."""
     start = 3 if body.startswith(b"\xef\xbb\xbf") else 0
     # Whitespace may be megabytes: look for what ends it without copying them.
@@ -134,7 +134,7 @@ def _object_start(body: bytes) -> int | None:
     return brace
 
 
-def _top_level(body: bytes, opening: int) -> Iterator[tuple[int, bytes]]:
+def top_level(body: bytes, opening: int) -> Iterator[tuple[int, bytes]]:
     """Yield colons and commas of the object that opens at ``opening``, and its closing brace last."""
     depth = 0
     for start, characters, _, is_inside in blocks(body, opening):

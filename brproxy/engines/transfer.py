@@ -1,0 +1,238 @@
+"""The interface of a transfer: how engines that prefill hand the KV of a prompt to engines that decode.
+
+A request goes to both as two *legs*: the prefill leg makes an engine run the prompt and keep its KV, the
+decode leg is what the client asked for, with what the decode worker needs to fetch that KV. A transfer makes
+both bodies from the client's, and reads what engines say in between. It changes the members that are its own;
+all other bytes stay as they are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import ClassVar, Final, NamedTuple, TypeVar
+
+from brproxy.engines.body import parsed
+from brproxy.engines.edits import JsonObject, elements, read_object
+from brproxy.engines.rewrite import MEMBERS_MAX
+from brproxy.registry import Registry
+from brproxy.types import SEQUENCES_MAX, InvalidInputError
+
+PARAMS: Final = "kv_transfer_params"
+"""The member by which vLLM and what is built on it hand over."""
+
+PARAMS_BYTES_MAX: Final = 1 << 21
+"""Longest JSON of an engine's own parameters: block ids of a million tokens take a quarter."""
+
+_NESTED: Final = "sampling_params"
+_LIMITS: Final = {
+    "completions": "max_tokens",
+    "messages": "max_tokens",
+    "responses": "max_output_tokens",
+    "generate": "max_tokens",
+}
+# A response in the background would be answered before its prefill has begun.
+_OF_NO_PREFILL: Final = ("stream_options", "background")
+_MINIMA: Final = ("min_tokens", "min_completion_tokens")
+
+
+class TransferError(InvalidInputError):
+    """A body that cannot be made into two legs; the text says what it would have to be.
+
+    Decode workers that can serve alone may get such a request as it came: the engine has the last word.
+    """
+
+
+class Order(Enum):
+    """Which leg is sent first.
+
+    PREFILL_FIRST: the decode leg needs what the prefill leg's reply says. TOGETHER: both at once.
+    DECODE_FIRST: the prefill leg needs what the decode worker posts.
+    """
+
+    PREFILL_FIRST = "prefill first"
+    TOGETHER = "together"
+    DECODE_FIRST = "decode first"
+
+
+class Handoff(NamedTuple):
+    """What the two legs of one request share; a transfer uses what it needs of it.
+
+    ``transfer_id``: printable ASCII, unique for each try. ``room``: a random number in ``[0, 2**62)``.
+    ``prefill_host``: of the prefill worker, without a port, IPv6 without brackets. ``prefill_rank`` and
+    ``decode_rank``: what is sent as ``X-data-parallel-rank``, None for a server that is one worker;
+    ``prefill_ranks``: how many the prefill server has. ``engine_id``: from read_bootstrap. ``params``: JSON
+    of ``kv_transfer_params``, from read_reply or read_post. ``metaserver``: the URL that decode workers post
+    to.
+    """
+
+    transfer_id: str
+    room: int
+    prefill_host: str = ""
+    bootstrap_port: int | None = None
+    prefill_rank: int | None = None
+    prefill_ranks: int = 1
+    decode_rank: int | None = None
+    engine_id: str = ""
+    params: bytes = b""
+    metaserver: str = ""
+
+
+class Transfer(ABC):
+    """How one kind of engine hands KV over."""
+
+    ORDER: ClassVar[Order]
+    LEASE_S: ClassVar[float | None] = None
+    """How long a prefill worker keeps the KV after its reply, less a margin; None: unknown, or no matter."""
+    DECODES_ALONE: ClassVar[bool] = True
+    """Whether decode workers serve a request that has had no prefill leg."""
+    BOOTSTRAP_PATH: ClassVar[str] = ""
+    """The page on the bootstrap port that tells engine ids, to be asked with GET; empty: none is needed."""
+
+    @abstractmethod
+    def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+        """Return what the prefill worker gets; raises TransferError for a body that cannot be rewritten."""
+
+    @abstractmethod
+    def decode_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+        """Return what the decode worker gets; raises TransferError for a body that cannot be rewritten."""
+
+    def free_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+        """Return a decode leg that only fetches and frees; raises TransferError.
+
+        It asks for one token and no stream.
+        """
+        return one_token(path, json_object(self.decode_body(path, body, handoff)))
+
+    def frees_by_decode(self) -> bool:
+        """Tell whether KV that nobody will fetch is freed by sending ``free_body`` to a decode worker.
+
+        It may be cancelled as soon as it is answered, or refused.
+        """
+        return False
+
+    def read_reply(self, body: bytes) -> bytes | None:
+        """Return the parameters for the decode leg in a prefill worker's reply, None without any.
+
+        Never raises.
+        """
+        return None
+
+    def read_bootstrap(self, body: bytes, rank: int | None) -> str | None:
+        """Return the engine id of ``rank`` on the page at BOOTSTRAP_PATH, None without one; never raises."""
+        return None
+
+    def read_post(self, body: bytes) -> tuple[str, bytes] | None:
+        """Return the ``X-Request-Id`` of a decode leg, and the parameters for its prefill leg.
+
+        ``body`` is what the decode worker posts; None where it is not that. Never raises.
+        """
+        return None
+
+    def asks_again(self, data: bytes) -> bool:
+        """Tell whether a decode worker's event or reply says that it needs a new prefill; never raises."""
+        return False
+
+
+TRANSFERS: Registry[type[Transfer]] = Registry("transfer", "brproxy.engines.transfers")
+
+T = TypeVar("T", bound=Transfer)
+
+
+def register_transfer(name: str) -> Callable[[type[T]], type[T]]:
+    """Return a class decorator that files a transfer under ``name``."""
+
+    def add(transfer: type[T]) -> type[T]:
+        TRANSFERS.register(name)(transfer)
+        return transfer
+
+    return add
+
+
+def make_transfer(name: str) -> Transfer:
+    """Build the transfer called ``name``; raises UnknownNameError."""
+    return TRANSFERS.get(name)()
+
+
+def json_object(body: bytes) -> JsonObject:
+    """Return the object that ``body`` is; raises TransferError where it is none that can be edited."""
+    document = read_object(body)
+    if document is None:
+        msg = f"the request body must be one JSON object in UTF-8 of fewer than {MEMBERS_MAX} members"
+        raise TransferError(msg)
+    return document
+
+
+def one_token(
+    path: str,
+    document: JsonObject,
+    values: Mapping[str, bytes] | None = None,
+    *,
+    min_tokens: bytes | None = None,
+) -> bytes:
+    """Return a body that asks for one token of one sequence in one piece, with ``values`` set besides.
+
+    ``min_tokens``: what that is set to, None to take it out. Raises TransferError for a path that generates
+    nothing, and for ``sampling_params`` that are no object.
+    """
+    kind = path[path.rfind("/") + 1 :]
+    if kind not in _LIMITS:
+        msg = f"{path} generates no text: it has no prefill that could be handed over"
+        raise TransferError(msg)
+    changes = {"stream": b"false", **(values or {})}
+    if kind != "generate":
+        return document.edited(
+            changes | _limits(document, _LIMITS[kind], min_tokens), {*_OF_NO_PREFILL, *_MINIMA}
+        )
+    value = document.value(_NESTED) or b"null"
+    sampling = read_object(b"{}" if value == b"null" else value)
+    if sampling is None:
+        msg = f"{_NESTED} must be one JSON object of fewer than {MEMBERS_MAX} members"
+        raise TransferError(msg)
+    changes[_NESTED] = sampling.edited(_limits(sampling, _LIMITS[kind], min_tokens), _MINIMA)
+    return document.edited(changes, _OF_NO_PREFILL)
+
+
+def _limits(document: JsonObject, limit: str, min_tokens: bytes | None) -> dict[str, bytes]:
+    changes = {limit: b"1"}
+    # Of chats this is the limit that counts, and "n" is there only where it is understood.
+    changes.update({name: b"1" for name in ("max_completion_tokens", "n") if name in document})
+    if min_tokens is not None:
+        changes["min_tokens"] = min_tokens
+    return changes
+
+
+def params_in(body: bytes) -> bytes | None:
+    """Return ``kv_transfer_params`` of a reply, an object that is not empty; None without. Never raises."""
+    document = read_object(body)
+    value = None if document is None else document.value(PARAMS)
+    if value is None or len(value) > PARAMS_BYTES_MAX:
+        return None
+    return value if is_filled_object(value) else None
+
+
+def is_filled_object(value: bytes) -> bool:
+    """Tell whether ``value``, of bounded length, is JSON of an object with members."""
+    document = parsed(value)
+    return type(document) is dict and bool(document)
+
+
+def prompts_of(document: JsonObject) -> int | None:
+    """Return how many prompts a body has, None where it is one that stands alone, in no list.
+
+    Counts to SEQUENCES_MAX + 1 at most.
+    """
+    for name in ("prompt", "text", "input_ids", "prompt_embeds"):
+        value = document.value(name)
+        if value is not None and (count := elements(value, SEQUENCES_MAX + 1)) is not None:
+            return count
+    return None
+
+
+def one_prompt(document: JsonObject) -> JsonObject:
+    """Return ``document``; raises TransferError where it has several prompts."""
+    if (prompts_of(document) or 1) > 1:
+        msg = "a request that is handed over must have one prompt: send each of a list by itself"
+        raise TransferError(msg)
+    return document

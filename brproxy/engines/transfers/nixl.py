@@ -1,0 +1,64 @@
+"""nixl: vLLM's NixlConnector: decode workers read the KV (pull), or have it written to them (push)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from brproxy.engines.edits import read_object
+from brproxy.engines.transfer import (
+    PARAMS,
+    Handoff,
+    Order,
+    Transfer,
+    json_object,
+    one_prompt,
+    one_token,
+    params_in,
+    register_transfer,
+)
+
+_PREFILL_PARAMS = (
+    b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
+    b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
+)
+
+
+@register_transfer("nixl")
+class NixlTransfer(Transfer):
+    """One after the other: the prefill reply's ``kv_transfer_params`` are the decode leg's.
+
+    As vLLM's own proxies do (``tests/v1/kv_connector/nixl_integration/toy_proxy_server.py`` and
+    ``toy_push_proxy_server.py``). The parameters pass as they are; of a push, whose blocks the prefill worker
+    finds by itself, without the block ids. A reply for several prompts has those of the first alone, so that
+    such requests are not split.
+
+    The lease is 30 s (``kv_lease_duration``) from the end of prefill until the decode worker's scheduler has
+    the request, which then extends it. A decode worker that refuses a request tells the prefill worker to
+    free the blocks (``pull_scheduler.py:request_finished``).
+    """
+
+    ORDER: ClassVar[Order] = Order.PREFILL_FIRST
+    LEASE_S: ClassVar[float | None] = 25.0
+    MIN_TOKENS: ClassVar[bytes | None] = None
+    """What a prefill leg says of ``min_tokens``; None: nothing."""
+
+    def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+        """See Transfer.prefill_body."""
+        document = one_prompt(json_object(body))
+        return one_token(path, document, {PARAMS: _PREFILL_PARAMS}, min_tokens=self.MIN_TOKENS)
+
+    def decode_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+        """See Transfer.decode_body."""
+        return json_object(body).edited({PARAMS: handoff.params or b"null"})
+
+    def read_reply(self, body: bytes) -> bytes | None:
+        """See Transfer.read_reply."""
+        params = params_in(body)
+        document = None if params is None else read_object(params)
+        if document is None or document.value("transfer_mode") != b'"push"':
+            return params
+        return document.edited({}, ("remote_block_ids",))
+
+    def frees_by_decode(self) -> bool:
+        """See Transfer.frees_by_decode."""
+        return True
