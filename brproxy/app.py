@@ -34,6 +34,7 @@ from brproxy.reloading import Reloading
 from brproxy.signals import GroupSignals
 from brproxy.state_file import save_state
 from brproxy.telemetry.engine_metrics import EngineMetrics
+from brproxy.telemetry.handover_metrics import HandoverMetrics
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ async def running_proxy(
 
     def reach(worker: Worker) -> None:
         service.reaches[worker.url] = reach_of(worker)
+        service.bootstrap_ports[worker.url] = worker.bootstrap_port
 
     deployment = Deployment(config, service.fleet, reach)
     reloading = Reloading(deployment, path)
@@ -114,6 +116,9 @@ async def running_proxy(
         try:
             await runner.cleanup()
             await handlers.pages.close()
+            for group in service.groups.values():
+                if group.handover is not None:
+                    await group.handover.close()
             await prober.stop()
             await poller.stop()
         finally:
@@ -141,6 +146,8 @@ def _poller(config: Config, service: Service) -> Poller:
         if telemetry.enabled
     ]
     service.metrics.also(EngineMetrics([signals for _, signals in groups], clock))
+    handovers = {name: each.handover.counts for name, each in service.groups.items() if each.handover}
+    service.metrics.also(HandoverMetrics(handovers))
     polls = PollSettings(telemetry.interval_s, telemetry.timeout_s, config.limits.control_bytes_max)
     return Poller(groups, clock, polls)
 

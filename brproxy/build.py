@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from brproxy.config_workers import Worker
 from brproxy.deployment import join
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
+from brproxy.engines.transfer import Order, Transfer, make_transfer
 from brproxy.estimate import TokenEstimator
 from brproxy.fleet import Fleet, Group
 from brproxy.health import HealthThresholds
@@ -24,6 +26,8 @@ from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.cors import Cors
 from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
+from brproxy.proxy.legs.handover import Handover, HandoverLimits
+from brproxy.proxy.legs.metaserver import Metaserver
 from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
 from brproxy.relay.endpoint import NOTHING_ELSE, Endpoint, EndpointSettings, Reach
 from brproxy.relay.hops import Hops
@@ -42,15 +46,17 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
     roster = Roster(thresholds, checked=checks.enabled, ejected_share_max=share_max)
     for worker in workers:
         join(roster, worker)
+    prefills = workers[0].role == "prefill"
+    policy = config.routing.prefill_policy if prefills else config.routing.policy
     dispatcher = Dispatcher(
         Ledger(roster),
-        make_policy(config.routing.policy, config.policy_params()),
+        make_policy(policy, config.policy_params(policy)),
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
         PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
         name,
     )
-    return Group(name, workers[0].models, dispatcher)
+    return Group(name, workers[0].models, dispatcher, prefills)
 
 
 def build_service(config: Config, clock: Clock | None = None) -> Service:
@@ -69,6 +75,7 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
     limits, timeouts = config.limits, config.timeouts
     settings = endpoint_settings(config)
     reaches = {worker.url: reach_of(worker) for worker in config.worker}
+    bootstrap_ports = {worker.url: worker.bootstrap_port for worker in config.worker}
     services = {
         group.name: GroupService(
             group,
@@ -78,11 +85,23 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
         )
         for group in fleet.groups
     }
+    for name, workers in config.groups.items():
+        if workers[0].role == "prefill":
+            transfer = make_transfer(workers[0].handover)
+            services[workers[0].group].handover = Handover(
+                services[name],
+                transfer,
+                _handover_limits(config, transfer),
+                bootstrap_ports,
+                secrets.randbelow,
+                lambda origin: Endpoint(origin, settings, NOTHING_ELSE),
+            )
     watch = Watch(_look_interval_s(config), partial(_look_after, services.values()))
     watch.also(Departures(services.values(), watch, timeouts.gone_s).look)
     return Service(
         groups=services,
         reaches=reaches,
+        bootstrap_ports=bootstrap_ports,
         fleet=fleet,
         watch=watch,
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
@@ -113,11 +132,32 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
             response_parse_bytes_max=limits.response_parse_bytes_max,
         ),
         cors=Cors(config.listen.cors_origins),
+        metaserver=_metaserver(services.values(), timeouts.client_body_s),
         hops=Hops(config.forwarding.x_forwarded, via=config.forwarding.via),
         ask_usage=config.estimate.ask_usage,
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,
     )
+
+
+def _handover_limits(config: Config, transfer: Transfer) -> HandoverLimits:
+    own, listen = config.prefill_decode, config.listen
+    host = listen.host if isinstance(listen.host, str) else listen.host[0]
+    return HandoverLimits(
+        split_prompt_tokens_min=own.split_prompt_tokens_min,
+        lease_s=own.lease_s or transfer.LEASE_S,
+        free_at_once_max=own.free_at_once_max,
+        free_timeout_s=own.free_timeout_s,
+        metaserver_url=own.metaserver_url or f"http://{host}:{listen.port}",
+        health_checks=config.health.enabled,
+    )
+
+
+def _metaserver(services: Iterable[GroupService], body_s: float) -> Metaserver:
+    """Return what decode workers ask for prefills."""
+    transfers = [service.handover.transfer for service in services if service.handover is not None]
+    readers = [transfer.read_post for transfer in transfers if transfer.ORDER is Order.DECODE_FIRST]
+    return Metaserver(readers, body_s)
 
 
 def reach_of(worker: Worker) -> Reach:

@@ -20,6 +20,7 @@ from brproxy.config_sections import (
     Limits,
     Listen,
     Log,
+    PrefillDecode,
     Seconds,
     TelemetryPolls,
     Timeouts,
@@ -35,6 +36,9 @@ class RoutingBase(Section):
 
     policy: Annotated[str, known_name(POLICIES)] = Field(
         default="br-0", description="Name of the routing policy."
+    )
+    prefill_policy: Annotated[str, known_name(POLICIES)] = Field(
+        default="least-prefill", description="Name of the policy that decides which worker prefills."
     )
     tick_ms: float = Field(
         default=5.0,
@@ -93,6 +97,7 @@ class Config(Section):
     limits: Limits = Field(default_factory=Limits)
     timeouts: Timeouts = Field(default_factory=Timeouts)
     health: HealthChecks = Field(default_factory=HealthChecks)
+    prefill_decode: PrefillDecode = Field(default_factory=PrefillDecode)
     discovery: Discovery = Field(default_factory=Discovery)
     telemetry: TelemetryPolls = Field(default_factory=TelemetryPolls)
     estimate: Estimate = Field(default_factory=Estimate)
@@ -109,7 +114,7 @@ class Config(Section):
         """The workers of each barrier group, in order of the file."""
         groups: dict[str, list[Worker]] = {}
         for worker in self.worker:
-            groups.setdefault(worker.group, []).append(worker)
+            groups.setdefault(worker.barrier_group, []).append(worker)
         return groups
 
     @property
@@ -117,9 +122,9 @@ class Config(Section):
         """The members of each barrier group, each rank counted."""
         return {name: sum(len(w.seats) for w in workers) for name, workers in self.groups.items()}
 
-    def policy_params(self) -> PolicyParams:
-        """Return the table of the chosen policy."""
-        params: PolicyParams = getattr(self.routing, self.routing.policy.replace("-", "_"))
+    def policy_params(self, name: str) -> PolicyParams:
+        """Return the table of the policy called ``name``."""
+        params: PolicyParams = getattr(self.routing, name.replace("-", "_"))
         return params
 
     def predictor_params(self) -> PredictorParams:

@@ -293,6 +293,39 @@ class HealthChecks(Section):
     )
 
 
+class PrefillDecode(Section):
+    """Requests that one worker prefills and another decodes (``role`` of workers)."""
+
+    split_prompt_tokens_min: int = Field(
+        default=0,
+        ge=0,
+        description="Prompts below that are prefilled by the worker that decodes them, where it can and has "
+        "room (tokens); 0: none.",
+    )
+    lease_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=86_400,
+        strict=False,
+        description="How long a prefill worker keeps what it has prefilled: a request that has waited longer "
+        "for a worker is prefilled again (seconds); 0: as the transfer says, 25 for vLLM's NIXL.",
+    )
+    free_at_once_max: int = Field(
+        default=64,
+        ge=0,
+        le=4096,
+        description="Prompts of clients that have left which prefill workers are told to free at the same "
+        "time; others stay until their lease ends (requests).",
+    )
+    free_timeout_s: Seconds = Field(default=5.0, description="Limit for telling it (seconds).")
+    metaserver_url: str = Field(
+        default="",
+        max_length=2048,
+        description='Where decode workers reach this proxy, as "http://host:port", for the transfer '
+        '"ascend-layerwise"; empty: listen.host and listen.port.',
+    )
+
+
 class Discovery(Section):
     """What is asked of the engines at start, to fill in what the file leaves out."""
 

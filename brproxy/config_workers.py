@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 
 from brproxy.engines.dialect import DIALECTS
+from brproxy.engines.transfer import TRANSFERS
 from brproxy.origins import read_worker_url
 from brproxy.ranks import RANK_MAX, RankGuess, rank_line, read_ranks
 from brproxy.registry import Registry, UnknownNameError
@@ -18,10 +19,12 @@ from brproxy.types import InvalidInputError
 from brproxy.validation import Disagreement, Section
 
 
-def known_name(registry: Registry[Any]) -> AfterValidator:
-    """Return a validator that takes the names of ``registry`` only."""
+def known_name(registry: Registry[Any], *, or_none: bool = False) -> AfterValidator:
+    """Return a validator that takes the names of ``registry`` only, with ``or_none`` the empty one too."""
 
     def check(name: str) -> str:
+        if or_none and not name:
+            return name
         try:
             registry.get(name)
         except UnknownNameError as error:
@@ -29,6 +32,11 @@ def known_name(registry: Registry[Any]) -> AfterValidator:
         return name
 
     return AfterValidator(check)
+
+
+def prefill_group(group: str) -> str:
+    """Return the name of the barrier group that prefills for ``group``."""
+    return group + _PREFILL
 
 
 def _url(url: str) -> str:
@@ -48,6 +56,9 @@ def _ranks(text: str) -> str:
         raise ValueError(str(error)) from error
     return text
 
+
+_PREFILL = "/prefill"
+"""What the name of a group of prefill workers ends with."""
 
 HEADERS_MAX = 32
 """Header fields of a worker's own (fields)."""
@@ -124,6 +135,24 @@ class Worker(Section):
         description='The rank that the server itself calls 0, with rank_mode "local" '
         "(vLLM: --data-parallel-start-rank).",
     )
+    role: Literal["both", "prefill", "decode"] = Field(
+        default="both",
+        description='What the worker does of a request: "both", or one of the two where they are apart; '
+        "then a request is prefilled by one worker and decoded by another of the same group.",
+    )
+    transfer: Annotated[str, known_name(TRANSFERS, or_none=True)] = Field(
+        default="",
+        description="How prefill workers of the group hand KV over to those that decode: "
+        '"nixl", "mooncake", "ascend", "ascend-layerwise" or "sglang"; empty: "sglang" for that engine, '
+        'else "nixl".',
+    )
+    bootstrap_port: int = Field(
+        default=8998,
+        ge=1,
+        le=65535,
+        description="Port on which a prefill worker meets those that decode "
+        "(SGLang: --disaggregation-bootstrap-port; Mooncake: VLLM_MOONCAKE_BOOTSTRAP_PORT).",
+    )
     headers: dict[str, str] = Field(
         default_factory=dict,
         max_length=HEADERS_MAX,
@@ -146,6 +175,16 @@ class Worker(Section):
     def label(self) -> str:
         """The name, or host and port."""
         return self.name or urlsplit(self.url).netloc
+
+    @property
+    def barrier_group(self) -> str:
+        """Who runs in lockstep with it: prefill workers are a group beside the one that they prefill for."""
+        return prefill_group(self.group) if self.role == "prefill" else self.group
+
+    @property
+    def handover(self) -> str:
+        """The name of the transfer between prefill and decode."""
+        return self.transfer or ("sglang" if self.engine == "sglang" else "nixl")
 
     @property
     def models(self) -> frozenset[str]:
@@ -187,6 +226,10 @@ def disagreements(workers: Sequence[Worker]) -> Iterator[Disagreement]:
         yield from (Disagreement((i, key), text) for key, text in _of_ranks(worker))
         yield from (Disagreement((i, "headers", name), text) for name, text in _of_headers(worker))
         yield from (Disagreement((i, key), text) for key, text in _of_tls(worker, usable))
+        if worker.group.endswith(_PREFILL):
+            yield Disagreement(
+                (i, "group"), f"must not end with {_PREFILL!r}, as groups of prefill workers do"
+            )
         same_url = by_url.setdefault(worker.url, i)
         first = workers[by_group.setdefault(worker.group, i)]
         if same_url != i:
@@ -199,14 +242,35 @@ def disagreements(workers: Sequence[Worker]) -> Iterator[Disagreement]:
         if taken is not None and (worker.name or workers[by_key[taken]].url != worker.url):
             text = f"{taken!r} is worker[{by_key[taken]}]'s already; each worker must have its own"
             yield Disagreement((i, "name"), text)
-        if worker.models != first.models or worker.engine != first.engine:
+        if common(worker) != common(first):
             text = (
-                f"group {worker.group!r} has workers with different models or engines; "
+                f"group {worker.group!r} has workers with different models, engines or transfers; "
                 "the workers of a group must agree, others belong in a group of their own"
             )
             yield Disagreement((i,), text)
+    yield from _of_roles(workers)
     if members > MEMBERS_MAX:
         yield Disagreement((), f"must be {MEMBERS_MAX} workers at most, each rank counted, got {members}")
+
+
+def common(worker: Worker) -> tuple[object, ...]:
+    """Return what the workers of a group must have in common."""
+    return worker.models, worker.engine, worker.handover
+
+
+def _of_roles(workers: Sequence[Worker]) -> Iterator[Disagreement]:
+    """Yield workers with half a request to do, where nobody does the other half."""
+    roles: dict[str, set[str]] = {}
+    for worker in workers:
+        roles.setdefault(worker.group, set()).add(worker.role)
+    for i, worker in enumerate(workers):
+        others = roles[worker.group]
+        if worker.role == "prefill" and others == {"prefill"}:
+            yield Disagreement(
+                (i, "role"), f'group {worker.group!r} has no worker with role "decode" or "both"'
+            )
+        if worker.role == "decode" and "prefill" not in others:
+            yield Disagreement((i, "role"), f'group {worker.group!r} has no worker with role "prefill"')
 
 
 def _of_ranks(worker: Worker) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from enum import Enum
 from pydantic import BaseModel
 
 from brproxy.config import Config
-from brproxy.config_workers import Seat, Worker, disagreements
+from brproxy.config_workers import Seat, Worker, common, disagreements
 from brproxy.fleet import Fleet, Group
 from brproxy.roster import Member, MemberState, Roster, RosterError, WorkerLimits
 from brproxy.types import BrproxyError
@@ -65,7 +65,7 @@ class Step:
     def __str__(self) -> str:
         """Return the change in a few words, for the log."""
         changed = f" ({', '.join(self.keys)})" if self.keys else ""
-        return f"{self.kind.value} {self.seat.key} [{self.worker.group}]{changed}"
+        return f"{self.kind.value} {self.seat.key} [{self.worker.barrier_group}]{changed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +151,16 @@ class Deployment:
     def add(self, worker: Worker) -> list[Member]:
         """Add a worker to a group that is there; raises ConfigError, a line for each reason."""
         workers = (*self.config.worker, worker)
-        if worker.group not in self._groups:
+        if worker.barrier_group not in self._groups:
             known = ", ".join(sorted(self._groups))
-            msg = (
-                f"worker.group: {worker.group!r} is no group of this proxy; groups are made at start: {known}"
-            )
+            group = worker.barrier_group
+            msg = f"worker.group: {group!r} is no group of this proxy; groups are made at start: {known}"
             raise ConfigError(msg)
         mistakes = list(_conflicts(workers))
         if mistakes:
             raise ConfigError("\n".join(mistakes))
         self._reach(worker)
-        members = join(self._groups[worker.group].roster, worker)
+        members = join(self._groups[worker.barrier_group].roster, worker)
         self._is_now(workers)
         self.by_admin |= {worker.label}
         return members
@@ -188,7 +187,7 @@ class Deployment:
         if len(others) == len(self.config.worker):
             msg = f"{name} is a part of a worker, which can only be removed as a whole: drain it instead"
             raise RefusedError(msg)
-        if not any(worker.group == group.name for worker in others):
+        if not any(worker.barrier_group == group.name for worker in others):
             msg = f"worker {name} is the last of group {group.name}: add another one first, or drain it"
             raise RefusedError(msg)
         self._is_now(others)
@@ -211,7 +210,7 @@ class Deployment:
         raise UnknownWorkerError(msg)
 
     def _make(self, step: Step) -> None:
-        worker, key, group = step.worker, step.seat.key, self._groups[step.worker.group]
+        worker, key, group = step.worker, step.seat.key, self._groups[step.worker.barrier_group]
         if step.kind in {Kind.ADDED, Kind.REPLACED}:
             self._reach(worker)
         if step.kind is Kind.ADDED:
@@ -244,7 +243,7 @@ def _seat(roster: Roster, worker: Worker, seat: Seat) -> Member:
 
 def _by_member(workers: Iterable[Worker]) -> dict[tuple[str, str], tuple[Worker, Seat]]:
     """Return each member's worker and seat, by group and name."""
-    return {(worker.group, seat.key): (worker, seat) for worker in workers for seat in worker.seats}
+    return {(worker.barrier_group, seat.key): (worker, seat) for worker in workers for seat in worker.seats}
 
 
 def _step(before: tuple[Worker, Seat] | None, worker: Worker, seat: Seat) -> Step | None:
@@ -273,9 +272,9 @@ def _changed_keys(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[
 
 def _changed_reaches(old: Sequence[Worker], wanted: Sequence[Worker]) -> Iterator[str]:
     """Yield the keys of workers that stay where they are which their connections were made with."""
-    before = {(worker.group, worker.label, worker.url): worker for worker in old}
+    before = {(worker.barrier_group, worker.label, worker.url): worker for worker in old}
     for worker in wanted:
-        was = before.get((worker.group, worker.label, worker.url))
+        was = before.get((worker.barrier_group, worker.label, worker.url))
         if was is not None:
             for key in sorted(_OF_ITS_CONNECTIONS & set(_changed_keys(was, worker))):
                 yield f"worker {worker.label}: {key}"
@@ -283,14 +282,15 @@ def _changed_reaches(old: Sequence[Worker], wanted: Sequence[Worker]) -> Iterato
 
 def _group_changes(old: Sequence[Worker], wanted: Sequence[Worker]) -> Iterator[str]:
     """Yield what is to become of groups that can only be had by a restart."""
-    before = {worker.group: worker for worker in old}
-    after = {worker.group: worker for worker in wanted}
+    before = {worker.barrier_group: worker for worker in old}
+    after = {worker.barrier_group: worker for worker in wanted}
     for name, worker in after.items():
         first = before.get(name)
         if first is None:
             yield f"group {name!r} is new, which needs a restart; nothing was changed"
-        elif (first.models, first.engine) != (worker.models, worker.engine):
-            yield f"group {name!r} has another model or engine, which needs a restart; nothing was changed"
+        elif common(first) != common(worker):
+            what = "another model, engine or transfer"
+            yield f"group {name!r} has {what}, which needs a restart; nothing was changed"
     for name in sorted(before.keys() - after.keys()):
         yield f"group {name!r} is gone, which needs a restart; nothing was changed"
 

@@ -23,7 +23,7 @@ from brproxy.foresight import Foresight, RoutingError
 from brproxy.happenings import Happenings
 from brproxy.learning import Learner
 from brproxy.ledger import Ledger, entry_of
-from brproxy.lifecycle import AFTER, Entry, Event, LifecycleError
+from brproxy.lifecycle import AFTER, NOBODY, Entry, Event, LifecycleError
 from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.roster import Change, Member
@@ -107,9 +107,10 @@ class Dispatcher:
         """Have a request wait; as ``enter``, for whoever wants its id only."""
         return self.enter(request, now_s).id
 
-    def enter(self, request: PendingRequest, now_s: float) -> Entry:
-        """Have a request wait; raises PoolFullError, InvalidInputError, and PromptTooLongError for a count.
+    def enter(self, request: PendingRequest, now_s: float, avoid: frozenset[WorkerIndex] = NOBODY) -> Entry:
+        """Have a request wait; it goes to none of ``avoid`` before that has come back.
 
+        Raises PoolFullError, InvalidInputError, and PromptTooLongError for a count.
         A guess that is too long for every worker may be wrong, and only the engine can tell: it counts as
         what the largest worker holds, so that it can be placed.
         """
@@ -125,6 +126,8 @@ class Dispatcher:
                 msg = f"{self.waiting.count} requests are waiting already, the most that the pool holds"
                 raise PoolFullError(msg)
         entry = entry_of(next(self._ids), request, now_s, longest)
+        if avoid:
+            entry.avoid = avoid
         self.waiting.enter(entry)
         self.happenings.arrived(entry)
         return entry

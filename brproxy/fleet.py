@@ -20,11 +20,15 @@ class UnknownModelError(InvalidInputError):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One barrier group: its name, its models (empty: any) and its dispatcher, which has the roster."""
+    """One barrier group: its name, its models (empty: any) and its dispatcher, which has the roster.
+
+    ``prefills``: it only prefills, for another group; no request is for it.
+    """
 
     name: str
     models: frozenset[str]
     dispatcher: Dispatcher
+    prefills: bool = False
 
     @property
     def roster(self) -> Roster:
@@ -73,15 +77,16 @@ class Fleet:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
-        self._of_any_model = tuple(group for group in groups if not group.models)
-        models = {model for group in groups for model in group.models}
-        self._of_model = {model: tuple(g for g in groups if g.serves(model)) for model in models}
-        self._of_model[""] = self.groups
+        self._serving = tuple(group for group in groups if not group.prefills)
+        self._of_any_model = tuple(group for group in self._serving if not group.models)
+        models = {model for group in self._serving for model in group.models}
+        self._of_model = {model: tuple(g for g in self._serving if g.serves(model)) for model in models}
+        self._of_model[""] = self._serving
 
     @property
     def ready(self) -> bool:
         """Tell whether any worker of any group may be chosen, and not only for want of a healthy one."""
-        return any(member.is_routable for group in self.groups for member in group.roster.members)
+        return any(member.is_routable for group in self._serving for member in group.roster.members)
 
     def choose(self, model: str) -> Group:
         """Return the group for a request; raises UnknownModelError, which lists the models served.

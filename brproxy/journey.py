@@ -142,6 +142,11 @@ class Journey:
         self._moves = 0
         self.state = _WAITING
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has had some of an answer."""
+        return self.state is State.ANSWERING
+
     def bound(self) -> Action:
         """Note that the request has a worker; return how to send it there."""
         self.state = AFTER[self.state][_BOUND]

@@ -23,7 +23,7 @@ from operator import add, index, sub
 import numpy as np
 from numpy.typing import NDArray
 
-from brproxy.lifecycle import AFTER, NO_ROW, NO_WORKER, TERMINAL, Entry, Event, LifecycleError
+from brproxy.lifecycle import AFTER, NO_ROW, NO_WORKER, TERMINAL, Entry, Event, LifecycleError, State
 from brproxy.prediction.predictor import LENGTH_UNLIMITED, ActiveRequests, Prospect
 from brproxy.roster import Change, Member, MemberState, Roster, WorkerLimits
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
@@ -32,7 +32,7 @@ from brproxy.types import SEQUENCES_MAX, TOKENS_MAX, InvalidInputError, PendingR
 BoolArray = NDArray[np.bool_]
 
 # As plain names: looking a member of an enumeration up costs more than comparing it.
-_BIND, _FIRST_TOKEN = Event.BIND, Event.FIRST_TOKEN
+_BIND, _FIRST_TOKEN, _PREFILL = Event.BIND, Event.FIRST_TOKEN, State.PREFILL
 
 _NO_PROSPECT = Prospect()
 
@@ -90,6 +90,8 @@ class Ledger:
         self._requests: list[int] = []
         # Sequences of each worker: they take its slots, and each is a request in the engine.
         self._sequences: list[int] = []
+        # Prompts that are booked and have not been prefilled, as far as first tokens tell.
+        self._prefill_tokens: list[int] = []
         self._offset: list[int] = []
         self.has_offset = False
         # Rows whose sequences are not one, sums apart: mostly there are none.
@@ -123,6 +125,11 @@ class Ledger:
     def offset(self) -> tuple[int, ...]:
         """What each worker holds beside what is booked, in KV tokens; fewer than zero: less than booked."""
         return tuple(self._offset)
+
+    @property
+    def prefill_tokens(self) -> tuple[int, ...]:
+        """Prompts of each worker that have yet to be prefilled, in tokens."""
+        return tuple(self._prefill_tokens)
 
     def load(self) -> list[int]:
         """Return the load of each worker as decisions see it: booked and offset, never less than none."""
@@ -225,6 +232,7 @@ class Ledger:
             slots_free,
             self._kv_capacity,
             kv_free,
+            self._prefill_tokens.copy(),
         )
         present = self.roster.present
         return state if present is None else state.only(present)
@@ -264,6 +272,7 @@ class Ledger:
         self._kv_tokens[worker] += prompt_tokens
         self._requests[worker] += 1
         self._sequences[worker] += sequences
+        self._prefill_tokens[worker] += prompt_tokens
         if sequences != 1:
             self._unusual_rows += 1
 
@@ -272,6 +281,7 @@ class Ledger:
         entry = self._entries.get(request_id) or self.entry(request_id)
         entry.state = AFTER[entry.state][_FIRST_TOKEN]
         entry.first_token_s = now_s
+        self._prefill_tokens[entry.worker] -= entry.prompt_tokens
 
     def grow(self, request_id: RequestId, tokens: int) -> None:
         """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output.
@@ -308,6 +318,8 @@ class Ledger:
         entry.prompt_tokens += change
         self._cells[entry.row * _WIDTH + _KV_TOKENS] += change
         self._kv_tokens[entry.worker] += change
+        if entry.state is _PREFILL:
+            self._prefill_tokens[entry.worker] += change
 
     def take_back(self, entry: Entry, now_s: float) -> None:
         """Unbind a request that its worker failed, so that it waits again; raises LifecycleError."""
@@ -337,6 +349,8 @@ class Ledger:
         self._kv_tokens[worker] -= cells[first + _KV_TOKENS]
         self._requests[worker] -= 1
         self._sequences[worker] -= entry.sequences
+        if entry.first_token_s is None:
+            self._prefill_tokens[worker] -= entry.prompt_tokens
         if entry.sequences != 1:
             self._unusual_rows -= 1
         del self._entries[entry.id]
@@ -361,7 +375,7 @@ class Ledger:
         if change is Change.ADDED and member.index == len(self._slots):
             for column in (self._slots, self._kv_capacity, self._kv_tokens, self._offset):
                 column.append(0)
-            for column in (self._requests, self._sequences):
+            for column in (self._requests, self._sequences, self._prefill_tokens):
                 column.append(0)
             self._is_here.append(True)
         if change in {Change.ADDED, Change.GONE, Change.LIMITS}:

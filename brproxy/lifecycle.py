@@ -17,6 +17,7 @@ from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
 
 NO_WORKER = WorkerIndex(-1)
 NO_ROW = -1
+NOBODY: Final[frozenset[WorkerIndex]] = frozenset()
 
 
 class State(Enum):
@@ -104,4 +105,4 @@ class Entry:
     passed_over: int = 0
     bound_s: float | None = None
     first_token_s: float | None = None
-    avoid: frozenset[WorkerIndex] = frozenset()
+    avoid: frozenset[WorkerIndex] = NOBODY

@@ -39,9 +39,17 @@ def read_ranks(text: str) -> tuple[int, ...]:
     return tuple(sorted(ranks))
 
 
+_RANK_FIELD = b"X-data-parallel-rank: "
+
+
 def rank_line(number: int) -> bytes:
     """Return the header line that sends a request to the rank that a server calls ``number``."""
-    return b"X-data-parallel-rank: %d\r\n" % number
+    return b"%b%d\r\n" % (_RANK_FIELD, number)
+
+
+def line_number(line: bytes) -> int | None:
+    """Return the number in a line that ``rank_line`` has made, None for any other."""
+    return int(line[len(_RANK_FIELD) :]) if line.startswith(_RANK_FIELD) else None
 
 
 class RankGuess(NamedTuple):

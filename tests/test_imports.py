@@ -56,7 +56,7 @@ ALLOWED = {
     "origins": {"types"},
     "ranks": {"types"},
     "relay": {"types", "transitions", "origins", "logs"},
-    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs", "ranks", "signals"},
+    "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs", "ranks", "signals", "origins"},
     "listening": {"types", "config_sections"},
     "findings": {"config", "config_workers", "engines"},
     "first_file": {"config_workers", "engines", "findings"},

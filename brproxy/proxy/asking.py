@@ -69,13 +69,28 @@ async def ask(endpoint: Endpoint, question: Question) -> Reply:
 
 
 async def _ask(endpoint: Endpoint, question: Question) -> Reply:
-    request = question.request(endpoint)
+    return await collected(
+        endpoint,
+        question.request(endpoint),
+        bytes_max=question.bytes_max,
+        wants_body=question.wants_body,
+        afresh=question.afresh,
+    )
+
+
+async def collected(
+    endpoint: Endpoint, request: bytes, *, bytes_max: int, wants_body: bool, afresh: bool = False
+) -> Reply:
+    """Send ``request``, as it goes over the wire, and return the answer as a whole; takes its time.
+
+    Raises WorkerFailedError. Who is cancelled abandons the connection, which the worker sees.
+    """
     loop = asyncio.get_running_loop()
-    connection = None if question.afresh else endpoint.take_idle()
+    connection = None if afresh else endpoint.take_idle()
     while True:
         if connection is None:
             connection = await endpoint.connect()
-        exchange = Collect(connection, loop, bytes_max=question.bytes_max, wants_body=question.wants_body)
+        exchange = Collect(connection, loop, bytes_max=bytes_max, wants_body=wants_body)
         exchange.send(request)
         try:
             return await exchange.outcome

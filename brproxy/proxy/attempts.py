@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import ClassVar
 
 from brproxy.journey import RULES, Action, Event, Journey
 from brproxy.proxy import errors
@@ -31,7 +32,12 @@ _BEGUN, _FINISHED = Event.BEGUN, Event.FINISHED
 
 
 class Attempts:
-    """One request's attempts on workers, one after another."""
+    """One request's attempts on workers, one after another.
+
+    ``ASKS_USAGE``: a stream is asked for usage where its client has said nothing about it.
+    """
+
+    ASKS_USAGE: ClassVar[bool] = True
 
     __slots__ = (
         "_error",
@@ -58,9 +64,10 @@ class Attempts:
         self._outcome: asyncio.Future[Action]
         self._error: Exception | None = None
         self._worker: WorkerIndex
+        self._usage_was_added = False
         upload = incoming.upload
-        self._usage_was_added = incoming.facts.usage_can_be_asked and service.ask_usage and upload.is_whole
-        if self._usage_was_added:
+        if self.ASKS_USAGE and incoming.facts.usage_can_be_asked and service.ask_usage and upload.is_whole:
+            self._usage_was_added = True
             upload.beginning = group.dialect.ask_usage(upload.beginning or b"")
 
     async def run(self) -> None:
@@ -121,7 +128,7 @@ class Attempts:
 
     async def _send(self, *, afresh: bool) -> Action:
         """Send the request to its worker and return what is to be done when that has come to an end."""
-        service, incoming, upload = self._service, self._incoming, self._incoming.upload
+        service, upload = self._service, self._incoming.upload
         member, endpoint = self._group.reach(self._worker)
         # What cannot be sent twice does not go where it may find a closed door.
         connection = endpoint.take_idle() if upload.is_whole and not afresh else None
@@ -131,25 +138,9 @@ class Attempts:
             except WorkerFailedError as error:
                 return self._not_connected(endpoint, error)
         self._outcome = service.watch.loop.create_future()
-        answer = WorkerAnswer(
-            self,
-            self._sink,
-            Account(
-                self._lease,
-                self._group.dialect,
-                incoming.facts,
-                service.estimator,
-                usage_was_added=self._usage_was_added,
-            ),
-            service.relay_limits,
-            path=incoming.path,
-            member=member,
-            bodiless=self._sink.client.method == "HEAD",
-        )
+        answer = self._answer_of(member)
         # Put together there and not kept: the frame stays as long as the stream.
-        answer.send(
-            connection, self._head(member, endpoint) + upload.framed_beginning(), whole=upload.is_whole
-        )
+        answer.send(connection, self._request(member, endpoint), whole=upload.is_whole)
         service.watch.add(answer)
         try:
             if not upload.is_whole:
@@ -159,19 +150,46 @@ class Attempts:
             service.watch.discard(answer)
             answer.close()
 
-    def _head(self, member: Member, endpoint: Endpoint) -> bytes:
-        """Return the head of the request as this worker gets it."""
-        incoming, method = self._incoming, self._sink.client.method
+    def _account(self) -> Account:
+        """Return what books an answer."""
+        return Account(
+            self._lease,
+            self._group.dialect,
+            self._incoming.facts,
+            self._service.estimator,
+            usage_was_added=self._usage_was_added,
+        )
+
+    def _answer_of(self, member: Member) -> WorkerAnswer:
+        """Return what takes the answer of this worker."""
+        return WorkerAnswer(
+            self,
+            self._sink,
+            self._account(),
+            self._service.relay_limits,
+            path=self._incoming.path,
+            member=member,
+            bodiless=self._sink.client.method == "HEAD",
+        )
+
+    def _request(self, member: Member, endpoint: Endpoint) -> bytes:
+        """Return the request as this worker gets it, as far as it has been read."""
+        upload = self._incoming.upload
+        framing = upload.framing(self._sink.client.method)
+        # What the proxy asked for must be found in the stream, to be taken out again.
+        head = self._head(member, endpoint, framing, is_read=self._usage_was_added)
+        return head + upload.framed_beginning()
+
+    def _head(self, member: Member, endpoint: Endpoint, framing: bytes, *, is_read: bool) -> bytes:
+        """Return the head of the request; ``is_read``: what answers it is looked into, and is not coded."""
+        incoming = self._incoming
         target, lines = incoming.target, incoming.lines
         if not endpoint.is_plain:
             target, lines = endpoint.adapted(target, lines)
-        lines += member.lines + incoming.upload.framing(method)
+        lines += member.lines + framing
         if incoming.accept_encoding:
-            # What the proxy asked for must be found in the stream, to be taken out again.
-            lines += (
-                _IDENTITY if self._usage_was_added else b"Accept-Encoding: %b\r\n" % incoming.accept_encoding
-            )
-        return request_head(method, target, endpoint.host_field, lines)
+            lines += _IDENTITY if is_read else b"Accept-Encoding: %b\r\n" % incoming.accept_encoding
+        return request_head(self._sink.client.method, target, endpoint.host_field, lines)
 
     def _not_connected(self, endpoint: Endpoint, error: WorkerFailedError) -> Action:
         if isinstance(error, ShortageError):

@@ -9,42 +9,52 @@ told to expect, or as an event. The request itself may move on as before.
 from __future__ import annotations
 
 import asyncio
+from typing import Self
 
 from brproxy.engines.paths import path_kind
 from brproxy.proxy.attempts import Attempts
+from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import WorkerAnswer
+from brproxy.proxy.incoming import Incoming
+from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.legs.split import run_split
+from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.framing import choose_framing
 from brproxy.relay.response import ResponseHead
+from brproxy.types import PendingRequest
 
 COMMENT = b": waiting\n\n"
 
 _LINES = b"Content-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n"
 
 
-class CommentedAttempts(Attempts):
-    """Attempts that tell a client that waits for a stream that it is not forgotten."""
+class Comments:
+    """Tells a client that waits for a stream that it is not forgotten, while the block runs."""
 
-    __slots__ = ("_timer",)
+    def __init__(self, service: Service, incoming: Incoming, sink: ClientSink) -> None:
+        self._service = service
+        self._incoming = incoming
+        self._sink = sink
+        self._timer: asyncio.TimerHandle | None = None
 
-    _timer: asyncio.TimerHandle
-
-    async def run(self) -> None:
-        """See Attempts.run."""
+    def __enter__(self) -> Self:
         incoming, client = self._incoming, self._sink.client
-        streams = incoming.facts.stream and path_kind(incoming.path, client.method).streams
-        if not streams or client.wants_upgrade:
-            await super().run()
-            return
-        if incoming.accept_encoding:
-            # A head that has been sent cannot say later that the rest is compressed.
-            incoming.accept_encoding = b"identity"
-        self._comment_later()
-        try:
-            await super().run()
-        finally:
+        if (
+            incoming.facts.stream
+            and path_kind(incoming.path, client.method).streams
+            and not client.wants_upgrade
+        ):
+            if incoming.accept_encoding:
+                # A head that has been sent cannot say later that the rest is compressed.
+                incoming.accept_encoding = b"identity"
+            self._comment_later()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._timer is not None:
             self._timer.cancel()
             # It refers to this object, and all would wait for the garbage collector.
-            del self._timer
+            self._timer = None
 
     def _comment_later(self) -> None:
         loop = self._service.watch.loop
@@ -68,3 +78,27 @@ class CommentedAttempts(Attempts):
 
     def _cors_lines(self) -> bytes:
         return self._service.cors.lines(self._sink.client.page_origin)
+
+
+class CommentedAttempts(Attempts):
+    """Attempts with comments while the client waits."""
+
+    __slots__ = ()
+
+    async def run(self) -> None:
+        """See Attempts.run."""
+        with Comments(self._service, self._incoming, self._sink):
+            await super().run()
+
+
+async def run_split_commented(
+    service: Service,
+    group: GroupService,
+    handover: Handover,
+    request: PendingRequest,
+    incoming: Incoming,
+    sink: ClientSink,
+) -> None:
+    """See run_split: with comments while the client waits."""
+    with Comments(service, incoming, sink):
+        await run_split(service, group, handover, request, incoming, sink)

@@ -13,7 +13,7 @@ from typing import Self
 
 from brproxy.clock import Clock
 from brproxy.fleet import Group
-from brproxy.lifecycle import TERMINAL, Entry, Event, State
+from brproxy.lifecycle import NOBODY, TERMINAL, Entry, Event, State
 from brproxy.relay.errors import ClientGoneError
 from brproxy.rounds import Rounds
 from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
@@ -54,9 +54,12 @@ class GroupDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._growth: list[Callable[[], None]] = []
 
-    def admit(self, request: PendingRequest) -> Lease:
-        """Put a request into the pool; raises PoolFullError or PromptTooLongError."""
-        return Lease(self, self._dispatcher.enter(request, self.clock.now_s()))
+    def admit(self, request: PendingRequest, avoid: frozenset[WorkerIndex] = NOBODY) -> Lease:
+        """Put a request into the pool; raises PoolFullError or PromptTooLongError.
+
+        It goes to none of ``avoid`` before that has come back.
+        """
+        return Lease(self, self._dispatcher.enter(request, self.clock.now_s(), avoid))
 
     def decide_now(self, entry: Entry) -> None:
         """Decide on ``entry`` at once if nobody waits for the next round, or if it takes no slot."""
@@ -216,6 +219,11 @@ class Lease:
         """Wait for a worker; raises WaitExpiredError or DecisionFailedError."""
         return await self._driver.wait(self.entry)
 
+    async def worker_soon(self) -> WorkerIndex:
+        """Return a worker, at once or after a wait; raises WaitExpiredError or DecisionFailedError."""
+        worker = self.worker_now()
+        return await self.worker() if worker is None else worker
+
     def has_others(self) -> bool:
         """Tell whether a worker may be chosen that has not failed this request; its own has, if it asks."""
         tried = self.entry.avoid | {self.entry.worker}
@@ -233,6 +241,11 @@ class Lease:
     def fail(self) -> None:
         """Have the request end as FAILED, although its handler leaves in good order."""
         self._outcome = Event.FAIL
+
+    def finish(self) -> None:
+        """End the request now; more than once does nothing."""
+        if self.entry.state not in TERMINAL:
+            self._driver.end(self.entry, _FINISH)
 
     def tokens(self, tokens: int) -> None:
         """Book ``tokens`` more output tokens, fewer than zero to take back."""

@@ -9,11 +9,12 @@ from brproxy.engines.dialect import Dialect, RequestFacts, make_dialect
 from brproxy.fleet import UnknownModelError
 from brproxy.proxy import errors
 from brproxy.proxy.attempts import Attempts
-from brproxy.proxy.commented import CommentedAttempts
+from brproxy.proxy.commented import CommentedAttempts, run_split_commented
 from brproxy.proxy.driver import DecisionFailedError, NoWorkerError, WaitExpiredError
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.incoming import Reader
+from brproxy.proxy.legs.split import run_split
 from brproxy.proxy.pages import MODELS_PATH, Pages
 from brproxy.proxy.service import Service
 from brproxy.proxy.upload import Upload
@@ -32,13 +33,14 @@ class Handlers:
         self._reader = Reader(service, dialect)
         self._requests = 0
         self._attempts = CommentedAttempts if service.limits.comments_s else Attempts
+        self._split = run_split_commented if service.limits.comments_s else run_split
         self.pages = Pages(service)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer ``request``."""
         page = self.pages.by_path.get(request.path)
-        if page is not None and request.method in {"GET", "HEAD"}:
-            return await page(request)
+        if page is not None and page.takes(request.method):
+            return await page.answer(request)
         client = Client(request, self._service.relay_limits.stall_s)
         sink = ClientSink(client)
         upload = Upload(request, self._service.body_limits, self._service.body_room)
@@ -70,7 +72,11 @@ class Handlers:
         try:
             sink.request_id = incoming.request_id
             group = service.choose(incoming.facts.model or _model_in_path(incoming.path))
-            with group.driver.admit(self._pending(incoming.facts)) as lease:
+            pending = self._pending(incoming.facts)
+            if group.handover is not None:
+                await self._split(service, group, group.handover, pending, incoming, sink)
+                return
+            with group.driver.admit(pending) as lease:
                 await self._attempts(service, group, lease, incoming, sink).run()
         finally:
             self._requests -= 1

@@ -33,6 +33,7 @@ class Incoming:
     request_id: bytes
     upload: Upload
     facts: RequestFacts
+    is_form: bool = False
 
 
 class Reader:
@@ -72,6 +73,7 @@ class Reader:
             request_id,
             upload,
             facts,
+            fields.media_type == "multipart/form-data",
         )
 
 

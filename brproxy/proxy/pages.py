@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from aiohttp import web
 
 from brproxy.health import Health
 from brproxy.proxy.errors import ProxyError
+from brproxy.proxy.legs.metaserver import PATH as METASERVER_PATH
 from brproxy.proxy.models import ModelLimits, ModelList
 from brproxy.proxy.service import Service
 from brproxy.relay.endpoint import Endpoint
@@ -17,11 +19,23 @@ MODELS_PATH = "/v1/models"
 _REASONS_MAX = 8
 """Workers that ``/ready`` gives a reason for: who reads it wants to know of the kind."""
 
-Page = Callable[[web.BaseRequest], Awaitable[web.Response]]
+
+class Page(NamedTuple):
+    """One of the proxy's own pages: for which methods, and who answers."""
+
+    methods: frozenset[str]
+    answer: Callable[[web.BaseRequest], Awaitable[web.Response]]
+
+    def takes(self, method: str) -> bool:
+        """Tell whether a request of ``method`` is for this page, and not for a worker."""
+        return method in self.methods
+
+
+_READ = frozenset({"GET", "HEAD"})
 
 
 class Pages:
-    """Pages by path, for GET and HEAD."""
+    """Pages by path."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -34,11 +48,13 @@ class Pages:
         )
         self.draining = False
         self.by_path: dict[str, Page] = {
-            "/health": self._health,
-            "/ready": self._ready,
-            "/metrics": self._metrics,
-            MODELS_PATH: self._models,
+            "/health": Page(_READ, self._health),
+            "/ready": Page(_READ, self._ready),
+            "/metrics": Page(_READ, self._metrics),
+            MODELS_PATH: Page(_READ, self._models),
         }
+        if service.metaserver.is_used:
+            self.by_path[METASERVER_PATH] = Page(frozenset({"POST"}), service.metaserver.page)
 
     async def _health(self, _request: web.BaseRequest) -> web.Response:
         """200 as long as the process answers."""
@@ -98,6 +114,7 @@ class Pages:
         return [
             (service.endpoint(member.index), service.dialect.MODELS_PATH)
             for service in self._service.groups.values()
+            if not service.group.prefills
             for member in service.group.roster.members
             if member.is_routable
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from brproxy.clock import Clock
 from brproxy.engines.dialect import Dialect
@@ -19,12 +20,17 @@ from brproxy.roster import Change, Member, RosterError
 from brproxy.telemetry.metrics import Metrics
 from brproxy.types import WorkerIndex
 
+if TYPE_CHECKING:
+    from brproxy.proxy.legs.handover import Handover
+    from brproxy.proxy.legs.metaserver import Metaserver
+
 
 class GroupService:
     """One barrier group at work, with the connections to each of its members, as they come and go.
 
     ``connect`` makes what connects to a member. Members with the same origin are ranks behind one server:
-    they share their connections, and what is told of the server counts for each of them.
+    they share their connections, and what is told of the server counts for each of them. ``handover``: who
+    prefills for it, None where its own members do.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class GroupService:
         self.group = group
         self.driver = driver
         self.dialect = dialect
+        self.handover: Handover | None = None
         self._connect = connect
         self._shared: dict[str, Endpoint] = {}
         self._behind: dict[Endpoint, list[Member]] = {}
@@ -146,11 +153,13 @@ class RelayLimits:
 class Service:
     """Everything behind the handlers; ``groups`` are by name.
 
-    ``reaches`` are by origin: what a worker needs besides that is noted here before it is added.
+    ``reaches`` and ``bootstrap_ports`` are by origin: what a worker needs besides that is noted here before
+    it is added. ``metaserver``: where decode workers ask for prefills.
     """
 
     groups: Mapping[str, GroupService]
     reaches: dict[str, Reach]
+    bootstrap_ports: dict[str, int]
     fleet: Fleet
     watch: Watch
     estimator: TokenEstimator
@@ -162,6 +171,7 @@ class Service:
     relay_limits: RelayLimits
     hops: Hops
     cors: Cors
+    metaserver: Metaserver
     ask_usage: bool
     hash_prompts: bool
     health_checks: bool

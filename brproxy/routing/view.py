@@ -40,6 +40,7 @@ class RoundState:
     slots_free: list[int]
     kv_capacity: list[int]
     kv_free: list[int]
+    prefill_tokens: list[int]
 
     @staticmethod
     def of(view: ClusterView) -> RoundState:
@@ -51,11 +52,17 @@ class RoundState:
             slots_free=view.slots_free.tolist(),
             kv_capacity=view.kv_capacity.tolist(),
             kv_free=view.kv_free.tolist(),
+            prefill_tokens=[0] * view.workers
+            if view.prefill_tokens is None
+            else view.prefill_tokens.tolist(),
         )
 
     def only(self, present: Sequence[int]) -> RoundState:
         """Return the workers that ``present`` (indices) names, in its order."""
-        fields = (self.kv_tokens, self.requests, self.slots, self.slots_free, self.kv_capacity, self.kv_free)
+        fields = (
+            *(self.kv_tokens, self.requests, self.slots, self.slots_free),
+            *(self.kv_capacity, self.kv_free, self.prefill_tokens),
+        )
         return RoundState(*([field[g] for g in present] for field in fields))
 
     def eligible(self, prompt_tokens: int) -> list[int]:
@@ -69,6 +76,7 @@ class RoundState:
         self.requests[worker] += sequences
         self.slots_free[worker] -= sequences
         self.kv_free[worker] -= prompt_tokens
+        self.prefill_tokens[worker] += prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,7 @@ class ClusterView:
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
     ``turnover_steps``: decode steps between two requests that leave a full worker, mean output / slots.
     ``lookahead_turnovers``: how many of those the forecast is worth looking ahead.
+    ``prefill_tokens[G]``: prompts that are booked and have yet to be prefilled; None: nobody counts them.
     """
 
     kv_tokens: IntArray
@@ -101,6 +110,7 @@ class ClusterView:
     turnover_steps: float = 1.0
     lookahead_turnovers: float = 1.0
     sequences: IntArray | None = None
+    prefill_tokens: IntArray | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays whose shapes do not belong together; every policy relies on that."""
@@ -114,6 +124,9 @@ class ClusterView:
             and shape == self.kv_capacity.shape == self.kv_free.shape
         ):
             msg = f"every per-worker array must have shape ({workers},)"
+            raise InvalidInputError(msg)
+        if self.prefill_tokens is not None and self.prefill_tokens.shape != shape:
+            msg = f"prefill_tokens must have shape ({workers},)"
             raise InvalidInputError(msg)
         if self.passed_over.shape != self.prompt_tokens.shape:
             msg = "passed_over and prompt_tokens must have the same shape (N,)"
@@ -150,6 +163,7 @@ class ClusterView:
             turnover_steps=turnover_steps,
             lookahead_turnovers=lookahead_turnovers,
             sequences=None if sequences is None else np.array(sequences, dtype=np.int64),
+            prefill_tokens=np.array(state.prefill_tokens, dtype=np.int64),
         )
 
     @property

@@ -108,8 +108,8 @@ def test_each_policy_has_its_own_table():
     config = parse(
         WORKER + '[routing]\npolicy = "br-h"\n[routing.br-h]\ngamma = 0.5\n[routing.br-0]\nwindow = 7\n'
     )
-    assert config.policy_params().gamma == 0.5
-    assert config.policy_params().horizon_steps is None
+    assert config.policy_params("br-h").gamma == 0.5
+    assert config.policy_params("br-h").horizon_steps is None
     assert config.predictor_params().window == 2000
 
 

@@ -95,8 +95,8 @@ def test_keys_that_are_read_at_start_only_are_named_one_by_one():
     [
         ([worker("a"), worker("b", group="new")], "group 'new' is new, which needs a restart"),
         ([worker("b", group="new")], "group 'default' is gone, which needs a restart"),
-        ([worker("a", model="m")], "group 'default' has another model or engine, which needs"),
-        ([worker("a", engine="sglang")], "group 'default' has another model or engine, which"),
+        ([worker("a", model="m")], "group 'default' has another model, engine or transfer, which needs"),
+        ([worker("a", engine="sglang")], "group 'default' has another model, engine or transfer, which"),
     ],
 )
 def test_groups_are_made_at_start(workers, reason):

@@ -7,7 +7,7 @@ import socket
 import orjson
 import pytest
 
-from brproxy.proxy.commented import COMMENT, CommentedAttempts
+from brproxy.proxy.commented import COMMENT, Comments
 from brproxy.relay.server import ClientProtocol
 from tests.brproxy.proxy.test_garbage import what_only_the_collector_frees
 from tests.brproxy.proxy.test_semantics import ASK, CHAT, CHUNK, CHUNKED_STREAM, DONE, chunks, fixed
@@ -26,16 +26,16 @@ JSON = b"Content-Type: application/json"
 
 @pytest.fixture
 def commented(monkeypatch):
-    """Return the attempts that would comment, as they begin to."""
+    """Return what would comment, as it begins to."""
     found = []
-    comment_later = CommentedAttempts._comment_later
+    comment_later = Comments._comment_later
 
     def noting(self):
         comment_later(self)
         if self not in found:
             found.append(self)
 
-    monkeypatch.setattr(CommentedAttempts, "_comment_later", noting)
+    monkeypatch.setattr(Comments, "_comment_later", noting)
     return found
 
 
@@ -347,7 +347,7 @@ async def test_who_leaves_while_it_waits_leaves_nothing(start, raw, commented):
     await comments(client)
     client.writer.transport.abort()
     await proxy.idle()
-    assert not hasattr(commented[0], "_timer")
+    assert commented[0]._timer is None
 
 
 async def test_a_page_may_read_them_and_nothing_is_compressed(start, raw):

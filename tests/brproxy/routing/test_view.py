@@ -40,7 +40,7 @@ def test_shapes_that_do_not(name, array, message):
 
 def test_a_state_of_a_view_gives_the_view_again():
     view = ClusterView.of(
-        RoundState([5, 6], [1, 2], [4, 4], [3, 0], [100, 90], [95, 84]), [7, 8, 9], [0, 1, 0]
+        RoundState([5, 6], [1, 2], [4, 4], [3, 0], [100, 90], [95, 84], [5, 0]), [7, 8, 9], [0, 1, 0]
     )
     again = ClusterView.of(RoundState.of(view), view.prompt_tokens, view.passed_over)
     for name in ARRAYS:

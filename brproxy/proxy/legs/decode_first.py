@@ -1,0 +1,121 @@
+"""Decode first: the worker that decodes gets the request, and asks this proxy for a prefill that suits it.
+
+It posts to ``/v1/metaserver`` where its KV is to go, and who prefills sends it there, layer by layer. The
+post is answered once that is done. A prefill worker is chosen only then; where one fails another is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from http import HTTPStatus
+
+from brproxy.engines.transfer import Handoff
+from brproxy.journey import Action
+from brproxy.proxy.asking import collected
+from brproxy.proxy.attempts import Attempts
+from brproxy.proxy.driver import Lease
+from brproxy.proxy.exchange.client_sink import ClientSink
+from brproxy.proxy.incoming import Incoming
+from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.service import GroupService, Service
+from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.errors import WorkerFailedError
+from brproxy.relay.request import body_length
+from brproxy.roster import Member
+from brproxy.types import BrproxyError, WorkerIndex
+
+
+class DecodeFirstLegs(Attempts):
+    """A request's attempts on workers that decode, each of which asks for a prefill when it likes."""
+
+    __slots__ = ("_asked", "_handoff", "_handover", "_metaserver", "_prefill")
+
+    _handoff: Handoff
+
+    def __init__(
+        self,
+        service: Service,
+        group: GroupService,
+        lease: Lease,
+        incoming: Incoming,
+        sink: ClientSink,
+        handover: Handover,
+    ) -> None:
+        super().__init__(service, group, lease, incoming, sink)
+        self._handover = handover
+        self._metaserver = service.metaserver
+        self._asked = replace(
+            lease.entry.request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None
+        )
+        self._prefill: asyncio.Task[str] | None = None
+
+    async def prefill(self, params: bytes) -> str:
+        """Have a worker prefill to where ``params`` says; return "" or why nobody did.
+
+        A worker that asks twice gets the one answer.
+        """
+        if self._prefill is None:
+            self._prefill = self._service.watch.loop.create_task(self._prefilled(params))
+        return await asyncio.shield(self._prefill)
+
+    async def _send(self, *, afresh: bool) -> Action:
+        handover = self._handover
+        decode = self._group.member(self._worker)
+        self._handoff = handover.handoff(self._incoming.request_id, None, decode)
+        names = self._handoff.transfer_id, self._incoming.request_id.decode("latin-1")
+        self._metaserver.expect(self, *names)
+        try:
+            return await super()._send(afresh=afresh)
+        finally:
+            self._metaserver.forget(self, *names)
+            prefill, self._prefill = self._prefill, None
+            if prefill is not None:
+                prefill.cancel()
+
+    async def _prefilled(self, params: bytes) -> str:
+        failed: frozenset[WorkerIndex] = frozenset()
+        handover, why = self._handover, "no worker prefills"
+        for _ in range(self._service.limits.retries_max + 1):
+            if not handover.has_others(failed):
+                break
+            try:
+                with handover.group.driver.admit(self._asked, avoid=failed) as lease:
+                    worker = await lease.worker_soon()
+                    why = await self._ask(worker, params)
+                    if not why:
+                        return ""
+                    lease.fail()
+            except BrproxyError as error:
+                # It has waited for long enough, or never will be prefilled.
+                return str(error)
+            failed |= {worker}
+        return why
+
+    async def _ask(self, worker: WorkerIndex, params: bytes) -> str:
+        """Have ``worker`` prefill; return "" or why it has not."""
+        member, endpoint = self._handover.group.reach(worker)
+        incoming = self._incoming
+        handoff = self._handoff._replace(params=params)
+        body = self._handover.transfer.prefill_body(incoming.path, incoming.upload.beginning or b"", handoff)
+        request = self._head(member, endpoint, body_length("POST", body), is_read=True) + body
+        try:
+            reply = await collected(
+                endpoint,
+                request,
+                bytes_max=self._service.relay_limits.response_parse_bytes_max,
+                wants_body=False,
+            )
+        except WorkerFailedError as error:
+            self._handover.unreachable(endpoint, error)
+            return str(error)
+        status = reply.head.status
+        return "" if status < HTTPStatus.BAD_REQUEST else f"{member.key} answered {status}"
+
+    def _request(self, member: Member, endpoint: Endpoint) -> bytes:
+        incoming = self._incoming
+        body = self._handover.transfer.decode_body(
+            incoming.path, incoming.upload.beginning or b"", self._handoff
+        )
+        framing = body_length("POST", body)
+        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + body

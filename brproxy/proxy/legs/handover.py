@@ -1,0 +1,166 @@
+"""What a group's requests are prefilled by, and how what was prefilled gets to the worker that decodes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlencode
+
+from brproxy.engines.transfer import Handoff, Transfer
+from brproxy.origins import read_worker_url
+from brproxy.proxy.asking import Question, ask
+from brproxy.proxy.legs.metaserver import NAME, PATH
+from brproxy.ranks import line_number
+from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.errors import ShortageError, WorkerFailedError
+from brproxy.roster import Change, Member
+from brproxy.types import WorkerIndex
+
+if TYPE_CHECKING:
+    from brproxy.proxy.service import GroupService
+
+log = logging.getLogger(__name__)
+
+ROOMS: Final = 1 << 62
+_PAGE_BYTES_MAX = 1 << 20
+
+WHAT = ("split", "alone", "again", "expired", "stranded", "freed")
+"""What is counted of prefills: requests in two legs, and in one although there are two; prefills that had to
+be repeated, as the worker that decodes was lost, and as the lease ended; prompts whose client left them with
+the worker that prefilled, and how many of these it was told to free."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverLimits:
+    """See the configuration's ``prefill_decode``; ``lease_s`` None: nothing is known of a lease."""
+
+    split_prompt_tokens_min: int
+    lease_s: float | None
+    free_at_once_max: int
+    free_timeout_s: float
+    metaserver_url: str
+    health_checks: bool
+
+
+class Handover:
+    """The prefill side of a decode group.
+
+    ``group`` are the workers that prefill, ``bootstrap_ports`` their ports by origin. ``draw`` returns a
+    random integer below its argument, ``connect`` what reaches an origin. ``counts`` are by WHAT.
+    """
+
+    def __init__(
+        self,
+        group: GroupService,
+        transfer: Transfer,
+        limits: HandoverLimits,
+        bootstrap_ports: dict[str, int],
+        draw: Callable[[int], int],
+        connect: Callable[[str], Endpoint],
+    ) -> None:
+        self.group = group
+        self.transfer = transfer
+        self.limits = limits
+        self.counts: Counter[str] = Counter(dict.fromkeys(WHAT, 0))
+        self._bootstrap_ports = bootstrap_ports
+        self._draw = draw
+        self._connect = connect
+        self._pages: dict[WorkerIndex, bytes] = {}
+        group.group.roster.observe(self._member_changed)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def routable(self) -> Sequence[bool]:
+        """Return which of the workers that prefill may be chosen, by index."""
+        return self.group.group.roster.routable()
+
+    def has_others(self, failed: Collection[WorkerIndex]) -> bool:
+        """Tell whether a worker that prefills may be chosen which is not one of ``failed``."""
+        return any(ok and g not in failed for g, ok in enumerate(self.routable()))
+
+    async def meeting(self, request_id: bytes, prefill: Member, decode: Member) -> Handoff:
+        """Return what two legs that are sent together share; raises WorkerFailedError.
+
+        Where the two workers meet at a page, that is asked first, once until ``forget``.
+        """
+        handoff, path = self.handoff(request_id, prefill, decode), self.transfer.BOOTSTRAP_PATH
+        if not path:
+            return handoff
+        page = self._pages.get(prefill.index)
+        if page is None:
+            page = self._pages[prefill.index] = await self._ask(handoff, path)
+        engine_id = self.transfer.read_bootstrap(page, handoff.prefill_rank)
+        if engine_id is None:
+            self.forget(prefill.index)
+            msg = f"{prefill.key} does not say at port {handoff.bootstrap_port} which engine it is"
+            raise WorkerFailedError(msg)
+        return handoff._replace(engine_id=engine_id)
+
+    def forget(self, worker: WorkerIndex) -> None:
+        """Ask again who a worker is that prefills: it may be another by now."""
+        self._pages.pop(worker, None)
+
+    def unreachable(self, endpoint: Endpoint, error: WorkerFailedError) -> None:
+        """Take note that no connection could be opened to a worker that prefills, if that is what failed."""
+        if error.unreachable and self.limits.health_checks and not isinstance(error, ShortageError):
+            now_s = self.group.driver.clock.now_s()
+            self.group.record(endpoint, ok=False, reason=str(error), now_s=now_s, refused=error.refused)
+
+    async def _ask(self, handoff: Handoff, path: str) -> bytes:
+        host = f"[{handoff.prefill_host}]" if ":" in handoff.prefill_host else handoff.prefill_host
+        endpoint = self._connect(f"http://{host}:{handoff.bootstrap_port}")
+        try:
+            reply = await ask(endpoint, Question(path, self.limits.free_timeout_s, _PAGE_BYTES_MAX))
+        finally:
+            endpoint.close()
+        return reply.body
+
+    def handoff(self, request_id: bytes, prefill: Member | None, decode: Member | None) -> Handoff:
+        """Return what the legs of a request share, new for each try; None: that worker is not chosen yet."""
+        room = self._draw(ROOMS)
+        handoff = Handoff(
+            transfer_id=f"{request_id.decode('latin-1')}-{room:x}",
+            room=room,
+            decode_rank=None if decode is None else line_number(decode.lines),
+        )
+        if self.limits.metaserver_url:
+            url = f"{self.limits.metaserver_url}{PATH}?{urlencode({NAME: handoff.transfer_id})}"
+            handoff = handoff._replace(metaserver=url)
+        if prefill is None:
+            return handoff
+        return handoff._replace(
+            prefill_host=read_worker_url(prefill.origin).origin.host,
+            bootstrap_port=self._bootstrap_ports.get(prefill.origin),
+            prefill_rank=line_number(prefill.lines),
+            prefill_ranks=len(self.group.behind(self.group.endpoint(prefill.index))),
+        )
+
+    def in_background(self, work: asyncio.Task[None]) -> None:
+        """Keep a task that nobody waits for, and log what it raises."""
+        self._tasks.add(work)
+        work.add_done_callback(self._done)
+
+    def may_free(self) -> bool:
+        """Tell whether one more prompt may be freed by a decode leg now."""
+        return self.transfer.frees_by_decode() and len(self._tasks) < self.limits.free_at_once_max
+
+    async def close(self) -> None:
+        """End what is done in the background."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _member_changed(self, member: Member, change: Change) -> None:
+        # Who is back may be another engine, and an index is given to the next that comes.
+        self.forget(member.index)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        error = task.exception()
+        if not isinstance(error, WorkerFailedError):
+            log.error("a prompt that was left with a prefill worker could not be freed", exc_info=error)

@@ -1,0 +1,300 @@
+"""Prefill, then decode: the finished prefill waits in the prompt pool for a worker that decodes.
+
+The pool is the waiting room of the decode group. What was prefilled stays booked on the worker that has it
+until the one that decodes has begun to answer, which then has fetched it. A lease says how long it is kept;
+a request that waits longer is prefilled again, once a worker to decode it has been found, and so is one whose
+decode worker was lost with it. Where the client leaves a prompt behind, a decode leg that asks for nothing
+but the KV has it freed at once, not only when the lease ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from http import HTTPStatus
+
+from brproxy.engines.transfer import Handoff
+from brproxy.journey import Action, Event
+from brproxy.proxy.asking import collected
+from brproxy.proxy.attempts import Attempts
+from brproxy.proxy.driver import Lease
+from brproxy.proxy.errors import workers_failed
+from brproxy.proxy.exchange.client_sink import ClientSink
+from brproxy.proxy.exchange.deciding import WorkerAnswer
+from brproxy.proxy.exchange.handles import DecodeAnswer
+from brproxy.proxy.incoming import Incoming
+from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.legs.prefill_leg import PrefillLeg
+from brproxy.proxy.service import GroupService, Service
+from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.request import body_length, request_head
+from brproxy.roster import Member
+from brproxy.types import PendingRequest
+
+_TAKES_ALONG = frozenset({Event.REFUSED, Event.CUT, Event.DIED, Event.OUT})
+"""What ends a decode leg whose worker may have fetched what was prefilled, or had it freed."""
+
+_FREED_BYTES_MAX = 1 << 16
+"""Read of an answer that nobody wants (bytes)."""
+
+
+async def prefill_then_decode(
+    service: Service,
+    group: GroupService,
+    handover: Handover,
+    request: PendingRequest,
+    incoming: Incoming,
+    sink: ClientSink,
+) -> None:
+    """Answer the client; as Attempts.run, and raises what GroupDriver.admit does."""
+    prefilled = Prefilled(service, group, handover, request, incoming, sink)
+    try:
+        if not await prefilled.prefill():
+            return
+        with group.driver.admit(prefilled.request) as lease:
+            # Its time to the first token began before it was prefilled.
+            lease.entry.arrived_s = prefilled.arrived_s
+            await DecodeLeg(service, group, lease, incoming, sink, prefilled).run()
+    finally:
+        prefilled.leave()
+
+
+class Prefilled:
+    """A prompt that a worker has prefilled and keeps, until ``leave``.
+
+    ``request`` is what is known of the request, ``arrived_s`` when it first arrived (the clock's seconds).
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        group: GroupService,
+        handover: Handover,
+        request: PendingRequest,
+        incoming: Incoming,
+        sink: ClientSink,
+    ) -> None:
+        self._service = service
+        self._group = group
+        self._handover = handover
+        self._incoming = incoming
+        self._sink = sink
+        self._held: _Held | None = None
+        self._is_lost = False
+        self.request = request
+        self.arrived_s = service.clock.now_s()
+
+    async def prefill(self) -> bool:
+        """Have a worker prefill; return False where the client has got an error instead.
+
+        Raises as Attempts.run and GroupDriver.admit do.
+        """
+        handover = self._handover
+        asked = replace(
+            self.request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None
+        )
+        with ExitStack() as stack:
+            lease = stack.enter_context(handover.group.driver.admit(asked))
+            leg = PrefillLeg(self._service, handover, lease, self._incoming, self._sink)
+            await leg.run()
+            if leg.reply is None:
+                return False
+            self._is_lost = False
+            self.request.prompt_tokens = lease.entry.prompt_tokens
+            params = handover.transfer.read_reply(leg.reply)
+            if params is not None and leg.handoff is not None:
+                stack.pop_all()
+                self._hold(lease, leg.handoff._replace(params=params))
+            elif not handover.transfer.DECODES_ALONE:
+                raise workers_failed("The prefill worker did not say how its KV is fetched.")
+        # Without handles the worker that decodes prefills for itself.
+        return True
+
+    async def body(self) -> bytes | None:
+        """Return the body of the leg that decodes, after another prefill if need be; None: as ``prefill``."""
+        if self._is_lost:
+            self._handover.counts["again"] += 1
+            if not await self.prefill():
+                return None
+        body = self._incoming.upload.beginning or b""
+        if self._held is None:
+            return body
+        # From here on the two workers keep it alive between them.
+        self._held.stop_waiting()
+        return self._handover.transfer.decode_body(self._incoming.path, body, self._held.handoff)
+
+    def taken(self) -> None:
+        """Note that what was prefilled has been fetched."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.let_go()
+
+    def lost(self) -> None:
+        """Note that it is not to be had any more, although it may still be kept: have it freed."""
+        self._is_lost = True
+        held, self._held = self._held, None
+        if held is None:
+            return
+        handover = self._handover
+        handover.counts["stranded"] += 1
+        if handover.may_free():
+            leg = _Freeing(self._group, handover, self._incoming, held)
+            handover.in_background(self._service.watch.loop.create_task(leg.run()))
+        elif held.waits:
+            # Its lease ends as it would have, and its booking with it.
+            held.on_end = None
+        else:
+            held.let_go()
+
+    def leave(self) -> None:
+        """Have the worker free what nobody has fetched."""
+        if self._held is not None:
+            self.lost()
+
+    def _hold(self, lease: Lease, handoff: Handoff) -> None:
+        self._held = held = _Held(lease, handoff)
+        lease_s = self._handover.limits.lease_s
+        if lease_s is not None:
+            held.wait(self._service.watch.loop, lease_s, self._ended)
+
+    def _ended(self) -> None:
+        """Take note that nobody came for it before its lease ended."""
+        self._handover.counts["expired"] += 1
+        self._held, self._is_lost = None, True
+
+
+class _Held:
+    """KV that a prefill worker keeps, with its booking; ``on_end`` is told when the lease ends."""
+
+    def __init__(self, lease: Lease, handoff: Handoff) -> None:
+        self._lease = lease
+        self._timer: asyncio.TimerHandle | None = None
+        self.handoff = handoff
+        self.on_end: Callable[[], None] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its lease runs."""
+        return self._timer is not None
+
+    def wait(self, loop: asyncio.AbstractEventLoop, lease_s: float, on_end: Callable[[], None]) -> None:
+        """Let go of it in ``lease_s`` seconds, and tell so."""
+        self.on_end = on_end
+        self._timer = loop.call_later(lease_s, self._ended)
+
+    def stop_waiting(self) -> None:
+        """Keep it for as long as it takes."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def let_go(self) -> None:
+        """End its booking."""
+        self.stop_waiting()
+        self.on_end = None
+        self._lease.finish()
+
+    def _ended(self) -> None:
+        tell = self.on_end
+        self.let_go()
+        if tell is not None:
+            tell()
+
+
+class _Freeing:
+    """A decode leg that asks for nothing but the KV, so that who keeps it frees it; booked until then."""
+
+    def __init__(self, group: GroupService, handover: Handover, incoming: Incoming, held: _Held) -> None:
+        # Taken out: what refers to the request keeps all of it.
+        self._group = group
+        self._handover = handover
+        self._path, self._target, self._lines = incoming.path, incoming.target, incoming.lines
+        self._body = handover.transfer.free_body(
+            incoming.path, incoming.upload.beginning or b"", held.handoff
+        )
+        self._held = held
+
+    async def run(self) -> None:
+        """Take ``free_timeout_s`` at most; raises WorkerFailedError."""
+        try:
+            async with asyncio.timeout(self._handover.limits.free_timeout_s):
+                await self._send()
+        except TimeoutError:
+            # It may be freed all the same; else the lease ends.
+            return
+        finally:
+            self._held.let_go()
+
+    async def _send(self) -> None:
+        # It takes no slot and is sent at once, whoever waits: it makes room.
+        with self._group.driver.admit(PendingRequest(0, sequences=0)) as lease:
+            worker = lease.worker_now()
+            if worker is None:
+                return
+            member, endpoint = self._group.reach(worker)
+            target, lines = endpoint.adapted(self._target, self._lines)
+            lines += member.lines + body_length("POST", self._body)
+            request = request_head("POST", target, endpoint.host_field, lines) + self._body
+            reply = await collected(endpoint, request, bytes_max=_FREED_BYTES_MAX, wants_body=False)
+            self._handover.counts["freed"] += reply.head.status < HTTPStatus.BAD_REQUEST
+
+
+class DecodeLeg(Attempts):
+    """The second leg, to a worker that fetches what was prefilled."""
+
+    __slots__ = ("_answer", "_body", "_prefilled")
+
+    _answer: DecodeAnswer
+
+    def __init__(
+        self,
+        service: Service,
+        group: GroupService,
+        lease: Lease,
+        incoming: Incoming,
+        sink: ClientSink,
+        prefilled: Prefilled,
+    ) -> None:
+        super().__init__(service, group, lease, incoming, sink)
+        self._prefilled = prefilled
+        self._body = b""
+
+    def begun(self, *, is_long: bool) -> None:
+        """See deciding.Attempt.begun."""
+        if self._answer.is_error:
+            self._prefilled.lost()
+        else:
+            self._prefilled.taken()
+        self._body = b""
+        super().begun(is_long=is_long)
+
+    def _after(self, event: Event, error: Exception | None) -> Action:
+        if event in _TAKES_ALONG:
+            self._prefilled.lost()
+        return super()._after(event, error)
+
+    async def _send(self, *, afresh: bool) -> Action:
+        body = await self._prefilled.body()
+        if body is None:
+            self._lease.fail()
+            return Action.NOTHING
+        self._body = body
+        return await super()._send(afresh=afresh)
+
+    def _answer_of(self, member: Member) -> WorkerAnswer:
+        self._answer = DecodeAnswer(
+            self,
+            self._sink,
+            self._account(),
+            self._service.relay_limits,
+            path=self._incoming.path,
+            member=member,
+            bodiless=False,
+        )
+        return self._answer
+
+    def _request(self, member: Member, endpoint: Endpoint) -> bytes:
+        framing = body_length(self._sink.client.method, self._body)
+        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + self._body

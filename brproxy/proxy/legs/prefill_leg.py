@@ -1,0 +1,64 @@
+"""The prefill of a request that another worker decodes: attempts like any other, whose answer is kept."""
+
+from __future__ import annotations
+
+from brproxy.engines.transfer import Handoff
+from brproxy.proxy.accounting import Account
+from brproxy.proxy.attempts import Attempts
+from brproxy.proxy.driver import Lease
+from brproxy.proxy.exchange.client_sink import ClientSink
+from brproxy.proxy.exchange.deciding import WorkerAnswer
+from brproxy.proxy.exchange.handles import PrefillAnswer
+from brproxy.proxy.incoming import Incoming
+from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.service import Service
+from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.request import body_length
+from brproxy.roster import Member
+
+
+class PrefillLeg(Attempts):
+    """A prefill, by one worker after another until one has done it.
+
+    ``handoff`` is then what the leg to the worker that decodes needs, and ``reply`` the answer; both are None
+    where the client has got an error instead. A worker that failed this leg is not asked again.
+    """
+
+    __slots__ = ("_booked", "_handover", "handoff", "reply")
+
+    ASKS_USAGE = False
+    _booked: Account
+
+    def __init__(
+        self, service: Service, handover: Handover, lease: Lease, incoming: Incoming, sink: ClientSink
+    ) -> None:
+        super().__init__(service, handover.group, lease, incoming, sink)
+        self._handover = handover
+        self.handoff: Handoff | None = None
+        self.reply: bytes | None = None
+
+    def handed(self, body: bytes) -> None:
+        """See PrefillAttempt.handed."""
+        self.reply = body
+        self._booked.reply(body)
+        if self._booked.prompt_tokens is not None:
+            self._lease.correct_prompt(self._booked.prompt_tokens)
+        self._lease.first_token()
+
+    def _answer_of(self, member: Member) -> WorkerAnswer:
+        self._booked = self._account()
+        return PrefillAnswer(
+            self,
+            self._sink,
+            self._booked,
+            self._service.relay_limits,
+            path=self._incoming.path,
+            member=member,
+        )
+
+    def _request(self, member: Member, endpoint: Endpoint) -> bytes:
+        incoming = self._incoming
+        self.handoff = handoff = self._handover.handoff(incoming.request_id, member, None)
+        body = self._handover.transfer.prefill_body(incoming.path, incoming.upload.beginning or b"", handoff)
+        framing = body_length(self._sink.client.method, body)
+        return self._head(member, endpoint, framing, is_read=True) + body

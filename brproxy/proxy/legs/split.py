@@ -1,0 +1,59 @@
+"""Whether a request is split into two legs, and which goes first."""
+
+from __future__ import annotations
+
+from http import HTTPMethod
+
+from brproxy.engines.paths import Work, path_kind
+from brproxy.engines.transfer import Order
+from brproxy.proxy.attempts import Attempts
+from brproxy.proxy.exchange.client_sink import ClientSink
+from brproxy.proxy.incoming import Incoming
+from brproxy.proxy.legs.decode_first import DecodeFirstLegs
+from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.legs.prefill_first import prefill_then_decode
+from brproxy.proxy.legs.together import PairedLegs
+from brproxy.proxy.service import GroupService, Service
+from brproxy.types import PendingRequest
+
+
+async def run_split(
+    service: Service,
+    group: GroupService,
+    handover: Handover,
+    request: PendingRequest,
+    incoming: Incoming,
+    sink: ClientSink,
+) -> None:
+    """Answer the client; raises what Attempts.run and GroupDriver.admit do."""
+    if not _is_split(group, handover, request, incoming, sink):
+        handover.counts["alone"] += 1
+        with group.driver.admit(request) as lease:
+            await Attempts(service, group, lease, incoming, sink).run()
+        return
+    handover.counts["split"] += 1
+    if handover.transfer.ORDER is Order.PREFILL_FIRST:
+        await prefill_then_decode(service, group, handover, request, incoming, sink)
+        return
+    legs = PairedLegs if handover.transfer.ORDER is Order.TOGETHER else DecodeFirstLegs
+    with group.driver.admit(request) as lease:
+        await legs(service, group, lease, incoming, sink, handover).run()
+
+
+def _is_split(
+    group: GroupService, handover: Handover, request: PendingRequest, incoming: Incoming, sink: ClientSink
+) -> bool:
+    """Tell whether a request is prefilled by one worker and decoded by another."""
+    facts, method = incoming.facts, sink.client.method
+    is_json = bool(incoming.upload.beginning) and incoming.upload.is_whole and not facts.malformed
+    if method != HTTPMethod.POST or not is_json:
+        return False
+    if path_kind(incoming.path, method).work is not Work.GENERATES or incoming.is_form:
+        return False
+    if not handover.transfer.DECODES_ALONE:
+        return True
+    # Handles are of one sequence; and whoever can do both does, where nobody can be found for a half.
+    if facts.sequences != 1 or not any(handover.routable()):
+        return False
+    is_short = request.prompt_tokens < handover.limits.split_prompt_tokens_min
+    return not (is_short and not group.group.dispatcher.waiting.count)

@@ -1,0 +1,180 @@
+"""Both legs at once: the two workers find each other, and the one that decodes answers the client.
+
+Which two is decided before either has begun: the request waits for a worker that decodes, then for one
+that prefills. Where one leg fails before the client has had anything the other ends, and the request is sent
+to two again; a worker that decodes keeps its request while another one is found to prefill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from http import HTTPStatus
+
+from brproxy.engines.transfer import Handoff
+from brproxy.journey import Action, Event
+from brproxy.proxy import errors
+from brproxy.proxy.asking import collected
+from brproxy.proxy.attempts import Attempts
+from brproxy.proxy.driver import Lease
+from brproxy.proxy.exchange.client_sink import ClientSink
+from brproxy.proxy.exchange.collect import Reply
+from brproxy.proxy.exchange.deciding import WorkerAnswer
+from brproxy.proxy.incoming import Incoming
+from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.service import GroupService, Service
+from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.errors import WorkerFailedError
+from brproxy.relay.framing import choose_framing
+from brproxy.relay.request import body_length
+from brproxy.roster import Member
+from brproxy.types import WorkerIndex
+
+
+class PairedLegs(Attempts):
+    """A request's attempts on workers that decode, each with one that prefills beside it."""
+
+    __slots__ = ("_asked", "_failed", "_handoff", "_handover", "_other", "_prefill", "_trouble")
+
+    _handoff: Handoff
+    _other: Lease
+
+    def __init__(
+        self,
+        service: Service,
+        group: GroupService,
+        lease: Lease,
+        incoming: Incoming,
+        sink: ClientSink,
+        handover: Handover,
+    ) -> None:
+        super().__init__(service, group, lease, incoming, sink)
+        self._handover = handover
+        self._asked = replace(
+            lease.entry.request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None
+        )
+        self._failed: frozenset[WorkerIndex] = frozenset()
+        self._trouble: Reply | Exception | None = None
+        self._prefill: asyncio.Task[Reply] | None = None
+
+    def begun(self, *, is_long: bool) -> None:
+        """See deciding.Attempt.begun."""
+        # It has all that was prefilled.
+        self._other.finish()
+        super().begun(is_long=is_long)
+
+    async def _send(self, *, afresh: bool) -> Action:
+        """As Attempts._send; raises ProxyError where nobody can prefill, and as GroupDriver.admit."""
+        handover, trouble = self._handover, None
+        for _ in range(self._service.limits.retries_max + 1):
+            with handover.group.driver.admit(self._asked, avoid=self._failed) as other:
+                other.fail()
+                worker = await other.worker_soon()
+                self._other, self._trouble = other, None
+                action = await self._send_both(worker, afresh=afresh)
+            trouble = self._trouble_now()
+            if trouble is None:
+                return action
+            if isinstance(trouble, Reply) and not self._moves(trouble):
+                self._pass_on(trouble)
+                return Action.NOTHING
+            handover.forget(worker)
+            self._failed |= {worker}
+            if not handover.has_others(self._failed):
+                break
+        raise errors.workers_failed(f"No worker prefilled the request: {_reason(trouble)}.")
+
+    def _trouble_now(self) -> Reply | Exception | None:
+        # By a call: a type checker does not know who else sets it while this awaits.
+        return self._trouble
+
+    async def _send_both(self, worker: WorkerIndex, *, afresh: bool) -> Action:
+        member, _ = self._handover.group.reach(worker)
+        try:
+            self._handoff = await self._handover.meeting(
+                self._incoming.request_id, member, self._group.member(self._worker)
+            )
+        except WorkerFailedError as error:
+            self._trouble = error
+            return Action.NOTHING
+        try:
+            return await super()._send(afresh=afresh)
+        finally:
+            prefill, self._prefill = self._prefill, None
+            if prefill is not None and not prefill.cancel() and not prefill.cancelled():
+                # Seen, whoever asks.
+                prefill.exception()
+
+    def _answer_of(self, member: Member) -> WorkerAnswer:
+        # The worker that decodes can be reached: now the other leg goes out beside its own.
+        self._prefill = self._service.watch.loop.create_task(self._prefill_leg())
+        self._prefill.add_done_callback(self._prefilled)
+        return super()._answer_of(member)
+
+    async def _prefill_leg(self) -> Reply:
+        member, endpoint = self._handover.group.reach(self._other.entry.worker)
+        incoming = self._incoming
+        body = self._handover.transfer.prefill_body(
+            incoming.path, incoming.upload.beginning or b"", self._handoff
+        )
+        framing = body_length("POST", body)
+        request = self._head(member, endpoint, framing, is_read=True) + body
+        try:
+            return await collected(
+                endpoint,
+                request,
+                bytes_max=self._service.relay_limits.response_parse_bytes_max,
+                wants_body=True,
+            )
+        except WorkerFailedError as error:
+            self._handover.unreachable(endpoint, error)
+            raise
+
+    def _prefilled(self, prefill: asyncio.Task[Reply]) -> None:
+        """Take the end of the leg that prefills: where that failed, the other one is waiting for nothing."""
+        if prefill is not self._prefill or prefill.cancelled():
+            return
+        error = prefill.exception()
+        failure = prefill.result() if error is None else error
+        if isinstance(failure, Reply):
+            if failure.head.status < HTTPStatus.BAD_REQUEST:
+                self._other.first_token()
+                return
+        elif not isinstance(failure, Exception):
+            return
+        if not self._outcome.done() and not self._journey.has_begun:
+            self._trouble = failure
+            self._outcome.set_result(Action.NOTHING)
+
+    def _request(self, member: Member, endpoint: Endpoint) -> bytes:
+        incoming = self._incoming
+        body = self._handover.transfer.decode_body(
+            incoming.path, incoming.upload.beginning or b"", self._handoff
+        )
+        framing = body_length("POST", body)
+        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + body
+
+    def _moves(self, reply: Reply) -> bool:
+        """Tell whether another worker may do what this one did not, as ``reply`` says."""
+        status = reply.head.status
+        return status >= HTTPStatus.INTERNAL_SERVER_ERROR or self._group.dialect.is_refusal(status)
+
+    def _pass_on(self, reply: Reply) -> None:
+        """Answer the client with what the worker that prefills has against the request."""
+        sink = self._sink
+        if sink.has_head:
+            raise errors.workers_failed(f"No worker prefilled the request: {_reason(reply)}.")
+        framing = choose_framing(reply.head, http10=sink.client.is_http10, bodiless=False, rewritten=False)
+        self._lease.fail()
+        self.begun(is_long=False)
+        sink.begin(reply.head, framing, is_stream=False)
+        sink.pass_on(reply.body)
+        sink.finish(b"")
+        self._journey.happened(Event.FINISHED)
+        if sink.ends_by_close:
+            sink.client.close()
+
+
+def _reason(failure: Reply | Exception | None) -> str:
+    """Return what went wrong, in a few words."""
+    return f"it answered {failure.head.status}" if isinstance(failure, Reply) else str(failure)
