@@ -9,7 +9,7 @@ all other bytes stay as they are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from typing import ClassVar, Final, NamedTuple, TypeVar
 
@@ -26,21 +26,23 @@ PARAMS_BYTES_MAX: Final = 1 << 21
 """Longest JSON of an engine's own parameters: block ids of a million tokens take a quarter."""
 
 _NESTED: Final = "sampling_params"
+_GENERATES: Final = ("completions", "messages", "responses", "generate")
 _LIMITS: Final = {
     "completions": "max_tokens",
     "messages": "max_tokens",
     "responses": "max_output_tokens",
-    "generate": "max_tokens",
 }
 # A response in the background would be answered before its prefill has begun.
 _OF_NO_PREFILL: Final = ("stream_options", "background")
-_MINIMA: Final = ("min_tokens", "min_completion_tokens")
+_LIMIT_OF_CHATS: Final = "max_completion_tokens"
+_OFF: Final = (None, b"false", b"null")
+_MINIMA: Final = ("min_tokens", "min_completion_tokens", "min_new_tokens")
 
 
 class TransferError(InvalidInputError):
     """A body that cannot be made into two legs; the text says what it would have to be.
 
-    Decode workers that can serve alone may get such a request as it came: the engine has the last word.
+    Decode workers that can serve alone may get such a request as ``Transfer.alone_body``.
     """
 
 
@@ -89,6 +91,8 @@ class Transfer(ABC):
     """Whether decode workers serve a request that has had no prefill leg."""
     BOOTSTRAP_PATH: ClassVar[str] = ""
     """The page on the bootstrap port that tells engine ids, to be asked with GET; empty: none is needed."""
+    NESTED_LIMIT: ClassVar[str] = "max_tokens"
+    """How ``sampling_params`` call the limit of tokens."""
 
     @abstractmethod
     def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
@@ -103,7 +107,9 @@ class Transfer(ABC):
 
         It asks for one token and no stream.
         """
-        return one_token(path, json_object(self.decode_body(path, body, handoff)))
+        return one_token(
+            path, json_object(self.decode_body(path, body, handoff)), nested_limit=self.NESTED_LIMIT
+        )
 
     def frees_by_decode(self) -> bool:
         """Tell whether KV that nobody will fetch is freed by sending ``free_body`` to a decode worker.
@@ -111,6 +117,13 @@ class Transfer(ABC):
         It may be cancelled as soon as it is answered, or refused.
         """
         return False
+
+    def alone_body(self, body: bytes) -> bytes:
+        """Return what a decode worker gets that runs the prompt itself; raises TransferError.
+
+        It has nothing of a transfer: a client's own parameters would name KV of others.
+        """
+        return json_object(body).edited({}, (PARAMS,))
 
     def read_reply(self, body: bytes) -> bytes | None:
         """Return the parameters for the decode leg in a prefill worker's reply, None without any.
@@ -164,43 +177,76 @@ def json_object(body: bytes) -> JsonObject:
     return document
 
 
+def one_sequence(path: str, body: bytes, kinds: Collection[str] = _GENERATES) -> JsonObject:
+    """Return the object that ``body`` is, of a request that generates one sequence for each prompt.
+
+    ``kinds``: last segments of the paths that are handed over, by default all that generate. Raises
+    TransferError for anything else. Sequences of one prompt would fetch the KV several times, and the first
+    that has it lets the prefill worker free it: no engine hands over for them (vllm#38900).
+    """
+    if path[path.rfind("/") + 1 :] not in kinds:
+        msg = f"{path} is not handed over: it must end in one of {', '.join(kinds)}"
+        raise TransferError(msg)
+    document = json_object(body)
+    if {document.value("n"), _nested(document, "n")} - {None, b"1", b"null"} or document.value(
+        "use_beam_search"
+    ) not in _OFF:
+        msg = "a request that is handed over must ask for one sequence: n = 1 and no beams"
+        raise TransferError(msg)
+    return document
+
+
+def _nested(document: JsonObject, name: str) -> bytes | None:
+    sampling = read_object(document.value(_NESTED) or b"")
+    return None if sampling is None else sampling.value(name)
+
+
+def one_prompt(path: str, body: bytes) -> JsonObject:
+    """Return the object that ``body`` is, with one prompt and one sequence; else raises TransferError.
+
+    Who decodes has not run the prompt, and cannot tell the probabilities of its tokens.
+    """
+    document = one_sequence(path, body)
+    of_prompt = {document.value("prompt_logprobs"), _nested(document, "prompt_logprobs")}
+    is_echoed = document.value("echo") not in _OFF and document.value("logprobs") not in _OFF
+    if of_prompt - {None, b"null"} or is_echoed:
+        msg = "a request that is handed over must not ask for the prompt's logprobs"
+        raise TransferError(msg)
+    if (prompts_of(document) or 1) > 1:
+        msg = "a request that is handed over must have one prompt: send each of a list by itself"
+        raise TransferError(msg)
+    return document
+
+
 def one_token(
     path: str,
     document: JsonObject,
     values: Mapping[str, bytes] | None = None,
     *,
     min_tokens: bytes | None = None,
+    nested_limit: str = "max_tokens",
 ) -> bytes:
-    """Return a body that asks for one token of one sequence in one piece, with ``values`` set besides.
+    """Return a body that asks for one token in one piece, with ``values`` set besides.
 
-    ``min_tokens``: what that is set to, None to take it out. Raises TransferError for a path that generates
-    nothing, and for ``sampling_params`` that are no object.
+    ``min_tokens``: what that is set to, None to take it out. ``nested_limit``: the limit's name where it is
+    in ``sampling_params``. Raises TransferError where those are no object.
     """
     kind = path[path.rfind("/") + 1 :]
-    if kind not in _LIMITS:
-        msg = f"{path} generates no text: it has no prefill that could be handed over"
-        raise TransferError(msg)
+    limits = {_LIMITS.get(kind, nested_limit): b"1"}
+    if min_tokens is not None:
+        limits["min_tokens"] = min_tokens
     changes = {"stream": b"false", **(values or {})}
-    if kind != "generate":
-        return document.edited(
-            changes | _limits(document, _LIMITS[kind], min_tokens), {*_OF_NO_PREFILL, *_MINIMA}
-        )
+    if kind in _LIMITS:
+        if _LIMIT_OF_CHATS in document:
+            limits[_LIMIT_OF_CHATS] = b"1"
+        return document.edited(changes | limits, {*_OF_NO_PREFILL, *_MINIMA})
     value = document.value(_NESTED) or b"null"
     sampling = read_object(b"{}" if value == b"null" else value)
     if sampling is None:
         msg = f"{_NESTED} must be one JSON object of fewer than {MEMBERS_MAX} members"
         raise TransferError(msg)
-    changes[_NESTED] = sampling.edited(_limits(sampling, _LIMITS[kind], min_tokens), _MINIMA)
+    changes[_NESTED] = sampling.edited(limits, _MINIMA)
     return document.edited(changes, _OF_NO_PREFILL)
-
-
-def _limits(document: JsonObject, limit: str, min_tokens: bytes | None) -> dict[str, bytes]:
-    changes = {limit: b"1"}
-    # Of chats this is the limit that counts, and "n" is there only where it is understood.
-    changes.update({name: b"1" for name in ("max_completion_tokens", "n") if name in document})
-    if min_tokens is not None:
-        changes["min_tokens"] = min_tokens
-    return changes
 
 
 def params_in(body: bytes) -> bytes | None:
@@ -223,16 +269,6 @@ def prompts_of(document: JsonObject) -> int | None:
 
     Counts to SEQUENCES_MAX + 1 at most.
     """
-    for name in ("prompt", "text", "input_ids", "prompt_embeds"):
-        value = document.value(name)
-        if value is not None and (count := elements(value, SEQUENCES_MAX + 1)) is not None:
-            return count
-    return None
-
-
-def one_prompt(document: JsonObject) -> JsonObject:
-    """Return ``document``; raises TransferError where it has several prompts."""
-    if (prompts_of(document) or 1) > 1:
-        msg = "a request that is handed over must have one prompt: send each of a list by itself"
-        raise TransferError(msg)
-    return document
+    values = (document.value(name) for name in ("prompt", "text", "input_ids", "prompt_embeds"))
+    counts = [elements(value, SEQUENCES_MAX + 1) for value in values if value is not None]
+    return max((count for count in counts if count is not None), default=None)

@@ -10,7 +10,6 @@ from brproxy.engines.transfer import (
     Handoff,
     Order,
     Transfer,
-    json_object,
     one_prompt,
     one_token,
     params_in,
@@ -44,12 +43,12 @@ class NixlTransfer(Transfer):
 
     def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
         """See Transfer.prefill_body."""
-        document = one_prompt(json_object(body))
+        document = one_prompt(path, body)
         return one_token(path, document, {PARAMS: _PREFILL_PARAMS}, min_tokens=self.MIN_TOKENS)
 
     def decode_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
         """See Transfer.decode_body."""
-        return json_object(body).edited({PARAMS: handoff.params or b"null"})
+        return one_prompt(path, body).edited({PARAMS: handoff.params or b"null"})
 
     def read_reply(self, body: bytes) -> bytes | None:
         """See Transfer.read_reply."""
