@@ -6,6 +6,10 @@ token a step. As in a continuous-batching engine every worker has slots, a KV ca
 queue; when the KV cache would overflow, the newest running requests are pushed back to the queue's front and
 later recomputed, prompt and output so far.
 
+A request whose KV comes from elsewhere is *loading* from the moment that it has a slot and room until
+``loaded`` says that all is there; it then runs without prefill. KV that a worker keeps for somebody else is
+reserved: it takes room and costs no time.
+
 Running requests are rows of parallel arrays in order of admission, so that a step is array arithmetic.
 """
 
@@ -53,6 +57,18 @@ class _Queued:
     prompt_tokens: int
     output_tokens: int
     decoded_tokens: int = 0
+    remote: bool = False
+    """Whether its KV is still to come from elsewhere."""
+    loaded: bool = False
+    """Whether its KV came, so that there is nothing to prefill."""
+
+    @property
+    def prefill_tokens(self) -> int:
+        return 0 if self.remote or self.loaded else self.prompt_tokens + self.decoded_tokens
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.prompt_tokens + self.decoded_tokens + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,8 @@ class Cluster:
         self.preempted = [0] * settings.workers
         self._queues: list[deque[_Queued]] = [deque() for _ in range(settings.workers)]
         self._queued: dict[int, int] = {}
+        self._loading: dict[int, tuple[int, _Queued]] = {}
+        self._reserved = np.zeros(settings.workers, dtype=np.int64)
         self._ids = np.empty(0, dtype=np.int64)
         self._worker = np.empty(0, dtype=np.int64)
         self._prompt = np.empty(0, dtype=np.int64)
@@ -97,13 +115,14 @@ class Cluster:
 
     @property
     def queued(self) -> list[int]:
-        """Requests that wait in each worker's queue."""
-        return [len(queue) for queue in self._queues]
+        """Requests that wait in each worker's queue or for their KV."""
+        loading = self._loading_requests()
+        return [len(queue) + int(more) for queue, more in zip(self._queues, loading, strict=True)]
 
     @property
     def queued_tokens(self) -> list[int]:
         """Tokens that each worker has to prefill for the requests in its queue."""
-        return [sum(q.prompt_tokens + q.decoded_tokens for q in queue) for queue in self._queues]
+        return [sum(q.prefill_tokens for q in queue) for queue in self._queues]
 
     @property
     def kv_tokens(self) -> IntArray:
@@ -111,8 +130,22 @@ class Cluster:
         kv = np.bincount(self._worker, self._prompt + self._decoded, minlength=self.settings.workers)
         return kv.astype(np.int64)
 
-    def submit(self, request_id: int, worker: int, prompt_tokens: int, output_tokens: int) -> None:
-        """Queue a request on ``worker``; raises InvalidInputError when it can never fit there."""
+    @property
+    def loading(self) -> list[int]:
+        """Ids of the requests that have a slot and room, and wait for their KV."""
+        return list(self._loading)
+
+    @property
+    def kv_used_tokens(self) -> IntArray:
+        """Tokens that take room on each worker: its load, and what is reserved, int64[G]."""
+        return self.kv_tokens + self._reserved
+
+    def reserve(self, worker: int, kv_tokens: int) -> None:
+        """Take room for ``kv_tokens`` tokens on ``worker``; fewer than none gives room back."""
+        self._reserved[worker] += kv_tokens
+
+    def check(self, prompt_tokens: int, output_tokens: int) -> None:
+        """Raise InvalidInputError for a request that can never fit on any worker."""
         capacity = self.settings.kv_capacity_tokens
         if prompt_tokens < 0 or output_tokens < 1:
             msg = f"a request needs a prompt and an output, got {prompt_tokens} and {output_tokens} tokens"
@@ -120,13 +153,37 @@ class Cluster:
         if capacity is not None and prompt_tokens + output_tokens > capacity:
             msg = f"{prompt_tokens} + {output_tokens} tokens exceed the KV capacity of {capacity} tokens"
             raise InvalidInputError(msg)
-        self._queues[worker].append(_Queued(request_id, prompt_tokens, output_tokens))
+
+    def submit(
+        self, request_id: int, worker: int, prompt_tokens: int, output_tokens: int, *, remote: bool = False
+    ) -> None:
+        """Queue a request on ``worker``; raises InvalidInputError when it can never fit there.
+
+        ``remote``: its prompt's KV comes from elsewhere, see ``loading`` and ``loaded``.
+        """
+        self.check(prompt_tokens, output_tokens)
+        self._queues[worker].append(_Queued(request_id, prompt_tokens, output_tokens, remote=remote))
+        self._queued[request_id] = worker
+
+    def loaded(self, request_id: int) -> None:
+        """Take in that the KV of a loading request is there: it runs from the next step. Others are ignored."""
+        entry = self._loading.pop(request_id, None)
+        if entry is None:
+            return
+        worker, request = entry
+        self.reserve(worker, -request.kv_tokens)
+        request.remote, request.loaded = False, True
+        self._queues[worker].appendleft(request)
         self._queued[request_id] = worker
 
     def cancel(self, request_id: int) -> None:
-        """Forget a request, queued or running; its slot and KV are free at once. Unknown ids are ignored."""
-        worker = self._queued.pop(request_id, None)
-        if worker is not None:
+        """Forget a request in any state; its slot and KV are free at once. Unknown ids are ignored."""
+        if request_id in self._loading:
+            worker, request = self._loading.pop(request_id)
+            self.reserve(worker, -request.kv_tokens)
+            return
+        if request_id in self._queued:
+            worker = self._queued.pop(request_id)
             queue = self._queues[worker]
             self._queues[worker] = deque(q for q in queue if q.request_id != request_id)
             return
@@ -160,20 +217,23 @@ class Cluster:
         prefill_tokens = np.zeros(self.settings.workers, dtype=np.int64)
         if not self._queued:
             return prefill_tokens
-        running, kv_tokens = self.running, self.kv_tokens
+        running, kv_tokens = self.running, self.kv_used_tokens
+        loading = self._loading_requests()
         admitted: list[tuple[int, _Queued]] = []
         for worker, queue in enumerate(self._queues):
-            slots, kv_free = (
-                self.settings.slots - int(running[worker]),
-                self._kv_free(worker, running, kv_tokens),
-            )
-            while queue and slots > 0 and self._needs(queue[0]) <= kv_free:
+            slots = self.settings.slots - int(running[worker] + loading[worker])
+            kv_free = self._kv_free(worker, running, kv_tokens)
+            while queue and slots > 0 and queue[0].kv_tokens <= kv_free:
                 request = queue.popleft()
                 del self._queued[request.request_id]
-                admitted.append((worker, request))
                 slots -= 1
-                kv_free -= self._needs(request)
-                prefill_tokens[worker] += request.prompt_tokens + request.decoded_tokens
+                kv_free -= request.kv_tokens
+                if request.remote:
+                    self._loading[request.request_id] = (worker, request)
+                    self.reserve(worker, request.kv_tokens)
+                else:
+                    admitted.append((worker, request))
+                    prefill_tokens[worker] += request.prefill_tokens
         self._append(admitted)
         return prefill_tokens
 
@@ -183,21 +243,24 @@ class Cluster:
         # Every running request is about to decode one more token.
         return self.settings.kv_capacity_tokens - int(kv_tokens[worker] + running[worker])
 
-    @staticmethod
-    def _needs(request: _Queued) -> int:
-        return request.prompt_tokens + request.decoded_tokens + 1
+    def _loading_requests(self) -> IntArray:
+        """Requests that are loading on each worker, int64[G]."""
+        workers = [worker for worker, _ in self._loading.values()]
+        return np.bincount(np.array(workers, dtype=np.int64), minlength=self.settings.workers)
 
     def _preempt(self) -> None:
         """Push the newest requests of an overflowing worker back to the front of its queue."""
         capacity = self.settings.kv_capacity_tokens
         if capacity is None or not len(self._ids):
             return
-        overflowing = np.flatnonzero(self.kv_tokens + self.running > capacity)
+        room = capacity - self._reserved
+        overflowing = np.flatnonzero(self.kv_tokens + self.running > room)
         for worker in overflowing.tolist():
             rows = np.flatnonzero(self._worker == worker)
             needs = (self._prompt + self._decoded + 1)[rows]
-            # At least the oldest stays: alone it fits, or it would not have been taken.
-            kept = max(1, int(np.searchsorted(np.cumsum(needs), capacity, side="right")))
+            # At least the oldest stays: alone it fits, or it would not have been taken. (Beside what is
+            # reserved it may not: that goes again, and only who gets on lets it go.)
+            kept = max(1, int(np.searchsorted(np.cumsum(needs), room[worker], side="right")))
             self._push_back(worker, rows[kept:])
 
     def _push_back(self, worker: int, rows: IntArray) -> None:

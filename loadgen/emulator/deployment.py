@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from itertools import count
 
 from loadgen.barrier import BarrierRecord, BarrierStats
@@ -20,6 +21,8 @@ class Generation:
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
         self.decoded_tokens = 0
+        self.on_done: Callable[[], None] | None = None
+        """Called with the last token, before the next step begins."""
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -30,6 +33,8 @@ class Generation:
     def decoded_one(self) -> None:
         """Take in one more token."""
         self.decoded_tokens += 1
+        if self.done and self.on_done is not None:
+            self.on_done()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -54,8 +59,10 @@ class Deployment:
         self.speed = speed
         self.prompt_tokens_total = [0] * settings.workers
         self.output_tokens_total = [0] * settings.workers
+        self.fetched_tokens_total = [0] * settings.workers
         self.lag_s = 0.0
         self._generations: dict[int, tuple[int, Generation]] = {}
+        self._admissions: dict[int, asyncio.Future[None]] = {}
         self._ids = count()
         self._work = asyncio.Event()
         self._record = BarrierRecord()
@@ -65,19 +72,46 @@ class Deployment:
         """Return the emulated time in seconds."""
         return (asyncio.get_running_loop().time() - self._origin_s) * self.speed
 
-    def submit(self, worker: int, prompt_tokens: int, output_tokens: int) -> Generation:
-        """Queue a request on ``worker``; raises InvalidInputError when it can never fit."""
+    def submit(
+        self, worker: int, prompt_tokens: int, output_tokens: int, *, remote: bool = False
+    ) -> Generation:
+        """Queue a request on ``worker``; raises InvalidInputError when it can never fit.
+
+        ``remote``: its prompt's KV comes from elsewhere, see ``admitted`` and ``loaded``.
+        """
         generation = Generation(next(self._ids), prompt_tokens, output_tokens)
-        self.cluster.submit(generation.request_id, worker, prompt_tokens, output_tokens)
+        self.cluster.submit(generation.request_id, worker, prompt_tokens, output_tokens, remote=remote)
         self._generations[generation.request_id] = (worker, generation)
         self.prompt_tokens_total[worker] += prompt_tokens
         self._work.set()
         return generation
 
+    async def admitted(self, generation: Generation) -> None:
+        """Wait until there is a slot and room for a request whose KV comes from elsewhere."""
+        self._admissions[generation.request_id] = admission = asyncio.get_running_loop().create_future()
+        try:
+            await admission
+        finally:
+            del self._admissions[generation.request_id]
+
+    def loaded(self, generation: Generation) -> None:
+        """Let a request run whose KV has come."""
+        worker, _ = self._generations[generation.request_id]
+        self.fetched_tokens_total[worker] += generation.prompt_tokens
+        self.cluster.loaded(generation.request_id)
+        self._work.set()
+
+    def reserve(self, worker: int, kv_tokens: int) -> None:
+        """Take room on ``worker`` for KV that is kept for somebody else; fewer than none gives it back."""
+        self.cluster.reserve(worker, kv_tokens)
+        self._work.set()
+
     def leave(self, generation: Generation) -> None:
         """Forget a request: done, or its client has left."""
         if self._generations.pop(generation.request_id, None) is not None and not generation.done:
             self.cluster.cancel(generation.request_id)
+            # Those who waited for its room may be the only ones there.
+            self._work.set()
 
     def stats(self, from_s: float, to_s: float) -> BarrierStats:
         """Return what the barrier cost between two emulated times."""
@@ -93,6 +127,7 @@ class Deployment:
         start_s = self.now_s()
         while True:
             step = self.cluster.begin_step()
+            self._admit()
             if step is None:
                 self._work.clear()
                 await self._work.wait()
@@ -106,6 +141,14 @@ class Deployment:
                 self._origin_s += late_s
             self._record.add(start_s, step.duration_s, step.kv_tokens, self._deliver())
             start_s = end_s
+
+    def _admit(self) -> None:
+        """Tell those that wait for a slot and have one now."""
+        if self._admissions:
+            for request_id in self.cluster.loading:
+                admission = self._admissions.get(request_id)
+                if admission is not None and not admission.done():
+                    admission.set_result(None)
 
     def _deliver(self) -> int:
         """Hand the step's tokens to their generations; return how many there were."""
