@@ -135,6 +135,10 @@ class Cluster:
         """Ids of the requests that have a slot and room, and wait for their KV."""
         return list(self._loading)
 
+    def is_loading(self, request_id: int) -> bool:
+        """Tell whether a request is among those."""
+        return request_id in self._loading
+
     @property
     def kv_used_tokens(self) -> IntArray:
         """Tokens that take room on each worker: its load, and what is reserved, int64[G]."""
@@ -166,7 +170,7 @@ class Cluster:
         self._queued[request_id] = worker
 
     def loaded(self, request_id: int) -> None:
-        """Take in that the KV of a loading request is there: it runs from the next step. Others are ignored."""
+        """Take in that the KV of a loading request is there: it runs next. Unknown ids are ignored."""
         entry = self._loading.pop(request_id, None)
         if entry is None:
             return
@@ -244,7 +248,7 @@ class Cluster:
         return self.settings.kv_capacity_tokens - int(kv_tokens[worker] + running[worker])
 
     def _loading_requests(self) -> IntArray:
-        """Requests that are loading on each worker, int64[G]."""
+        """Return the requests that are loading on each worker, int64[G]."""
         workers = [worker for worker, _ in self._loading.values()]
         return np.bincount(np.array(workers, dtype=np.int64), minlength=self.settings.workers)
 

@@ -59,6 +59,7 @@ class Deployment:
         self.speed = speed
         self.prompt_tokens_total = [0] * settings.workers
         self.output_tokens_total = [0] * settings.workers
+        self.prefill_tokens_total = [0] * settings.workers
         self.fetched_tokens_total = [0] * settings.workers
         self.lag_s = 0.0
         self._generations: dict[int, tuple[int, Generation]] = {}
@@ -83,11 +84,14 @@ class Deployment:
         self.cluster.submit(generation.request_id, worker, prompt_tokens, output_tokens, remote=remote)
         self._generations[generation.request_id] = (worker, generation)
         self.prompt_tokens_total[worker] += prompt_tokens
+        self.prefill_tokens_total[worker] += 0 if remote else prompt_tokens
         self._work.set()
         return generation
 
     async def admitted(self, generation: Generation) -> None:
         """Wait until there is a slot and room for a request whose KV comes from elsewhere."""
+        if self.cluster.is_loading(generation.request_id):
+            return
         self._admissions[generation.request_id] = admission = asyncio.get_running_loop().create_future()
         try:
             await admission

@@ -27,8 +27,12 @@ def version_page() -> dict[str, Any]:
     return {"version": "0.33.0"}
 
 
-def server_info_page(model: str, ranks: int, slots: int, kv_capacity_tokens: int | None) -> dict[str, Any]:
+def server_info_page(
+    model: str, ranks: int, slots: int, kv_capacity_tokens: int | None, *, mode: str
+) -> dict[str, Any]:
     """Return the answer to SGLang's ``/server_info``: of some hundred members those that are of use.
+
+    ``mode``: prefill or decode, "null" for both.
 
     ``max_running_requests`` is the command line's, which left it out; what holds is in the rank's state.
     """
@@ -36,7 +40,7 @@ def server_info_page(model: str, ranks: int, slots: int, kv_capacity_tokens: int
         "served_model_name": model,
         "dp_size": ranks,
         "enable_dp_attention": ranks > 1,
-        "disaggregation_mode": "null",
+        "disaggregation_mode": mode,
         "max_running_requests": None,
         "max_total_num_tokens": kv_capacity_tokens,
         "internal_states": [

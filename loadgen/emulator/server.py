@@ -6,20 +6,23 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import orjson
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from brproxy.types import InvalidInputError
-from loadgen.cluster import ClusterSettings
-from loadgen.emulator.deployment import Deployment, Generation
+from loadgen.emulator.decode_side import DecodeSide
+from loadgen.emulator.deployment import Deployment
+from loadgen.emulator.handover_wire import DELIVER_PATH, TransferFailedError, read_rank, read_room
+from loadgen.emulator.legs import Leg, Legs
+from loadgen.emulator.metrics import VllmCollector
 from loadgen.emulator.pages import models_page, server_info_page, version_page
+from loadgen.emulator.prefill_side import PrefillSide
+from loadgen.emulator.settings import EmulatorSettings, Role, Transfer
 from loadgen.emulator.wire import (
     DONE,
     LENGTH_HEADER,
@@ -31,51 +34,19 @@ from loadgen.emulator.wire import (
     read_request,
 )
 
+__all__ = ["EmulatorSettings", "RunningEmulator", "running_emulator"]
+
 _BODY_BYTES_MAX = 64 << 20
-_LABEL_NAMES = ("model_name", "engine")
-
-
-@dataclass(frozen=True, slots=True)
-class EmulatorSettings:
-    """A deployment and how it is served.
-
-    ``base_port`` is the first, the next follow it; 0 takes free ones. ``queued_requests_max``: a worker whose
-    queue is that long answers 503, as vLLM does with a queue limit; None: no limit. Behind each port are
-    ``ranks_per_url`` workers: X-data-parallel-rank says which, by its number behind that port or, where
-    ``ranks_are_global``, in the deployment. ``sglang``: workers say of themselves and their load what
-    SGLang says, not what vLLM does.
-    """
-
-    cluster: ClusterSettings = field(default_factory=ClusterSettings)
-    speed: float = 1.0
-    model: str = "emulated"
-    host: str = "127.0.0.1"
-    base_port: int = 0
-    queued_requests_max: int | None = None
-    ranks_per_url: int = 1
-    ranks_are_global: bool = False
-    sglang: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse a speed that is none, and workers that do not fill their ports."""
-        if not 0 < self.speed <= 1000:
-            msg = f"the speed must be more than 0 and at most 1000, got {self.speed}"
-            raise InvalidInputError(msg)
-        if self.ranks_per_url < 1 or self.cluster.workers % self.ranks_per_url:
-            workers = self.cluster.workers
-            msg = f"workers behind a port must be a part of all {workers}, got {self.ranks_per_url}"
-            raise InvalidInputError(msg)
 
 
 class Worker:
-    """The HTTP surface of one emulated API server: ``ranks`` are the workers behind it."""
+    """The HTTP surface of one emulated API server, for the workers (ranks) behind it."""
 
-    def __init__(self, ranks: range, settings: EmulatorSettings, deployment: Deployment) -> None:
-        self._ranks = ranks
-        self._settings = settings
-        self._deployment = deployment
+    def __init__(self, legs: Legs) -> None:
+        self._legs = legs
+        self._ranks, self._settings, self._deployment = legs.ranks, legs.settings, legs.deployment
         self._registry = CollectorRegistry()
-        self._registry.register(VllmCollector(ranks, settings, deployment))
+        self._registry.register(VllmCollector(legs.ranks, legs.settings, legs.deployment))
 
     def application(self) -> web.Application:
         """Return the application that serves this worker."""
@@ -92,6 +63,9 @@ class Worker:
         app.router.add_get("/health", self._health)
         app.router.add_get("/emulator/stats", self._stats)
         app.router.add_post("/emulator/reset", self._reset)
+        if self._settings.transfer is not None:
+            app.router.add_routes(self._legs.prefill.routes(self._ranks))
+            app.router.add_post(DELIVER_PATH, self._legs.decode.delivered)
         return app
 
     async def _health(self, _request: web.Request) -> web.Response:
@@ -106,7 +80,11 @@ class Worker:
     async def _server_info(self, _request: web.Request) -> web.Response:
         cluster = self._settings.cluster
         page = server_info_page(
-            self._settings.model, len(self._ranks), cluster.slots, cluster.kv_capacity_tokens
+            self._settings.model,
+            len(self._ranks),
+            cluster.slots,
+            cluster.kv_capacity_tokens,
+            mode="null" if self._settings.transfer is None else str(self._settings.role),
         )
         return _json(orjson.dumps(page))
 
@@ -122,7 +100,7 @@ class Worker:
     def _load(self, i: int) -> dict[str, int]:
         """Return the load of worker ``i`` under SGLang's names."""
         cluster = self._deployment.cluster
-        used_tokens, queued_tokens = int(cluster.kv_tokens[i]), cluster.queued_tokens[i]
+        used_tokens, queued_tokens = int(cluster.kv_used_tokens[i]), cluster.queued_tokens[i]
         load = {
             "dp_rank": i - self._ranks.start,
             "num_running_reqs": int(cluster.running[i]),
@@ -130,7 +108,7 @@ class Worker:
             "num_waiting_uncached_tokens": queued_tokens,
             "num_used_tokens": used_tokens,
             "num_total_tokens": used_tokens + queued_tokens,
-            "total_prefill_uncached_tokens": self._deployment.prompt_tokens_total[i],
+            "total_prefill_uncached_tokens": self._deployment.prefill_tokens_total[i],
         }
         capacity = self._settings.cluster.kv_capacity_tokens
         return load if capacity is None else load | {"max_total_num_tokens": capacity}
@@ -144,10 +122,14 @@ class Worker:
             return _json(error_body(400, "BadRequestError", "from_s and to_s must be seconds"), 400)
         stats = asdict(self._deployment.stats(from_s, to_s))
         clock = {"now_s": self._deployment.now_s(), "lag_s": self._deployment.lag_s}
-        return _json(orjson.dumps(stats | clock | {"preemptions": self._deployment.cluster.preemptions}))
+        more: dict[str, object] = {"preemptions": self._deployment.cluster.preemptions}
+        if self._settings.transfer is not None:
+            more["handover"] = self._legs.prefill.holdings.stats(self._deployment.now_s())
+        return _json(orjson.dumps(stats | clock | more))
 
     async def _reset(self, _request: web.Request) -> web.Response:
         self._deployment.reset()
+        self._legs.prefill.holdings.reset()
         return _json(orjson.dumps({"now_s": self._deployment.now_s()}))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -157,36 +139,60 @@ class Worker:
         return await self._generate(request, chat=False)
 
     async def _generate(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
-        rank = self._rank(request.headers.get(RANK_HEADER))
-        queue_max = self._settings.queued_requests_max
-        if rank is not None and queue_max is not None and self._deployment.cluster.queued[rank] >= queue_max:
-            return _json(error_body(503, "Service Unavailable", "The request queue is full."), 503)
+        asked = None
         try:
             asked = read_request(
                 await request.read(), chat=chat, length_header=request.headers.get(LENGTH_HEADER)
             )
-            if asked.model != self._settings.model:
-                message = f"The model `{asked.model}` does not exist."
-                return _json(error_body(404, "NotFoundError", message, "model"), 404)
-            if rank is None:
-                return self._no_such_rank(asked)
-            generation = self._deployment.submit(rank, asked.prompt_tokens, asked.output_tokens)
+            rank = self._rank(request.headers.get(RANK_HEADER), asked)
+            refusal = self._refusal(asked, rank)
+            if refusal is not None or rank is None:
+                self._legs.refused(asked)
+                return refusal or self._no_such_rank(asked)
+            self._deployment.cluster.check(asked.prompt_tokens, asked.output_tokens)
+            request_id = request.headers.get("X-Request-Id") or uuid.uuid4().hex
+            answer_id = ("chatcmpl-" if chat else "cmpl-") + request_id
+            leg = self._legs.leg(asked, answer_id if chat else f"{answer_id}-0", rank)
         except InvalidInputError as error:
+            if asked is not None:
+                self._legs.refused(asked)
             param = error.param if isinstance(error, RequestError) else "prompt"
             return _json(error_body(400, "BadRequestError", str(error), param), 400)
-        request_id = request.headers.get("X-Request-Id") or uuid.uuid4().hex
-        answer = Answer(asked, request_id, int(time.time()))
+        answer = Answer(leg.asked, request_id, int(time.time()))
         try:
             if asked.stream:
-                return await self._stream(request, asked, generation, answer)
-            await generation.more_than(asked.output_tokens - 1)
-            return _json(answer.complete())
+                return await self._stream(request, leg, answer)
+            generation = await leg.start()
+            await generation.more_than(leg.asked.output_tokens - 1)
+            return _json(answer.complete(leg.reply()))
+        except TransferFailedError as error:
+            return _json(self._failed(error), 500)
         finally:
-            self._deployment.leave(generation)
+            leg.close()
 
-    def _rank(self, number: str | None) -> int | None:
+    def _failed(self, error: TransferFailedError) -> bytes:
+        """Count a request whose KV did not come and return the error."""
+        self._legs.prefill.holdings.counts.failed_requests += 1
+        return error_body(500, "InternalServerError", str(error))
+
+    def _refusal(self, asked: GenerationRequest, rank: int | None) -> web.Response | None:
+        """Return the answer to a request that no worker here takes, None if one does."""
+        queue_max = self._settings.queued_requests_max
+        if rank is not None and queue_max is not None and self._deployment.cluster.queued[rank] >= queue_max:
+            return _json(error_body(503, "Service Unavailable", "The request queue is full."), 503)
+        if asked.model != self._settings.model:
+            message = f"The model `{asked.model}` does not exist."
+            return _json(error_body(404, "NotFoundError", message, "model"), 404)
+        return None
+
+    def _rank(self, number: str | None, asked: GenerationRequest) -> int | None:
         """Return the worker that a request goes to, None where it names one that is not here."""
         ranks, cluster = self._ranks, self._deployment.cluster
+        if number is None and self._settings.transfer == Transfer.SGLANG:
+            named = read_rank(asked.handles, "routed_dp_rank")
+            if named is None and self._settings.role == Role.PREFILL:
+                return ranks[read_room(asked.handles) % len(ranks)]
+            number = None if named is None else str(named)
         if number is None or not number.isdecimal():
             # vLLM ignores what is no number, and its own balancer takes over.
             return min(ranks, key=lambda rank: cluster.queued[rank] * 4 + int(cluster.running[rank]))
@@ -204,112 +210,68 @@ class Worker:
             headers={"Content-Type": "text/event-stream; charset=utf-8"},
         )
 
-    @staticmethod
-    async def _stream(
-        request: web.Request, asked: GenerationRequest, generation: Generation, answer: Answer
-    ) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, leg: Leg, answer: Answer) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         # As vLLM: the head goes out at once, the first event when prefill is over.
         await response.prepare(request)
+        try:
+            generation = await leg.start()
+        except TransferFailedError as error:
+            await response.write(b"data: %b\n\n%b" % (self._failed(error), DONE))
+            return response
         sent, opening = 0, answer.opening()
-        while sent < asked.output_tokens:
+        while sent < leg.asked.output_tokens:
             decoded = await generation.more_than(sent)
             chunk = opening + answer.chunk(sent, decoded)
             sent, opening = decoded, b""
-            await response.write(chunk if sent < asked.output_tokens else chunk + answer.closing(sent))
+            await response.write(chunk if sent < leg.asked.output_tokens else chunk + answer.closing(sent))
         return response
-
-
-class VllmCollector(Collector):
-    """The metrics of the workers behind one port under vLLM's names and labels."""
-
-    def __init__(self, ranks: range, settings: EmulatorSettings, deployment: Deployment) -> None:
-        self._ranks = ranks
-        self._settings = settings
-        self._deployment = deployment
-
-    def collect(self) -> list[Metric]:
-        """Return the families that load balancers read."""
-        deployment, cluster = self._deployment, self._deployment.cluster
-        running = [int(requests) for requests in cluster.running]
-        return [
-            self._family(GaugeMetricFamily, "vllm:num_requests_running", "Requests that run", running),
-            self._family(
-                GaugeMetricFamily, "vllm:num_requests_waiting", "Requests that wait", cluster.queued
-            ),
-            *self._cache(),
-            self._family(CounterMetricFamily, "vllm:num_preemptions", "Preemptions", cluster.preempted),
-            self._family(
-                CounterMetricFamily, "vllm:prompt_tokens", "Prefill tokens", deployment.prompt_tokens_total
-            ),
-            self._family(
-                CounterMetricFamily,
-                "vllm:generation_tokens",
-                "Generation tokens",
-                deployment.output_tokens_total,
-            ),
-        ]
-
-    def _cache(self) -> list[Metric]:
-        """Return what workers with a KV cache of known size say of it; usage has no meaning without."""
-        capacity = self._settings.cluster.kv_capacity_tokens
-        if capacity is None:
-            return []
-        config = GaugeMetricFamily(
-            "vllm:cache_config_info", "The cache's configuration", labels=("engine", "kv_cache_size_tokens")
-        )
-        for rank in self._ranks:
-            config.add_metric([str(rank), str(capacity)], 1)
-        usage = [int(tokens) / capacity for tokens in self._deployment.cluster.kv_tokens]
-        text = "KV-cache usage, 1 is full"
-        return [self._family(GaugeMetricFamily, "vllm:kv_cache_usage_perc", text, usage), config]
-
-    def _family(
-        self,
-        kind: type[GaugeMetricFamily | CounterMetricFamily],
-        name: str,
-        text: str,
-        values: Sequence[float],
-    ) -> Metric:
-        """Return a family with the value of each worker here, of ``values`` by worker."""
-        family = kind(name, text, labels=_LABEL_NAMES)
-        for rank in self._ranks:
-            family.add_metric([self._settings.model, str(rank)], values[rank])
-        return family
 
 
 @dataclass(frozen=True, slots=True)
 class RunningEmulator:
-    """An emulator that listens: its URLs, and the deployment behind them."""
+    """An emulator that listens: its URLs and the deployment behind them.
+
+    ``bootstrap_urls`` are those of the same servers' bootstrap ports, empty in forms without.
+    """
 
     urls: tuple[str, ...]
     deployment: Deployment
+    bootstrap_urls: tuple[str, ...] = ()
 
 
 @asynccontextmanager
 async def running_emulator(settings: EmulatorSettings) -> AsyncIterator[RunningEmulator]:
     """Serve the deployment for as long as the block runs; raises InvalidInputError when a port is taken."""
     deployment = Deployment(settings.cluster, settings.speed)
+    prefill, decode = PrefillSide(settings, deployment), DecodeSide(settings, deployment)
     runners: list[web.AppRunner] = []
     stepping = asyncio.create_task(deployment.run())
     try:
         workers, width = range(settings.cluster.workers), settings.ranks_per_url
-        urls = [
-            await _serve(
-                runners, Worker(workers[first : first + width], settings, deployment), settings, index
-            )
-            for index, first in enumerate(workers[::width])
-        ]
-        yield RunningEmulator(tuple(urls), deployment)
+        urls, bootstrap_urls = [], []
+        for index, first in enumerate(workers[::width]):
+            legs = Legs(settings, deployment, prefill, decode, workers[first : first + width])
+            port = settings.base_port + index if settings.base_port else 0
+            legs.origin = await _serve(runners, Worker(legs).application(), settings.host, port)
+            urls.append(_url(legs.origin))
+            if settings.has_bootstrap:
+                port = settings.bootstrap_port + index if settings.bootstrap_port else 0
+                app = prefill.bootstrap(legs.ranks, urls[-1])
+                bootstrap_urls.append(_url(await _serve(runners, app, settings.host, port)))
+        yield RunningEmulator(tuple(urls), deployment, tuple(bootstrap_urls))
     finally:
         stepping.cancel()
+        prefill.close()
+        await decode.aclose()
         await asyncio.gather(*(runner.cleanup() for runner in runners))
         await asyncio.gather(stepping, return_exceptions=True)
 
 
-async def _serve(runners: list[web.AppRunner], worker: Worker, settings: EmulatorSettings, index: int) -> str:
+async def _serve(runners: list[web.AppRunner], app: web.Application, host: str, port: int) -> tuple[str, int]:
+    """Serve an application on a port, 0 takes a free one; return host and port."""
     runner = web.AppRunner(
-        worker.application(),
+        app,
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=0.1,
@@ -318,14 +280,17 @@ async def _serve(runners: list[web.AppRunner], worker: Worker, settings: Emulato
     )
     runners.append(runner)
     await runner.setup()
-    port = settings.base_port + index if settings.base_port else 0
     try:
-        await web.TCPSite(runner, settings.host, port, backlog=1024).start()
+        await web.TCPSite(runner, host, port, backlog=1024).start()
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        msg = f"cannot listen on {settings.host}:{port}: {reason}; choose another base port"
+        msg = f"cannot listen on {host}:{port}: {reason}; choose another base port"
         raise InvalidInputError(msg) from error
-    return f"http://{settings.host}:{runner.addresses[0][1]}"
+    return host, runner.addresses[0][1]
+
+
+def _url(origin: tuple[str, int]) -> str:
+    return f"http://{origin[0]}:{origin[1]}"
 
 
 def _json(body: bytes, status: int = 200) -> web.Response:

@@ -5,12 +5,14 @@ Source: vllm/entrypoints/openai/protocol.py and serving_chat.py of vLLM 0.33, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from brproxy.types import InvalidInputError
+from loadgen.emulator.handover_wire import HANDLES
 
 LENGTH_HEADER = "X-Loadgen-Output-Tokens"
 """The output length that the client knows and routers must not: how long the answer turns out to be."""
@@ -42,6 +44,9 @@ class GenerationRequest:
     prompt_tokens: int
     output_tokens: int
     length_limited: bool
+    handles: Mapping[str, Any] = field(default_factory=dict)
+    """Members of the body that are about prefill and decode apart."""
+    stop_reason: str | None = None
 
 
 def error_body(status: int, kind: str, message: str, param: str | None = None) -> bytes:
@@ -75,6 +80,7 @@ def read_request(body: bytes, *, chat: bool, length_header: str | None) -> Gener
         prompt_tokens=_prompt_tokens(document, chat=chat),
         output_tokens=min(length, limit or length),
         length_limited=length_limited,
+        handles={name: document[name] for name in HANDLES if name in document},
     )
 
 
@@ -160,21 +166,29 @@ class Answer:
             return DONE
         return self._data({"choices": [], "usage": self._usage(decoded)}) + DONE
 
-    def complete(self) -> bytes:
-        """Return the whole answer to a request that does not stream."""
+    def complete(self, more: Mapping[str, object] | None = None) -> bytes:
+        """Return the whole answer to a request that does not stream, with ``more`` members."""
         text = words(1, self._request.output_tokens)
         content = (
             {"message": {"role": "assistant", "content": text}} if self._request.chat else {"text": text}
         )
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self._finish_reason}
+        choice = {"index": 0, **content, "logprobs": None, **self._end(self._finish_reason)}
         usage = self._usage(self._request.output_tokens)
-        return orjson.dumps(self._document(self._object, {"choices": [choice], "usage": usage}))
+        document = {"choices": [choice], "usage": usage, **(more or {})}
+        return orjson.dumps(self._document(self._object, document))
 
     def _event(self, text: str, finish_reason: str | None, decoded: int | None) -> bytes:
         content = {"delta": {"content": text}} if self._request.chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": 0, **content, "logprobs": None, **self._end(finish_reason)}
         usage = {} if decoded is None else self._running_usage(decoded)
         return self._data({"choices": [choice]} | usage)
+
+    def _end(self, finish_reason: str | None) -> dict[str, str | None]:
+        """Return why a choice ends; vLLM's reason in words only where there is one."""
+        stop_reason = self._request.stop_reason
+        if finish_reason is None or stop_reason is None:
+            return {"finish_reason": finish_reason}
+        return {"finish_reason": finish_reason, "stop_reason": stop_reason}
 
     def _running_usage(self, decoded: int) -> dict[str, object]:
         asked = self._request.include_usage and self._request.continuous_usage

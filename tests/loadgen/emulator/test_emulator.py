@@ -1,9 +1,7 @@
 """The emulator over HTTP: vLLM's wire format, the barrier in real time, clients that leave."""
 
 import asyncio
-from contextlib import AsyncExitStack
 
-import aiohttp
 import orjson
 import pytest
 
@@ -15,17 +13,6 @@ from loadgen.emulator.server import EmulatorSettings, running_emulator
 from loadgen.emulator.wire import LENGTH_HEADER, RANK_HEADER
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture
-async def stack():
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-async def client(stack):
-    return await stack.enter_async_context(aiohttp.ClientSession())
 
 
 @pytest.fixture
@@ -213,13 +200,7 @@ async def test_not_json_and_unknown_models(start, client):
         assert (response.status, (await response.json())["error"]["type"]) == (404, "NotFoundError")
 
 
-async def until(condition):
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-async def test_a_client_that_leaves_frees_its_slot(start, client):
+async def test_a_client_that_leaves_frees_its_slot(start, client, until):
     emulator = await start(workers=1, slots=1, speed=10.0)
     cluster = emulator.deployment.cluster
     document = {"model": "emulated", "prompt": "x", "max_tokens": 100_000, "stream": True}
@@ -233,7 +214,7 @@ async def test_a_client_that_leaves_frees_its_slot(start, client):
     await until(lambda: cluster.running.tolist() == [0])
 
 
-async def test_a_full_queue_is_refused(start, client):
+async def test_a_full_queue_is_refused(start, client, until):
     emulator = await start(workers=1, slots=1, speed=1.0, queued_requests_max=1)
     document = {"model": "emulated", "prompt": "x", "max_tokens": 100_000}
     others = []
