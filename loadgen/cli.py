@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
 import typer
 import uvloop
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from brproxy.command import USAGE_ERROR, make_command, run_command
 from brproxy.types import InvalidInputError
-from loadgen.client import ClientSettings, Lengths, Outcome
+from loadgen.client import ClientSettings, Lengths
 from loadgen.cluster import ClusterSettings
 from loadgen.commands import demo as demonstration
+from loadgen.commands.bars import Bars
 from loadgen.commands.bench import CASES as BENCH_CASES
 from loadgen.commands.bench import bench as run_bench
 from loadgen.commands.bench import bench_table
@@ -29,7 +29,31 @@ from loadgen.commands.simulate import simulate_all
 from loadgen.commands.simulation_plan import plan_simulation
 from loadgen.dataplane.loads import parse_phase
 from loadgen.dataplane.proxies import parse_proxy
-from loadgen.emulator.server import EmulatorSettings
+from loadgen.emulator.settings import EmulatorSettings, Role, Transfer
+from loadgen.options import (
+    BootstrapPort,
+    Cv,
+    DeploymentRole,
+    KvCapacity,
+    KvTransfer,
+    Lease,
+    Name,
+    Out,
+    Prefill,
+    Rate,
+    RecomputedShare,
+    Requests,
+    RequestsPerS,
+    Seed,
+    Slots,
+    Speed,
+    StepBase,
+    StepPerKv,
+    TraceFile,
+    TraceSpeed,
+    TransferTime,
+    Workers,
+)
 from loadgen.report.plots import plot_simulations
 from loadgen.report.proxies import proxy_table
 from loadgen.report.schema import Document, Report
@@ -37,30 +61,6 @@ from loadgen.report.statistics import Slo
 from loadgen.report.tables import comparison_table, latency_table, outcome_table, simulation_tables
 
 app = make_command("loadgen", "The load generator of brproxy: emulate, replay, compare.")
-
-Workers = Annotated[int, typer.Option(help="DP workers of the emulated deployment.")]
-Slots = Annotated[int, typer.Option(help="Requests that a worker runs at once.")]
-KvCapacity = Annotated[int | None, typer.Option(help="KV cache of a worker (tokens); left out: unlimited.")]
-StepBase = Annotated[float, typer.Option(help="t0: what a step takes without KV load (ms).")]
-StepPerKv = Annotated[float, typer.Option(help="a: what each KV token of the heaviest worker adds (ns).")]
-Prefill = Annotated[float, typer.Option(help="What a prompt token adds to the step that prefills it (µs).")]
-Speed = Annotated[float, typer.Option(help="Run so many times as fast as real time.")]
-Name = Annotated[
-    str, typer.Option("--workload", help="Synthetic workload: proprietary, azure-2024, short or repeated.")
-]
-TraceFile = Annotated[
-    Path | None,
-    typer.Option(help="Trace file instead: Azure, Mooncake, BurstGPT or ShareGPT, told by content."),
-]
-Requests = Annotated[int | None, typer.Option(help="Requests; of a trace the first so many, by default all.")]
-RequestsPerS = Annotated[float | None, typer.Option(help="Arrivals a second, in the deployment's time.")]
-Rate = Annotated[
-    float | None, typer.Option(help="Arrivals as a share of what a perfectly balanced deployment could do.")
-]
-Cv = Annotated[float, typer.Option(help="Burstiness of arrivals: 1 Poisson, more is bursty, 0 uniform.")]
-TraceSpeed = Annotated[float, typer.Option(help="Replay a trace's own times so many times as fast.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Out = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")]
 
 SYNTHETIC_REQUESTS = 2000
 SYNTHETIC_RATE = 1.1
@@ -82,14 +82,35 @@ def emulate(
     ] = None,
     ranks_per_url: Annotated[int, typer.Option(help="Workers behind each port, as DP ranks.")] = 1,
     sglang: Annotated[bool, typer.Option(help="Say what SGLang says of itself and its load.")] = False,
+    role: DeploymentRole = Role.BOTH,
+    transfer: KvTransfer = None,
+    lease_s: Lease = None,
+    transfer_ms_per_ktoken: TransferTime = 5.0,
+    bootstrap_port: BootstrapPort = 8998,
+    recomputed_share: RecomputedShare = 0.0,
+    seed: Seed = 0,
 ) -> None:
     """Emulate a DP deployment: HTTP ports for its workers, vLLM's wire format, a barrier at each step."""
     cluster = _cluster(
         workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
     )
-    host, global_ranks = "127.0.0.1", sglang
+    sglang = sglang or transfer == Transfer.SGLANG
     settings = EmulatorSettings(
-        cluster, speed, model, host, base_port, queued_requests_max, ranks_per_url, global_ranks, sglang
+        cluster,
+        speed,
+        model,
+        base_port=base_port,
+        queued_requests_max=queued_requests_max,
+        ranks_per_url=ranks_per_url,
+        ranks_are_global=sglang,
+        sglang=sglang,
+        role=role,
+        transfer=transfer,
+        lease_s=lease_s,
+        transfer_ms_per_ktoken=transfer_ms_per_ktoken,
+        bootstrap_port=bootstrap_port,
+        recomputed_share=recomputed_share,
+        seed=seed,
     )
     uvloop.run(run_emulator(settings, lambda line: print(line, flush=True)))
 
@@ -142,7 +163,7 @@ def run(
         seed=seed,
     )
     slo = Slo(slo_ttft_ms, slo_tpot_ms, slo_e2e_ms)
-    with _Bars() as bars:
+    with Bars() as bars:
         bars.begin(label, len(drawn.requests))
         report = uvloop.run(run_replay(drawn, scenario, settings, slo, label, bars.finished))
     _write(report, out)
@@ -245,7 +266,7 @@ def simulate(
     console = Console()
     for plan in plans:
         first_to_last = range(seed, seed + (plan.seeds if seeds is None else seeds))
-        with _Bars() as bars:
+        with Bars() as bars:
             bars.begin("simulations", len(plan.policies) * len(first_to_last))
             report = simulate_all(plan.scenario, plan.policies, first_to_last, bars.advance, processes)
         _write(report, out)
@@ -261,7 +282,7 @@ def bench(
 ) -> None:
     """Time one decision round by size of the deployment: workers, active, waiting, horizon."""
     results = []
-    with _Bars() as bars:
+    with Bars() as bars:
         bars.begin("sizes", len(BENCH_CASES))
         for case in BENCH_CASES:
             results.append(run_bench(case, rounds, seed))
@@ -315,7 +336,7 @@ def bench_proxy(
 
 
 def _compare(scenario: Scenario, settings: ComparisonSettings) -> Report:
-    with _Bars() as bars:
+    with Bars() as bars:
         return uvloop.run(run_comparison(scenario, settings, bars.begin, bars.finished))
 
 
@@ -343,45 +364,6 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def _requests(requests: int | None, trace: Path | None) -> int | None:
     return SYNTHETIC_REQUESTS if requests is None and trace is None else requests
-
-
-class _Bars:
-    """A progress bar for each policy, on standard error: tables go to standard output."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:20}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[lost]}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
-        self._lost = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._progress.live.is_started:
-            self._progress.stop()
-
-    def begin(self, name: str, requests: int) -> None:
-        """Start the bar of ``name``; later calls of ``finished`` count on it."""
-        # Not before the first policy: mistakes in the arguments are reported without an empty display.
-        self._progress.start()
-        self._lost = 0
-        self._task = self._progress.add_task(name, total=requests, lost="")
-
-    def advance(self, _name: str) -> None:
-        """Count something that is done."""
-        self._progress.update(self._task, advance=1)
-
-    def finished(self, outcome: Outcome) -> None:
-        """Count a request."""
-        self._lost += outcome.failure is not None
-        lost = f"{self._lost} lost" if self._lost else ""
-        self._progress.update(self._task, advance=1, lost=lost)
 
 
 def _write(report: Document, out: Path | None) -> None:

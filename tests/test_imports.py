@@ -191,6 +191,7 @@ import {command}
 
 LOADGEN_PURE = (
     *("cluster", "barrier", "capacity", "arrivals", "workload"),
+    *("emulator/handover", "emulator/handover_wire", "emulator/settings"),
     *("dataplane/message", "dataplane/tokens", "dataplane/check", "dataplane/loads"),
 )
 

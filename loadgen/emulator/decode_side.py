@@ -80,7 +80,7 @@ class DecodeSide:
         status, page = await self._call("GET", url + QUERY_PATH, None, _CALL_S)
         if status != 200:
             raise TransferFailedError(f"the bootstrap server answered {status}")
-        return place._replace(url=queried_url(orjson.loads(page), place.engine))
+        return place._replace(url=queried_url(_parsed(page), place.engine))
 
     async def fetch(self, place: Place) -> None:
         """Wait until KV has come; raises TransferFailedError."""
@@ -166,3 +166,10 @@ class DecodeSide:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             reason = str(error) or type(error).__name__
             raise TransferFailedError(f"{url} cannot be reached: {reason}") from error
+
+
+def _parsed(page: bytes) -> object:
+    try:
+        return orjson.loads(page)
+    except orjson.JSONDecodeError as error:
+        raise TransferFailedError(f"the bootstrap server answers no JSON: {error}") from error

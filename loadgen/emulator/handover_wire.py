@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from brproxy.types import InvalidInputError
 from loadgen.emulator.settings import Transfer
@@ -100,9 +99,12 @@ def query_page(engines: Mapping[int, str], url: str) -> dict[str, Any]:
 
 def queried_url(page: object, engine: str) -> str:
     """Return where an engine is, by the answer to ``QUERY_PATH``; raises TransferFailedError."""
-    for entry in page.values() if isinstance(page, dict) else ():
-        if entry["engine_id"] == engine:
-            return str(entry["worker_addr"]["0"]["0"])
+    try:
+        for entry in page.values() if isinstance(page, dict) else ():
+            if entry["engine_id"] == engine:
+                return str(entry["worker_addr"]["0"]["0"])
+    except (KeyError, TypeError) as error:
+        raise TransferFailedError(f"the bootstrap server's page has no {error}") from error
     raise TransferFailedError(f"the bootstrap server knows no engine {engine!r}")
 
 
@@ -113,7 +115,7 @@ def mooncake_ids(params: Mapping[str, Any]) -> tuple[str, Place]:
         place = Place("", _text(params, "remote_engine_id"), _text(params, "transfer_id"))
     except InvalidInputError as error:
         raise TransferFailedError(str(error)) from error
-    return url if urlsplit(url).scheme else f"http://{url}", place
+    return url, place
 
 
 def read_room(handles: Mapping[str, Any]) -> int:

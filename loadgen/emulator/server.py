@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from brproxy.types import InvalidInputError
 from loadgen.emulator.decode_side import DecodeSide
 from loadgen.emulator.deployment import Deployment
+from loadgen.emulator.handover import Holdings
 from loadgen.emulator.handover_wire import DELIVER_PATH, TransferFailedError, read_rank, read_room
 from loadgen.emulator.legs import Leg, Legs
 from loadgen.emulator.metrics import VllmCollector
@@ -230,14 +231,15 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class RunningEmulator:
-    """An emulator that listens: its URLs and the deployment behind them.
+    """An emulator that listens: its URLs, the deployment behind them and what that keeps for others.
 
     ``bootstrap_urls`` are those of the same servers' bootstrap ports, empty in forms without.
     """
 
     urls: tuple[str, ...]
     deployment: Deployment
-    bootstrap_urls: tuple[str, ...] = ()
+    holdings: Holdings
+    bootstrap_urls: tuple[str, ...]
 
 
 @asynccontextmanager
@@ -259,7 +261,7 @@ async def running_emulator(settings: EmulatorSettings) -> AsyncIterator[RunningE
                 port = settings.bootstrap_port + index if settings.bootstrap_port else 0
                 app = prefill.bootstrap(legs.ranks, urls[-1])
                 bootstrap_urls.append(_url(await _serve(runners, app, settings.host, port)))
-        yield RunningEmulator(tuple(urls), deployment, tuple(bootstrap_urls))
+        yield RunningEmulator(tuple(urls), deployment, prefill.holdings, tuple(bootstrap_urls))
     finally:
         stepping.cancel()
         prefill.close()

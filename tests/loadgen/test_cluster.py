@@ -16,14 +16,25 @@ class PlainCluster:
         self.settings = settings
         self.queues = [[] for _ in range(settings.workers)]
         self.running = [[] for _ in range(settings.workers)]
+        self.loading = [[] for _ in range(settings.workers)]
+        self.kept = [0] * settings.workers
+        self.states = {}
 
-    def submit(self, request_id, worker, prompt, output):
+    def submit(self, request_id, worker, prompt, output, remote):
         self.queues[worker].append([request_id, prompt, output, 0])
+        self.states[request_id] = "remote" if remote else "here"
 
     def cancel(self, request_id):
-        for lists in (self.queues, self.running):
+        for lists in (self.queues, self.running, self.loading):
             for requests in lists:
                 requests[:] = [r for r in requests if r[0] != request_id]
+
+    def loaded(self, request_id):
+        for queue, loading in zip(self.queues, self.loading, strict=True):
+            for request in [r for r in loading if r[0] == request_id]:
+                loading.remove(request)
+                queue.insert(0, request)
+                self.states[request_id] = "loaded"
 
     def needs(self, requests):
         return sum(r[1] + r[3] + 1 for r in requests)
@@ -31,15 +42,23 @@ class PlainCluster:
     def begin_step(self):
         capacity = self.settings.kv_capacity_tokens or float("inf")
         prefill = []
-        for queue, running in zip(self.queues, self.running, strict=True):
-            while len(running) > 1 and self.needs(running) > capacity:
+        for queue, running, loading, kept in zip(
+            self.queues, self.running, self.loading, self.kept, strict=True
+        ):
+            while len(running) > 1 and self.needs(running) + self.needs(loading) + kept > capacity:
                 queue.insert(0, running.pop())
+                self.states[queue[0][0]] = "here"
             tokens = 0
             while (
-                queue and len(running) < self.settings.slots and self.needs([*running, queue[0]]) <= capacity
+                queue
+                and len(running) + len(loading) < self.settings.slots
+                and self.needs([*running, *loading, queue[0]]) + kept <= capacity
             ):
                 request = queue.pop(0)
-                tokens += request[1] + request[3]
+                if self.states[request[0]] == "remote":
+                    loading.append(request)
+                    continue
+                tokens += request[1] + request[3] if self.states[request[0]] == "here" else 0
                 running.append(request)
             prefill.append(tokens)
         loads = [sum(r[1] + r[3] for r in running) for running in self.running]
@@ -64,8 +83,10 @@ class PlainCluster:
 
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("submit"), st.integers(0, 2), st.integers(0, 40), st.integers(1, 8)),
+        st.tuples(st.just("submit"), st.integers(0, 2), st.integers(0, 40), st.integers(1, 8), st.booleans()),
         st.tuples(st.just("cancel"), st.integers(0, 30)),
+        st.tuples(st.just("loaded"), st.integers(0, 30)),
+        st.tuples(st.just("keep"), st.integers(0, 2), st.integers(0, 30)),
         st.tuples(st.just("step")),
         st.tuples(st.just("step")),
     ),
@@ -81,12 +102,20 @@ def test_it_is_the_plain_model(operations, capacity, slots):
     submitted = 0
     for operation, *arguments in operations:
         if operation == "submit":
-            cluster.submit(submitted, *arguments)
-            plain.submit(submitted, *arguments)
+            *size, remote = arguments
+            cluster.submit(submitted, *size, remote=remote)
+            plain.submit(submitted, *size, remote)
             submitted += 1
         elif operation == "cancel":
             cluster.cancel(*arguments)
             plain.cancel(*arguments)
+        elif operation == "loaded":
+            cluster.loaded(*arguments)
+            plain.loaded(*arguments)
+        elif operation == "keep":
+            worker, tokens = arguments
+            cluster.reserve(worker, tokens - plain.kept[worker])
+            plain.kept[worker] = tokens
         else:
             step, expected = cluster.begin_step(), plain.begin_step()
             assert (step is None) == (expected is None)
@@ -97,7 +126,13 @@ def test_it_is_the_plain_model(operations, capacity, slots):
             result = cluster.end_step()
             done = dict(zip(result.request_ids.tolist(), result.finished.tolist(), strict=True))
             assert done == plain.end_step()
-        assert cluster.queued == [len(queue) for queue in plain.queues]
+        waiting = zip(plain.queues, plain.loading, strict=True)
+        assert cluster.queued == [len(queue) + len(loading) for queue, loading in waiting]
+        assert sorted(cluster.loading) == sorted(r[0] for loading in plain.loading for r in loading)
+        used = zip(plain.running, plain.loading, plain.kept, strict=True)
+        assert cluster.kv_used_tokens.tolist() == [
+            sum(r[1] + r[3] for r in running) + plain.needs(loading) + kept for running, loading, kept in used
+        ]
         assert cluster.running.tolist() == [len(running) for running in plain.running]
 
 

@@ -50,6 +50,14 @@ async def stop(process):
     assert process.returncode == 0
 
 
+async def test_emulated_prefill_workers_say_where_their_bootstrap_ports_are():
+    arguments = ("--workers", "2", "--role", "prefill", "--transfer", "sglang", "--bootstrap-port", "0")
+    process, urls = await emulating(*arguments)
+    line = (await process.stdout.readline()).decode()
+    assert len({*urls, *re.findall(r"http://\S+", line)}) == 4, line
+    await stop(process)
+
+
 async def test_compare_prints_a_table_and_writes_the_document(tmp_path):
     out_file = tmp_path / "out.json"
     policies = "join-shortest-queue,br-0"
@@ -117,6 +125,7 @@ async def test_run_counts_what_it_lost(unused_tcp_port):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("emulate", "--role", "prefill"), "loadgen: workers with the role prefill need a transfer: nixl,"),
         (("compare", "--policies", "br-9"), "loadgen: unknown policy 'br-9'; allowed: br-0, br-h,"),
         (("compare", "--workload", "tall"), "loadgen: unknown workload 'tall'; allowed: proprietary,"),
         (("compare", "--workers", "0"), "loadgen: workers and slots must be at least 1, got 0 and 64"),

@@ -90,7 +90,9 @@ def start_legs(stack, client):
         """Start both; ``common`` settings are of clusters where those have them."""
         of_cluster = {"slots", "kv_capacity_tokens", "step_base_s"} & common.keys()
         cluster = {"slots": 8, "step_s_per_kv_token": 0.0} | {name: common.pop(name) for name in of_cluster}
-        common = {"speed": 50.0, "transfer": transfer, "sglang": transfer == "sglang"} | common
+        # No lease ends because the machine is slow.
+        common = {"speed": 50.0, "lease_s": 100_000.0} | common
+        common |= {"transfer": transfer, "sglang": transfer == "sglang"}
         started = [
             await stack.enter_async_context(
                 running_emulator(

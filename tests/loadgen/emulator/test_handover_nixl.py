@@ -7,7 +7,6 @@ import pytest
 from loadgen.emulator.wire import LENGTH_HEADER, RANK_HEADER
 
 PREFILL = {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}, "max_tokens": 1}
-NO_ROOM_S = 3600.0
 
 
 async def prefilled(legs, **more):
@@ -88,7 +87,7 @@ async def test_handles_that_lead_nowhere(change, start_legs):
 
 
 async def test_a_client_that_leaves_in_the_transfer_frees_kv(start_legs, until):
-    legs = await start_legs("nixl", lease_s=NO_ROOM_S, transfer_ms_per_ktoken=1e9)
+    legs = await start_legs("nixl", transfer_ms_per_ktoken=1e9)
     handles = await prefilled(legs)
     asked = asyncio.create_task(legs.ask(legs.decode.urls[0], kv_transfer_params=handles))
     decode = legs.decode.deployment.cluster
@@ -99,16 +98,23 @@ async def test_a_client_that_leaves_in_the_transfer_frees_kv(start_legs, until):
     assert (await legs.handover())["freed_requests"] == 1
 
 
-async def test_a_decode_that_waits_keeps_its_lease_and_frees_it_when_its_client_leaves(start_legs, until):
-    legs = await start_legs("nixl", slots=1, lease_s=30.0)
+async def test_a_decode_that_waits_keeps_its_lease_and_frees_it_when_its_client_leaves(
+    start_legs, until, monkeypatch
+):
+    legs = await start_legs("nixl", slots=1, decode={"lease_s": 30.0})
     handles = await prefilled(legs)
-    decode, url = legs.decode.deployment, legs.decode.urls[0]
+    renewed = []
+    renew = legs.prefill.holdings.renew
+    monkeypatch.setattr(
+        legs.prefill.holdings, "renew", lambda *lease: renewed.append(renew(*lease)) or renewed[-1]
+    )
+    decode, url = legs.decode.deployment.cluster, legs.decode.urls[0]
     endless = asyncio.create_task(legs.ask(url, max_tokens=10**6))
-    await until(lambda: decode.cluster.running[0] == 1)
+    await until(lambda: decode.running[0] == 1)
     asked = asyncio.create_task(legs.ask(url, kv_transfer_params=handles))
-    await until(lambda: decode.cluster.queued[0] == 1)
-    start_s = decode.now_s()
-    await until(lambda: decode.now_s() > start_s + 75)
+    await until(lambda: decode.queued[0] == 1)
+    await until(lambda: len(renewed) >= 2)
+    assert all(renewed)
     assert await legs.held() == (1, 20)
     asked.cancel()
     await until(lambda: legs.prefill.deployment.cluster.kv_used_tokens.sum() == 0)
@@ -121,7 +127,7 @@ async def test_a_decode_that_waits_keeps_its_lease_and_frees_it_when_its_client_
     [({"model": "other"}, {}, 404), ({"max_tokens": 0}, {}, 400), ({}, {RANK_HEADER: "9"}, 400)],
 )
 async def test_a_decode_that_is_refused(change, headers, status, start_legs, until):
-    legs = await start_legs("nixl", lease_s=NO_ROOM_S)
+    legs = await start_legs("nixl")
     handles = await prefilled(legs)
     answered, _ = await legs.error(legs.decode.urls[0], headers=headers, kv_transfer_params=handles, **change)
     assert answered == status
@@ -143,7 +149,7 @@ async def test_a_prefill_whose_client_leaves_holds_nothing(start_legs, until):
 
 
 async def test_held_kv_holds_up_prefills(start_legs, until):
-    legs = await start_legs("nixl", kv_capacity_tokens=30, lease_s=NO_ROOM_S)
+    legs = await start_legs("nixl", kv_capacity_tokens=30)
     handles = await prefilled(legs)
     second = asyncio.create_task(legs.ask(legs.prefill.urls[0], **PREFILL))
     await until(lambda: legs.prefill.deployment.cluster.queued[0] == 1)

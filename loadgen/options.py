@@ -1,0 +1,56 @@
+"""Options that several commands of ``loadgen`` have, and those of emulated prefill and decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loadgen.emulator.settings import Role, Transfer
+
+Workers = Annotated[int, typer.Option(help="DP workers of the emulated deployment.")]
+Slots = Annotated[int, typer.Option(help="Requests that a worker runs at once.")]
+KvCapacity = Annotated[int | None, typer.Option(help="KV cache of a worker (tokens); left out: unlimited.")]
+StepBase = Annotated[float, typer.Option(help="t0: what a step takes without KV load (ms).")]
+StepPerKv = Annotated[float, typer.Option(help="a: what each KV token of the heaviest worker adds (ns).")]
+Prefill = Annotated[float, typer.Option(help="What a prompt token adds to the step that prefills it (µs).")]
+Speed = Annotated[float, typer.Option(help="Run so many times as fast as real time.")]
+Name = Annotated[
+    str, typer.Option("--workload", help="Synthetic workload: proprietary, azure-2024, short or repeated.")
+]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(help="Trace file instead: Azure, Mooncake, BurstGPT or ShareGPT, told by content."),
+]
+Requests = Annotated[int | None, typer.Option(help="Requests; of a trace the first so many, by default all.")]
+RequestsPerS = Annotated[float | None, typer.Option(help="Arrivals a second, in the deployment's time.")]
+Rate = Annotated[
+    float | None, typer.Option(help="Arrivals as a share of what a perfectly balanced deployment could do.")
+]
+Cv = Annotated[float, typer.Option(help="Burstiness of arrivals: 1 Poisson, more is bursty, 0 uniform.")]
+TraceSpeed = Annotated[float, typer.Option(help="Replay a trace's own times so many times as fast.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Out = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")]
+
+DeploymentRole = Annotated[
+    Role, typer.Option("--role", help="What the workers do of a request; needs --transfer.")
+]
+KvTransfer = Annotated[
+    Transfer | None, typer.Option("--transfer", help="How KV gets from prefill to decode workers.")
+]
+Lease = Annotated[
+    float | None,
+    typer.Option(
+        "--lease-s", help="How long KV is kept and one side waits for the other (s); left out: as the engine."
+    ),
+]
+TransferTime = Annotated[
+    float, typer.Option("--transfer-ms-per-ktoken", help="Time that a prefill worker takes to send KV (ms).")
+]
+BootstrapPort = Annotated[
+    int, typer.Option(min=0, max=65535, help="Bootstrap port of the first prefill server, 0: free ones.")
+]
+RecomputedShare = Annotated[
+    float, typer.Option(help="Share of decodes that end early, to be prefilled again (ascend).")
+]
