@@ -262,8 +262,8 @@ class Cluster:
         for worker in overflowing.tolist():
             rows = np.flatnonzero(self._worker == worker)
             needs = (self._prompt + self._decoded + 1)[rows]
-            # At least the oldest stays: alone it fits, or it would not have been taken. (Beside what is
-            # reserved it may not: that goes again, and only who gets on lets it go.)
+            # At least the oldest stays: alone it fits, or it would not have been taken. What is reserved may
+            # be in its way and will go again: until then the worker has more than it can hold.
             kept = max(1, int(np.searchsorted(np.cumsum(needs), room[worker], side="right")))
             self._push_back(worker, rows[kept:])
 

@@ -14,7 +14,10 @@ READY = "workers listen on"
 
 
 async def emulate(settings: EmulatorSettings, say: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; ``say`` gets a line with the workers' URLs once they listen, and bootstrap ports."""
+    """Serve until SIGTERM or SIGINT; ``say`` gets a line with the workers' URLs once they listen.
+
+    A second line has the bootstrap ports, in forms of transfer that have some.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

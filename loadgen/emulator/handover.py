@@ -37,7 +37,7 @@ class HandoverCounts:
 class Holdings:
     """The KV that the workers of a deployment keep; ``reserve(worker, kv_tokens)`` takes and gives its room.
 
-    Times are emulated seconds and never go back.
+    Times are emulated seconds.
     """
 
     def __init__(self, lease_s: float, reserve: Callable[[int, int], None]) -> None:

@@ -108,11 +108,16 @@ def queried_url(page: object, engine: str) -> str:
     raise TransferFailedError(f"the bootstrap server knows no engine {engine!r}")
 
 
+def read_transfer_id(params: Mapping[str, Any]) -> str:
+    """Return the id by which the two legs meet (mooncake); raises InvalidInputError without one."""
+    return _text(params, "transfer_id")
+
+
 def mooncake_ids(params: Mapping[str, Any]) -> tuple[str, Place]:
     """Return the bootstrap server's URL and the place on it (mooncake); raises TransferFailedError."""
     try:
         url = _text(params, "remote_bootstrap_addr")
-        place = Place("", _text(params, "remote_engine_id"), _text(params, "transfer_id"))
+        place = Place("", _text(params, "remote_engine_id"), read_transfer_id(params))
     except InvalidInputError as error:
         raise TransferFailedError(str(error)) from error
     return url, place

@@ -23,6 +23,7 @@ from loadgen.emulator.handover_wire import (
     read_origin,
     read_rank,
     read_room,
+    read_transfer_id,
     reply_params,
     room_place,
 )
@@ -72,7 +73,7 @@ class HeldLeg(Leg):
         # As vLLM: a suffix of its own, since a client's id may come twice.
         self._held_id = f"{request_id}-{uuid.uuid4().hex[:8]}"
         if server.is_mooncake:
-            self._held_id = str(params_of(asked.handles).get("transfer_id"))
+            self._held_id = read_transfer_id(params_of(asked.handles))
 
     async def start(self) -> Generation:
         """Have the prefill run; its KV is held with its last token."""
@@ -98,7 +99,9 @@ class RoomLeg(HeldLeg):
     """A prefill that begins when the decode worker is there, and answers when it has its KV (sglang)."""
 
     def __init__(self, server: Legs, asked: GenerationRequest, request_id: str, worker: int) -> None:
-        super().__init__(server, asked, request_id, worker)
+        # Whatever the request asks for: the rest is the decode worker's.
+        first_token = replace(asked, output_tokens=1, length_limited=True)
+        super().__init__(server, first_token, request_id, worker)
         self._room = read_room(asked.handles)
         self._held_id = str(self._room)
 
@@ -250,6 +253,6 @@ class Legs:
 
     def refused(self, asked: GenerationRequest) -> None:
         """Take in that a request is not served: what is kept for it is freed."""
-        with suppress(Exception):
+        with suppress(InvalidInputError):
             if self.kind(asked) is FetchedLeg:
                 self.decode.free_soon(asked.handles)

@@ -96,7 +96,9 @@ def start_legs(stack, client):
         started = [
             await stack.enter_async_context(
                 running_emulator(
-                    EmulatorSettings(ClusterSettings(workers, **cluster), role=role, **common | (own or {}))
+                    EmulatorSettings(
+                        ClusterSettings(workers, **cluster), **common | {"role": role} | (own or {})
+                    )
                 )
             )
             for role, workers, own in (

@@ -48,6 +48,16 @@ async def test_what_is_no_leg_is_served_as_usual(start_legs):
     assert await legs.held() == (0, 0)
 
 
+async def test_workers_with_both_roles_hand_over_to_each_other(start_legs):
+    legs = await start_legs("nixl", prefill={"role": "both"}, decode={"role": "both"})
+    for one, other in ((legs.prefill, legs.decode), (legs.decode, legs.prefill)):
+        _, reply = await legs.ask(one.urls[0], **PREFILL)
+        handles = reply["kv_transfer_params"]
+        assert (await legs.ask(other.urls[0], kv_transfer_params=handles, max_tokens=2))[0] == 200
+        assert sum(other.deployment.fetched_tokens_total) == 20
+        assert one.holdings.counts.fetched_requests == 1
+
+
 async def test_a_stream_whose_length_the_client_knows(start_legs):
     legs = await start_legs("nixl")
     headers = {LENGTH_HEADER: "4", "X-Request-Id": "r"}

@@ -32,8 +32,8 @@ async def test_both_legs_meet_whichever_comes_first(transfer, first, start_legs,
     if transfer == "mooncake":
         prefill, decode = await mooncake_params(legs, "xfer-1", rank="1")
     else:
-        prefill = rooms(legs, 7) | {"max_tokens": 1}
-        decode = rooms(legs, 7) | {"max_tokens": 4}
+        # The same to both: a prefill worker of SGLang makes one token, whatever it is asked for.
+        prefill = decode = rooms(legs, 7) | {"max_tokens": 4}
     headers = {RANK_HEADER: "1"}
     send = {
         "prefill": lambda: legs.ask(legs.prefill.urls[0], headers=headers, **prefill),
@@ -50,6 +50,7 @@ async def test_both_legs_meet_whichever_comes_first(transfer, first, start_legs,
     assert [status for status, _ in answers.values()] == [200, 200]
     assert decoded[1]["choices"][0]["text"] == " 1 2 3 4"
     assert legs.prefill.deployment.prefill_tokens_total == [0, 20]
+    assert legs.prefill.deployment.output_tokens_total == [0, 1]
     assert sum(legs.decode.deployment.prefill_tokens_total) == 0
     assert await legs.held() == (0, 0)
     assert (await legs.handover())["fetched_requests"] == 1
@@ -82,6 +83,14 @@ async def test_a_mooncake_decode_that_left_before_the_prefill_is_done(start_legs
     assert (await legs.ask(legs.prefill.urls[0], **prefill))[0] == 200
     await until(lambda: legs.prefill.deployment.cluster.kv_used_tokens.sum() == 0)
     assert (await legs.handover())["freed_requests"] == 1
+
+
+@pytest.mark.parametrize("transfer_id", [None, 5, "x" * 2000])
+async def test_a_mooncake_prefill_without_an_id(transfer_id, start_legs):
+    legs = await start_legs("mooncake")
+    params = {"do_remote_decode": True, "transfer_id": transfer_id}
+    status, error = await legs.error(legs.prefill.urls[0], kv_transfer_params=params, max_tokens=1)
+    assert (status, "transfer_id must be a text" in error["message"]) == (400, True)
 
 
 async def test_an_engine_that_the_bootstrap_server_does_not_know(start_legs):
