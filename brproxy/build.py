@@ -148,6 +148,7 @@ def _handover_limits(config: Config, transfer: Transfer) -> HandoverLimits:
         lease_s=own.lease_s or transfer.LEASE_S,
         free_at_once_max=own.free_at_once_max,
         free_timeout_s=own.free_timeout_s,
+        finish_s=own.finish_prefill_s,
         metaserver_url=own.metaserver_url or f"http://{host}:{listen.port}",
         health_checks=config.health.enabled,
     )

@@ -317,6 +317,14 @@ class PrefillDecode(Section):
         description="Prompts of clients that have left which prefill workers are told to free at the same "
         "time; others stay until their lease ends (requests).",
     )
+    finish_prefill_s: float = Field(
+        default=1.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="Where a client leaves during a prefill, how long that is waited for, so that what it "
+        "leaves can be freed, before it is ended (seconds).",
+    )
     free_timeout_s: Seconds = Field(default=5.0, description="Limit for telling it (seconds).")
     metaserver_url: str = Field(
         default="",

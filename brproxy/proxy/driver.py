@@ -242,10 +242,10 @@ class Lease:
         """Have the request end as FAILED, although its handler leaves in good order."""
         self._outcome = Event.FAIL
 
-    def finish(self) -> None:
-        """End the request now; more than once does nothing."""
+    def finish(self, event: Event = _FINISH) -> None:
+        """End the request now, by FINISH, FAIL or CANCEL; more than once does nothing."""
         if self.entry.state not in TERMINAL:
-            self._driver.end(self.entry, _FINISH)
+            self._driver.end(self.entry, event)
 
     def tokens(self, tokens: int) -> None:
         """Book ``tokens`` more output tokens, fewer than zero to take back."""

@@ -140,9 +140,10 @@ class SentLeg(Leg):
             raise TransferFailedError(str(error)) from error
         generation, prefill = self._submit(), self._server.prefill
         generation.on_done = lambda: self._hold(prefill)
-        await generation.more_than(self.asked.output_tokens - 1)
         transfer_s = self._server.settings.transfer_s(self.asked.prompt_tokens)
         try:
+            # Within: it is held with its last token, which nobody may be there to take.
+            await generation.more_than(self.asked.output_tokens - 1)
             await asyncio.sleep(transfer_s / self._deployment.speed)
             await self._server.decode.deliver(place)
         finally:

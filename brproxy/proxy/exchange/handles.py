@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from brproxy.proxy.accounting import Account
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import Attempt, Kind, WorkerAnswer
 from brproxy.proxy.service import RelayLimits
+from brproxy.relay.errors import BrokenResponseError, ClientGoneError, WorkerFailedError
 from brproxy.relay.response import ResponseHead
 from brproxy.roster import Member
 
@@ -20,11 +22,19 @@ class PrefillAttempt(Attempt, Protocol):
     def handed(self, body: bytes) -> None:
         """Take the body of a complete answer."""
 
+    def adopts(self, answer: PrefillAnswer) -> bool:
+        """Tell whether an answer that is left before its end is waited for all the same."""
+
 
 class PrefillAnswer(WorkerAnswer):
-    """A prefill worker's answer. An error passes to the client as any worker's does."""
+    """A prefill worker's answer. An error passes to the client as any worker's does.
 
-    __slots__ = ("_prefill",)
+    Where the client leaves, whoever drives this may adopt it: it then goes on for nobody, who waits for its
+    ``body``. For a worker that is about to answer keeps what it has prefilled, and only its answer says how
+    that is freed.
+    """
+
+    __slots__ = ("_prefill", "orphaned")
 
     def __init__(
         self,
@@ -38,16 +48,69 @@ class PrefillAnswer(WorkerAnswer):
     ) -> None:
         super().__init__(attempt, sink, account, limits, path=path, member=member, bodiless=False)
         self._prefill = attempt
+        self.orphaned: asyncio.Future[bytes | None] | None = None
+
+    def close(self) -> None:
+        """See WorkerAnswer.close."""
+        if self._is_over or not self._prefill.adopts(self):
+            super().close()
+            return
+        self.orphaned = asyncio.get_running_loop().create_future()
+        self.sink.client.finish()
+
+    async def body(self) -> bytes | None:
+        """Wait for the body of an answer that goes on for nobody; None if there will be none."""
+        return None if self.orphaned is None else await self.orphaned
+
+    def abandon(self) -> None:
+        """Leave an answer that nobody waits for any more; the worker sees that, and stops."""
+        self._tell(None)
+        super().close()
 
     def handed(self, body: bytes) -> None:
         """Take the whole body of an answer that is no error."""
+        if self.orphaned is not None:
+            self._tell(body)
+            return
         self._prefill.handed(body)
         self._prefill.finished()
 
     def too_long(self) -> None:
         """Give up on an answer that has more bytes than an answer without a client may have."""
         self._abandon()
-        self.moves_on(Event.CUT, f"its answer has over {self.limits.response_parse_bytes_max} bytes")
+        if not self._tell(None):
+            self.moves_on(Event.CUT, f"its answer has over {self.limits.response_parse_bytes_max} bytes")
+
+    def head(self, head: ResponseHead) -> None:
+        """See Exchange.head."""
+        if self.orphaned is None:
+            super().head(head)
+        elif head.status < HTTPStatus.MULTIPLE_CHOICES:
+            kind = Handles(self)
+            self._become(kind)
+        else:
+            self._abandon()
+            self._tell(None)
+
+    def lost(self, error: WorkerFailedError | BrokenResponseError) -> None:
+        """See Exchange.lost."""
+        if self.orphaned is None:
+            super().lost(error)
+        else:
+            self._is_over = True
+            self._tell(None)
+
+    def client_gone(self) -> None:
+        """See Paced.client_gone. What becomes of the answer is said when the attempt is closed."""
+        self._prefill.settle(Event.LEFT, ClientGoneError("the client has closed its connection"))
+
+    def _tell(self, body: bytes | None) -> bool:
+        """Tell what came of an answer that goes on for nobody; return whether it is one."""
+        if self.orphaned is None:
+            return False
+        if not self.orphaned.done():
+            self.orphaned.set_result(body)
+        return True
 
     def _kind_of(self, head: ResponseHead) -> Kind:
         if head.status < HTTPStatus.MULTIPLE_CHOICES:

@@ -42,6 +42,7 @@ class HandoverLimits:
     lease_s: float | None
     free_at_once_max: int
     free_timeout_s: float
+    finish_s: float
     metaserver_url: str
     health_checks: bool
 

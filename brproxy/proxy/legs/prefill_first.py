@@ -17,13 +17,14 @@ from http import HTTPStatus
 
 from brproxy.engines.transfer import Handoff
 from brproxy.journey import Action, Event
+from brproxy.lifecycle import Event as LifeEvent
 from brproxy.proxy.asking import collected
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.errors import workers_failed
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import WorkerAnswer
-from brproxy.proxy.exchange.handles import DecodeAnswer
+from brproxy.proxy.exchange.handles import DecodeAnswer, PrefillAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.handover import Handover
 from brproxy.proxy.legs.prefill_leg import PrefillLeg
@@ -98,18 +99,19 @@ class Prefilled:
         with ExitStack() as stack:
             lease = stack.enter_context(handover.group.driver.admit(asked))
             leg = PrefillLeg(self._service, handover, lease, self._incoming, self._sink)
-            await leg.run()
+            try:
+                await leg.run()
+            finally:
+                # Also where the client leaves as it comes.
+                is_kept = self._keep(leg, lease)
+                if is_kept:
+                    stack.pop_all()
             if leg.reply is None:
                 return False
-            self._is_lost = False
-            self.request.prompt_tokens = lease.entry.prompt_tokens
-            params = handover.transfer.read_reply(leg.reply)
-            if params is not None and leg.handoff is not None:
-                stack.pop_all()
-                self._hold(lease, leg.handoff._replace(params=params))
-            elif not handover.transfer.DECODES_ALONE:
+            if not is_kept and not handover.transfer.DECODES_ALONE:
                 raise workers_failed("The prefill worker did not say how its KV is fetched.")
         # Without handles the worker that decodes prefills for itself.
+        self._is_lost = False
         return True
 
     async def body(self) -> bytes | None:
@@ -152,6 +154,45 @@ class Prefilled:
         """Have the worker free what nobody has fetched."""
         if self._held is not None:
             self.lost()
+
+    def _keep(self, leg: PrefillLeg, lease: Lease) -> bool:
+        """Take over what a leg leaves behind, with its booking; return whether there is anything."""
+        if leg.orphan is not None:
+            work = self._adopted(leg, leg.orphan, lease)
+            self._handover.in_background(self._service.watch.loop.create_task(work))
+            return True
+        if leg.reply is None:
+            return False
+        self.request.prompt_tokens = lease.entry.prompt_tokens
+        handoff = self._handles(leg, leg.reply)
+        if handoff is not None:
+            self._hold(lease, handoff)
+        return handoff is not None
+
+    def _handles(self, leg: PrefillLeg, reply: bytes | None) -> Handoff | None:
+        params = None if reply is None else self._handover.transfer.read_reply(reply)
+        return None if params is None or leg.handoff is None else leg.handoff._replace(params=params)
+
+    async def _adopted(self, leg: PrefillLeg, orphan: PrefillAnswer, lease: Lease) -> None:
+        """Wait a little for a prefill whose client has left, and have freed what it keeps; else end it.
+
+        Ending it at once would do for one that runs, but who is about to answer keeps it until its lease
+        ends.
+        """
+        handoff = None
+        try:
+            async with asyncio.timeout(self._handover.limits.finish_s):
+                handoff = self._handles(leg, await orphan.body())
+        except TimeoutError:
+            # It takes longer than it would to be freed.
+            pass
+        finally:
+            orphan.abandon()
+            if handoff is None:
+                lease.finish(LifeEvent.CANCEL)
+        if handoff is not None:
+            self._handover.counts["stranded"] += 1
+            await _Freeing(self._group, self._handover, self._incoming, _Held(lease, handoff)).run()
 
     def _hold(self, lease: Lease, handoff: Handoff) -> None:
         self._held = held = _Held(lease, handoff)

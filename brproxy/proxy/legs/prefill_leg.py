@@ -21,10 +21,11 @@ class PrefillLeg(Attempts):
     """A prefill, by one worker after another until one has done it.
 
     ``handoff`` is then what the leg to the worker that decodes needs, and ``reply`` the answer; both are None
-    where the client has got an error instead. A worker that failed this leg is not asked again.
+    where the client has got an error instead. A worker that failed this leg is not asked again. ``orphan`` is
+    the answer of one that had not answered when the client left, where that is to be waited for.
     """
 
-    __slots__ = ("_booked", "_handover", "handoff", "reply")
+    __slots__ = ("_booked", "_handover", "handoff", "orphan", "reply")
 
     ASKS_USAGE = False
     _booked: Account
@@ -36,6 +37,7 @@ class PrefillLeg(Attempts):
         self._handover = handover
         self.handoff: Handoff | None = None
         self.reply: bytes | None = None
+        self.orphan: PrefillAnswer | None = None
 
     def handed(self, body: bytes) -> None:
         """See PrefillAttempt.handed."""
@@ -44,6 +46,13 @@ class PrefillLeg(Attempts):
         if self._booked.prompt_tokens is not None:
             self._lease.correct_prompt(self._booked.prompt_tokens)
         self._lease.first_token()
+
+    def adopts(self, answer: PrefillAnswer) -> bool:
+        """See PrefillAttempt.adopts."""
+        if answer.has_begun or not self._handover.may_free():
+            return False
+        self.orphan = answer
+        return True
 
     def _answer_of(self, member: Member) -> WorkerAnswer:
         self._booked = self._account()
