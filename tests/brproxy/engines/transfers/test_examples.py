@@ -83,7 +83,11 @@ def test_limits_where_each_path_has_them():
 @pytest.mark.parametrize("name", ["nixl", "ascend", "mooncake", "ascend-layerwise"])
 def test_a_list_of_prompts_has_the_parameters_of_one_alone_and_is_not_split(name):
     transfer = make_transfer(name)
-    for body in (b'{"prompt":["a","b"]}', b'{"prompt":[[1],[2]]}', b'{"prompt_embeds":["a","b"]}'):
+    for body in (
+        b'{"prompt":["a","b"]}',
+        b'{"prompt":[[1],[2]]}',
+        b'{"prompt":["a"],"prompt_embeds":["a","b"]}',
+    ):
         for leg in (transfer.prefill_body, transfer.decode_body):
             with pytest.raises(TransferError, match="one prompt"):
                 leg("/v1/completions", body, HANDOFF)
