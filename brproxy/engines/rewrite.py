@@ -20,6 +20,13 @@ BLOCK_BYTES = 1 << 16
 MEMBERS_MAX = 1024
 """Members that are noted; requests have some thirty. Those behind count as if they were not there."""
 
+TOKENS_BYTES_MAX = 1 << 13
+"""Bodies to which tokens are looked at one by one: whatever is in them, that takes a millisecond at most."""
+
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|\[[^\[\]{}"\\]*+\]|[\[\]{}:,]', re.DOTALL)
+_OPENING: Final = b"[{"
+_CLOSING: Final = b"]}"
+_SEPARATING: Final = b":,"
 _WHITESPACE: Final = b" \t\r\n"
 _LEADING_WHITESPACE = re.compile(rb"[ \t\r\n]*+")
 _DEPTH_CHANGES = np.zeros(256, np.int8)
@@ -135,7 +142,32 @@ def object_start(body: bytes) -> int | None:
 
 
 def top_level(body: bytes, opening: int) -> Iterator[tuple[int, bytes]]:
-    """Yield colons and commas of the object that opens at ``opening``, and its closing brace last."""
+    """Return colons and commas of the object that opens at ``opening``, and its closing brace last."""
+    by = _by_tokens if len(body) - opening <= TOKENS_BYTES_MAX else _by_blocks
+    return by(body, opening)
+
+
+def _by_tokens(body: bytes, opening: int) -> Iterator[tuple[int, bytes]]:
+    """See top_level: one token after the other, of which a list of numbers is one.
+
+    A call on an array takes as long as twenty of them: below some KiB this is several times as fast.
+    """
+    depth = 1
+    for token in _TOKEN.finditer(body, opening + 1):
+        character = body[token.start()]
+        if character in _OPENING:
+            depth += token.end() == token.start() + 1
+        elif character in _CLOSING:
+            depth -= 1
+            if depth == 0:
+                yield token.start(), b"}"
+                return
+        elif depth == 1 and character in _SEPARATING:
+            yield token.start(), token[0]
+
+
+def _by_blocks(body: bytes, opening: int) -> Iterator[tuple[int, bytes]]:
+    """See top_level: in arrays, whose cost does not depend on what is in them."""
     depth = 0
     for start, characters, _, is_inside in blocks(body, opening):
         changes = _DEPTH_CHANGES.take(characters)

@@ -29,7 +29,7 @@ from brproxy.types import BrproxyError, WorkerIndex
 class DecodeFirstLegs(Attempts):
     """A request's attempts on workers that decode, each of which asks for a prefill when it likes."""
 
-    __slots__ = ("_asked", "_handoff", "_handover", "_metaserver", "_prefill")
+    __slots__ = ("_asked", "_decode_body", "_handoff", "_handover", "_metaserver", "_prefill")
 
     _handoff: Handoff
 
@@ -49,6 +49,7 @@ class DecodeFirstLegs(Attempts):
             lease.entry.request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None
         )
         self._prefill: asyncio.Task[str] | None = None
+        self._decode_body = b""
 
     async def prefill(self, params: bytes) -> str:
         """Have a worker prefill to where ``params`` says; return "" or why nobody did.
@@ -63,7 +64,12 @@ class DecodeFirstLegs(Attempts):
         handover = self._handover
         decode = self._group.member(self._worker)
         self._handoff = handover.handoff(self._incoming.request_id, None, decode)
-        names = self._handoff.transfer_id, self._incoming.request_id.decode("latin-1")
+        incoming = self._incoming
+        # Before there is a connection: it can fail.
+        self._decode_body = handover.transfer.decode_body(
+            incoming.path, incoming.upload.beginning or b"", self._handoff
+        )
+        names = self._handoff.transfer_id, incoming.request_id.decode("latin-1")
         self._metaserver.expect(self, *names)
         try:
             return await super()._send(afresh=afresh)
@@ -113,9 +119,5 @@ class DecodeFirstLegs(Attempts):
         return "" if status < HTTPStatus.BAD_REQUEST else f"{member.key} answered {status}"
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:
-        incoming = self._incoming
-        body = self._handover.transfer.decode_body(
-            incoming.path, incoming.upload.beginning or b"", self._handoff
-        )
-        framing = body_length("POST", body)
-        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + body
+        framing = body_length("POST", self._decode_body)
+        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + self._decode_body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from brproxy.engines.transfer import Handoff
+from brproxy.journey import Action
 from brproxy.proxy.accounting import Account
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
@@ -25,7 +26,7 @@ class PrefillLeg(Attempts):
     the answer of one that had not answered when the client left, where that is to be waited for.
     """
 
-    __slots__ = ("_booked", "_handover", "handoff", "orphan", "reply")
+    __slots__ = ("_body", "_booked", "_handover", "handoff", "orphan", "reply")
 
     ASKS_USAGE = False
     _booked: Account
@@ -35,6 +36,7 @@ class PrefillLeg(Attempts):
     ) -> None:
         super().__init__(service, handover.group, lease, incoming, sink)
         self._handover = handover
+        self._body = b""
         self.handoff: Handoff | None = None
         self.reply: bytes | None = None
         self.orphan: PrefillAnswer | None = None
@@ -65,9 +67,16 @@ class PrefillLeg(Attempts):
             member=member,
         )
 
-    def _request(self, member: Member, endpoint: Endpoint) -> bytes:
+    async def _send(self, *, afresh: bool) -> Action:
+        """As Attempts._send; raises TransferError for a request that cannot be split."""
         incoming = self._incoming
-        self.handoff = handoff = self._handover.handoff(incoming.request_id, member, None)
-        body = self._handover.transfer.prefill_body(incoming.path, incoming.upload.beginning or b"", handoff)
-        framing = body_length(self._sink.client.method, body)
-        return self._head(member, endpoint, framing, is_read=True) + body
+        handoff = self._handover.handoff(incoming.request_id, self._group.member(self._worker), None)
+        body = incoming.upload.beginning or b""
+        # Before there is a connection: it can fail.
+        self._body = self._handover.transfer.prefill_body(incoming.path, body, handoff)
+        self.handoff = handoff
+        return await super()._send(afresh=afresh)
+
+    def _request(self, member: Member, endpoint: Endpoint) -> bytes:
+        framing = body_length(self._sink.client.method, self._body)
+        return self._head(member, endpoint, framing, is_read=True) + self._body

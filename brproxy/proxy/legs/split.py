@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from http import HTTPMethod
 
 from brproxy.engines.paths import Work, path_kind
-from brproxy.engines.transfer import Order
+from brproxy.engines.transfer import Order, TransferError
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.incoming import Incoming
@@ -26,12 +27,34 @@ async def run_split(
     sink: ClientSink,
 ) -> None:
     """Answer the client; raises what Attempts.run and GroupDriver.admit do."""
-    if not _is_split(group, handover, request, incoming, sink):
-        handover.counts["alone"] += 1
-        with group.driver.admit(request) as lease:
-            await Attempts(service, group, lease, incoming, sink).run()
-        return
-    handover.counts["split"] += 1
+    if _is_split(group, handover, request, incoming, sink):
+        handover.counts["split"] += 1
+        try:
+            await _split(service, group, handover, request, incoming, sink)
+        except TransferError:
+            # Raised before anything was sent.
+            handover.counts["split"] -= 1
+            if not handover.transfer.DECODES_ALONE:
+                raise
+        else:
+            return
+    handover.counts["alone"] += 1
+    if _is_json(incoming):
+        # What is no object can name nobody's KV.
+        with suppress(TransferError):
+            incoming.upload.beginning = handover.transfer.alone_body(incoming.upload.beginning or b"")
+    with group.driver.admit(request) as lease:
+        await Attempts(service, group, lease, incoming, sink).run()
+
+
+async def _split(
+    service: Service,
+    group: GroupService,
+    handover: Handover,
+    request: PendingRequest,
+    incoming: Incoming,
+    sink: ClientSink,
+) -> None:
     if handover.transfer.ORDER is Order.PREFILL_FIRST:
         await prefill_then_decode(service, group, handover, request, incoming, sink)
         return
@@ -40,15 +63,20 @@ async def run_split(
         await legs(service, group, lease, incoming, sink, handover).run()
 
 
+def _is_json(incoming: Incoming) -> bool:
+    """Tell whether a body is there as a whole, and may be JSON."""
+    upload = incoming.upload
+    return bool(upload.beginning) and upload.is_whole and not (incoming.facts.malformed or incoming.is_form)
+
+
 def _is_split(
     group: GroupService, handover: Handover, request: PendingRequest, incoming: Incoming, sink: ClientSink
 ) -> bool:
     """Tell whether a request is prefilled by one worker and decoded by another."""
     facts, method = incoming.facts, sink.client.method
-    is_json = bool(incoming.upload.beginning) and incoming.upload.is_whole and not facts.malformed
-    if method != HTTPMethod.POST or not is_json:
+    if method != HTTPMethod.POST or not _is_json(incoming):
         return False
-    if path_kind(incoming.path, method).work is not Work.GENERATES or incoming.is_form:
+    if path_kind(incoming.path, method).work is not Work.GENERATES:
         return False
     if not handover.transfer.DECODES_ALONE:
         return True

@@ -34,7 +34,17 @@ from brproxy.types import WorkerIndex
 class PairedLegs(Attempts):
     """A request's attempts on workers that decode, each with one that prefills beside it."""
 
-    __slots__ = ("_asked", "_failed", "_handoff", "_handover", "_other", "_prefill", "_trouble")
+    __slots__ = (
+        "_asked",
+        "_decode_body",
+        "_failed",
+        "_handoff",
+        "_handover",
+        "_other",
+        "_prefill",
+        "_prefill_body",
+        "_trouble",
+    )
 
     _handoff: Handoff
     _other: Lease
@@ -56,11 +66,13 @@ class PairedLegs(Attempts):
         self._failed: frozenset[WorkerIndex] = frozenset()
         self._trouble: Reply | Exception | None = None
         self._prefill: asyncio.Task[Reply] | None = None
+        self._prefill_body = self._decode_body = b""
 
     def begun(self, *, is_long: bool) -> None:
         """See deciding.Attempt.begun."""
         # It has all that was prefilled.
         self._other.finish()
+        self._prefill_body = self._decode_body = b""
         super().begun(is_long=is_long)
 
     async def _send(self, *, afresh: bool) -> Action:
@@ -97,6 +109,11 @@ class PairedLegs(Attempts):
         except WorkerFailedError as error:
             self._trouble = error
             return Action.NOTHING
+        incoming, transfer = self._incoming, self._handover.transfer
+        path, body = incoming.path, incoming.upload.beginning or b""
+        # Before there are connections: it can fail.
+        self._prefill_body = transfer.prefill_body(path, body, self._handoff)
+        self._decode_body = transfer.decode_body(path, body, self._handoff)
         try:
             return await super()._send(afresh=afresh)
         finally:
@@ -113,12 +130,8 @@ class PairedLegs(Attempts):
 
     async def _prefill_leg(self) -> Reply:
         member, endpoint = self._handover.group.reach(self._other.entry.worker)
-        incoming = self._incoming
-        body = self._handover.transfer.prefill_body(
-            incoming.path, incoming.upload.beginning or b"", self._handoff
-        )
-        framing = body_length("POST", body)
-        request = self._head(member, endpoint, framing, is_read=True) + body
+        framing = body_length("POST", self._prefill_body)
+        request = self._head(member, endpoint, framing, is_read=True) + self._prefill_body
         try:
             return await collected(
                 endpoint,
@@ -147,12 +160,8 @@ class PairedLegs(Attempts):
             self._outcome.set_result(Action.NOTHING)
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:
-        incoming = self._incoming
-        body = self._handover.transfer.decode_body(
-            incoming.path, incoming.upload.beginning or b"", self._handoff
-        )
-        framing = body_length("POST", body)
-        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + body
+        framing = body_length("POST", self._decode_body)
+        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + self._decode_body
 
     def _moves(self, reply: Reply) -> bool:
         """Tell whether another worker may do what this one did not, as ``reply`` says."""

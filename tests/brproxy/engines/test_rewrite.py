@@ -45,16 +45,15 @@ def documents(draw):
     return mark + text.encode("utf-8", "surrogatepass"), pairs
 
 
-@pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 1 << 16])
+@pytest.mark.parametrize("block_bytes", [None, 1, 2, 3, 7, 1 << 16])
 @given(document=documents())
 def test_members_are_what_a_parser_finds(block_bytes, document):
     body, pairs = document
-    before = rewrite.BLOCK_BYTES
-    rewrite.BLOCK_BYTES = block_bytes
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if block_bytes is not None:
+            patch.setattr(rewrite, "BLOCK_BYTES", block_bytes)
+            patch.setattr(rewrite, "TOKENS_BYTES_MAX", -1)
         found = members(body)
-    finally:
-        rewrite.BLOCK_BYTES = before
     read = [
         tuple(
             json.loads(part.decode("utf-8", "surrogatepass"))
@@ -64,6 +63,16 @@ def test_members_are_what_a_parser_finds(block_bytes, document):
     ]
     # Numbers that are none are unequal to themselves.
     assert repr(read) == repr(pairs)
+
+
+ANYTHING = st.text('{}[]",:\\ a\n1', max_size=40).map(str.encode) | st.binary(max_size=80)
+
+
+@given(body=ANYTHING | documents().map(lambda document: document[0]))
+def test_tokens_and_blocks_show_the_same(body):
+    opening = max(body.find(b"{"), 0)
+    if body[opening : opening + 1] == b"{":
+        assert list(rewrite._by_tokens(body, opening)) == list(rewrite._by_blocks(body, opening))
 
 
 @given(body=st.binary(max_size=80) | st.text('{}[]",:\\ a\n1', max_size=40).map(str.encode))

@@ -85,3 +85,17 @@ async def test_an_unknown_model_is_the_proxy_s_or_the_engine_s(transfer, start_p
     assert status == 404
     assert b"nobody" in body
     await settled_pair(pair, until)
+
+
+async def test_what_cannot_be_split_is_served_where_it_can(transfer, start_pair, until):
+    """One that decodes can prefill, but for SGLang's; and a client's own handles name other people's KV."""
+    pair = await start_pair(transfer)
+    own = {"do_remote_prefill": True, "remote_block_ids": [1], "remote_engine_id": "x"}
+    status, body = await pair.ask(echo=True, logprobs=1, kv_transfer_params=own)
+    if transfer == "sglang":
+        assert (status, pair.counts["alone"]) == (200, 0), "it hands prompts' probabilities over"
+    else:
+        assert status == 200, body
+        assert (pair.counts["alone"], pair.counts["split"]) == (1, 0)
+        assert not sum(pair.prefill.deployment.prompt_tokens_total)
+    await settled_pair(pair, until)
