@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from brproxy.config_workers import Worker
 from brproxy.engines.identity import Identity
 from brproxy.findings import Finding, rank_words
 
-_Kind = tuple[frozenset[str], str, str]
-"""What makes a group: models that are no adapters, the engine, and its half of the work ("": all of it)."""
+_Kind = tuple[frozenset[str], str]
+"""What makes a group: models that are no adapters, and the engine."""
 
 _GROUP_CHARS_MAX = 100
 _COMMENT_CHARS_MAX = 300
@@ -33,7 +33,7 @@ _HOW_TO_FIND_SLOTS = (
     "that its own default, 256 or 1024 by version and GPU. Too low leaves it idle, too high has it queue.",
 )
 _SLOTS_UNKNOWN = ("This engine does not tell how many requests it runs at once.",)
-_PD_APART = "It does one half of the work, prefill or decode; brproxy sends it whole requests."
+_HALF = "It does one half of the work, and nobody in its group was found who does the other."
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Entry:
 def entries(findings: Iterable[Finding]) -> list[Entry]:
     """Return a table for each URL where an engine answers, put into groups.
 
-    Who has the same models (adapters aside), engine and role is one group. A group lists the models that all
+    Who has the same models (adapters aside) and engine is one group. A group lists the models that all
     of it serve: with another one a request might go to a worker that does not have it.
     """
     found = [(finding.url, finding.identity) for finding in findings if finding.identity is not None]
@@ -59,7 +59,11 @@ def entries(findings: Iterable[Finding]) -> list[Entry]:
     common = {
         kind: set.intersection(*(set(identity.names) for identity in group)) for kind, group in groups.items()
     }
-    return [_entry(url, identity, names[_kind(identity)], common[_kind(identity)]) for url, identity in found]
+    roles = {kind: {identity.role for identity in group} for kind, group in groups.items()}
+    return [
+        _entry(url, identity, names[_kind(identity)], common[_kind(identity)], roles[_kind(identity)])
+        for url, identity in found
+    ]
 
 
 def file_text(findings: Iterable[Finding]) -> str:
@@ -71,8 +75,7 @@ def file_text(findings: Iterable[Finding]) -> str:
 
 
 def _kind(identity: Identity) -> _Kind:
-    role = identity.role if identity.role != "both" else None
-    return identity.bases, identity.engine, role or ""
+    return identity.bases, identity.engine
 
 
 def _group_names(kinds: list[_Kind]) -> dict[_Kind, str]:
@@ -80,15 +83,20 @@ def _group_names(kinds: list[_Kind]) -> dict[_Kind, str]:
     if len(kinds) == 1:
         return {kinds[0]: ""}
     names: dict[_Kind, str] = {}
-    for bases, engine, role in kinds:
+    for bases, engine in kinds:
         name = min(bases, default=engine)[:_GROUP_CHARS_MAX]
-        ends = ("", f"-{role}" if role else "", f"-{engine}", *(f"-{n + 2}" for n in range(len(kinds))))
+        ends = ("", f"-{engine}", *(f"-{n + 2}" for n in range(len(kinds))))
         taken = set(names.values())
-        names[bases, engine, role] = next(name + end for end in ends if name + end not in taken)
+        names[bases, engine] = next(name + end for end in ends if name + end not in taken)
     return names
 
 
-def _entry(url: str, identity: Identity, group: str, common: set[str]) -> Entry:
+def _entry(
+    url: str, identity: Identity, group: str, common: set[str], roles: Collection[str | None]
+) -> Entry:
+    # Half of the work is no use without who does the other; one that does all of it can decode.
+    is_split = "prefill" in roles and len(roles) > 1
+    role = identity.role if is_split and identity.role != "both" else None
     models = sorted(common)
     slots, kv_tokens = identity.limits(by_rank=True)
     keys = {
@@ -97,6 +105,8 @@ def _entry(url: str, identity: Identity, group: str, common: set[str]) -> Entry:
         "group": group or None,
         "model": models[0] if len(models) == 1 else models or None,
         "engine": identity.engine,
+        "role": role,
+        "bootstrap_port": identity.bootstrap_port if role == "prefill" else None,
         "slots": slots,
         "kv_capacity_tokens": kv_tokens,
     }
@@ -126,8 +136,8 @@ def _table(entry: Entry) -> str:
     ]
     if entry.others:
         about.append(f"Served here, but not by the whole group, and left out: {', '.join(entry.others)}")
-    if identity.role in {"prefill", "decode"}:
-        about.append(_PD_APART)
+    if identity.role in {"prefill", "decode"} and "role" not in entry.keys:
+        about.append(_HALF)
     lines = [
         *_comments(about),
         "[[worker]]",

@@ -37,6 +37,8 @@ _CACHE_CONFIG = "vllm:cache_config_info"
 _WORDS = {"vllm": "vLLM", "sglang": "SGLang", "openai": "an OpenAI-compatible server"}
 _ROLES = {"null": "both", "prefill": "prefill", "decode": "decode"}
 
+_PORT_MAX = 65535
+
 Pages = Mapping[str, bytes | None]
 """The body of each page that was asked for, by its path; None where there is no such page."""
 
@@ -55,7 +57,7 @@ class Identity:
 
     ``slots`` and ``kv_capacity_tokens`` are each DP rank's, of the smallest where they differ. ``ranks`` is
     how many are behind the URL, numbered from ``first_rank`` in the deployment. ``role``: "prefill", "decode"
-    or "both".
+    or "both". ``bootstrap_port``: where one that prefills meets those that decode.
     """
 
     engine: str
@@ -66,6 +68,7 @@ class Identity:
     ranks: int | None = None
     role: str | None = None
     first_rank: int = 0
+    bootstrap_port: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,6 +163,7 @@ def _sglang(models: tuple[Model, ...] | None, info: dict[str, Any], loads: list[
         name = _name(info.get("served_model_name"))
         models = (Model(name),) if name else ()
     role = info.get("disaggregation_mode")
+    port = _count(info, "disaggregation_bootstrap_port")
     return Identity(
         "sglang",
         _version(info),
@@ -168,6 +172,7 @@ def _sglang(models: tuple[Model, ...] | None, info: dict[str, Any], loads: list[
         kv_tokens,
         min(ranks, RANKS_MAX) or None,
         _ROLES.get(role) if isinstance(role, str) else None,
+        bootstrap_port=port if 0 < port <= _PORT_MAX else None,
     )
 
 

@@ -1,6 +1,7 @@
 """The file that is written from what engines say: valid whatever they say, and what they say is in it."""
 
 import tomllib
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,11 +60,11 @@ def test_the_file_is_valid_and_says_what_was_found(findings):
         assert worker.kv_capacity_tokens == kv_tokens
         assert worker.models <= set(identity.names)
         assert worker.models >= identity.bases
-    kinds = {
-        (f.identity.bases, f.identity.engine, {"both": None}.get(f.identity.role, f.identity.role))
-        for f in known
-    }
-    assert len(config.groups) == len(kinds)
+    kinds = {}
+    for f in known:
+        kinds.setdefault((f.identity.bases, f.identity.engine), set()).add(f.identity.role)
+    split = sum("prefill" in roles and len(roles) > 1 for roles in kinds.values())
+    assert len(config.groups) == len(kinds) + split
 
 
 def tables(*identities):
@@ -81,14 +82,13 @@ def test_groups_are_named_by_model_and_where_that_is_not_enough_by_more():
     identities = [
         Identity("vllm", models=(Model("m"),)),
         Identity("sglang", models=(Model("m"),)),
-        Identity("sglang", models=(Model("m"),), role="prefill"),
-        Identity("sglang", models=(Model("m"), Model("n")), role="decode"),
+        Identity("sglang", models=(Model("m"), Model("n"))),
         Identity("vllm", models=(Model("m"), Model("n"))),
         Identity("openai"),
         Identity("vllm", models=(Model("m"),)),
     ]
     names = [keys["group"] for keys in tables(*identities)]
-    assert names == ["m", "m-sglang", "m-prefill", "m-decode", "m-vllm", "openai", "m"]
+    assert names == ["m", "m-sglang", "m-2", "m-vllm", "openai", "m"]
 
 
 def test_an_adapter_that_only_some_have_is_left_out_of_the_group():
@@ -129,3 +129,17 @@ def test_ranks_become_workers_of_their_own():
 def test_a_half_of_prefill_and_decode_is_marked():
     text = file_text([Finding("http://h:1", Identity("sglang", "0.5", role="prefill"))])
     assert "# SGLang 0.5, role: prefill\n# It does one half of the work" in text
+
+
+def test_halves_that_belong_together_are_one_group():
+    prefill = Identity("sglang", models=(Model("m"),), role="prefill", bootstrap_port=9000)
+    keys = tables(prefill, replace(prefill, role="decode"), replace(prefill, role="decode", ranks=2))
+    assert [one.get("role") for one in keys] == ["prefill", "decode", "decode"]
+    assert [one.get("bootstrap_port") for one in keys] == [9000, None, None]
+    config = parse_config({"worker": keys}, "x")
+    assert config.group_sizes == {"default/prefill": 1, "default": 3}
+    # Who does all of it decodes as well.
+    assert [one.get("role") for one in tables(prefill, Identity("sglang", models=(Model("m"),)))] == [
+        "prefill",
+        None,
+    ]
