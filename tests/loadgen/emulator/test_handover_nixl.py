@@ -102,6 +102,8 @@ async def test_a_client_that_leaves_in_the_transfer_frees_kv(start_legs, until):
     asked = asyncio.create_task(legs.ask(legs.decode.urls[0], kv_transfer_params=handles))
     decode = legs.decode.deployment.cluster
     await until(lambda: decode.loading)
+    # A transfer may take longer than what is left of the lease.
+    await until(lambda: legs.prefill.holdings.next_expiry_s > 110_000)
     asked.cancel()
     await until(lambda: legs.prefill.deployment.cluster.kv_used_tokens.sum() == 0)
     await until(lambda: not decode.loading and decode.kv_used_tokens.sum() == 0)
@@ -133,19 +135,35 @@ async def test_a_decode_that_waits_keeps_its_lease_and_frees_it_when_its_client_
 
 
 @pytest.mark.parametrize(
-    ("change", "headers", "status"),
-    [({"model": "other"}, {}, 404), ({"max_tokens": 0}, {}, 400), ({}, {RANK_HEADER: "9"}, 400)],
+    ("change", "headers", "status", "freed"),
+    [
+        ({"model": "other"}, {}, 404, True),
+        ({}, {RANK_HEADER: "9"}, 400, True),
+        ({"max_tokens": 200}, {}, 400, True),
+        # Nobody saw handles in a body that cannot be read.
+        ({"max_tokens": -1}, {}, 400, False),
+    ],
 )
-async def test_a_decode_that_is_refused(change, headers, status, start_legs, until):
-    legs = await start_legs("nixl")
+async def test_a_decode_that_is_refused(change, headers, status, freed, start_legs, until):
+    legs = await start_legs("nixl", kv_capacity_tokens=100)
     handles = await prefilled(legs)
     answered, _ = await legs.error(legs.decode.urls[0], headers=headers, kv_transfer_params=handles, **change)
     assert answered == status
-    if status == 400 and change:
-        # vLLM never saw handles in a body that it cannot read.
-        assert await legs.held() == (1, 20)
-    else:
+    if freed:
         await until(lambda: legs.prefill.deployment.cluster.kv_used_tokens.sum() == 0)
+    else:
+        assert await legs.held() == (1, 20)
+
+
+async def test_a_request_that_waits_gets_the_room_of_one_whose_client_left(start_legs, until):
+    legs = await start_legs("nixl", slots=1, transfer_ms_per_ktoken=1e9)
+    handles, url, cluster = await prefilled(legs), legs.decode.urls[0], legs.decode.deployment.cluster
+    first = asyncio.create_task(legs.ask(url, kv_transfer_params=handles))
+    await until(lambda: cluster.loading)
+    second = asyncio.create_task(legs.ask(url, max_tokens=2))
+    await until(lambda: cluster.queued[0] == 2)
+    first.cancel()
+    assert (await second)[0] == 200
 
 
 async def test_a_prefill_whose_client_leaves_holds_nothing(start_legs, until):

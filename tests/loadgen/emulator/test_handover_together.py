@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from loadgen.emulator.handover_wire import FREE_PATH
 from loadgen.emulator.wire import RANK_HEADER
 
 
@@ -83,6 +84,19 @@ async def test_a_mooncake_decode_that_left_before_the_prefill_is_done(start_legs
     assert (await legs.ask(legs.prefill.urls[0], **prefill))[0] == 200
     await until(lambda: legs.prefill.deployment.cluster.kv_used_tokens.sum() == 0)
     assert (await legs.handover())["freed_requests"] == 1
+
+
+async def test_what_is_freed_before_its_prefill_is_done_is_not_held(start_legs):
+    legs = await start_legs("mooncake")
+    prefill, decode = await mooncake_params(legs, "xfer-1")
+    named = {"engine": decode["kv_transfer_params"]["remote_engine_id"], "request_id": "xfer-1"}
+    async with legs.client.post(legs.prefill.urls[0] + FREE_PATH, json=named) as response:
+        assert response.status == 200
+    assert (await legs.ask(legs.prefill.urls[0], **prefill))[0] == 200
+    handover = await legs.handover()
+    assert (handover["held_requests"], handover["freed_requests"]) == (0, 1)
+    async with legs.client.post(legs.prefill.urls[0] + FREE_PATH, data=b"{") as response:
+        assert response.status == 400
 
 
 @pytest.mark.parametrize("transfer_id", [None, 5, "x" * 2000])
