@@ -103,11 +103,6 @@ class Account:
         if usage is not None and usage.completion_tokens is not None:
             self._lease.tokens(usage.completion_tokens)
 
-    @property
-    def prompt_tokens(self) -> int | None:
-        """The prompt as the worker reports it, None before it does."""
-        return None if self._usage is None else self._usage.prompt_tokens
-
     def refused(self) -> None:
         """Note that the worker turned the request down, and that this is what the client gets."""
         self._lease.fail()

@@ -144,12 +144,19 @@ class Handles:
     def receive(self, payload: bytes) -> None:
         """See Kind.receive."""
         self._answer.progressed = True
-        self._bytes += len(payload)
-        if self._bytes > self._answer.limits.response_parse_bytes_max:
-            self._answer.too_long()
-            return
         self._pieces.append(payload)
+        self._bytes += len(payload)
+        if self._is_too_long():
+            self._answer.too_long()
 
     def end(self, piece: bytes, trailers: bytes) -> None:
         """See Kind.end."""
-        self._answer.handed(b"".join(self._pieces) + piece)
+        self._pieces.append(piece)
+        self._bytes += len(piece)
+        if self._is_too_long():
+            self._answer.too_long()
+        else:
+            self._answer.handed(b"".join(self._pieces))
+
+    def _is_too_long(self) -> bool:
+        return self._bytes > self._answer.limits.response_parse_bytes_max

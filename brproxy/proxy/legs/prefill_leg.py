@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from brproxy.engines.transfer import Handoff
 from brproxy.journey import Action
-from brproxy.proxy.accounting import Account
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -26,10 +25,9 @@ class PrefillLeg(Attempts):
     the answer of one that had not answered when the client left, where that is to be waited for.
     """
 
-    __slots__ = ("_body", "_booked", "_handover", "handoff", "orphan", "reply")
+    __slots__ = ("_body", "_handover", "handoff", "orphan", "reply")
 
     ASKS_USAGE = False
-    _booked: Account
 
     def __init__(
         self, service: Service, handover: Handover, lease: Lease, incoming: Incoming, sink: ClientSink
@@ -44,9 +42,10 @@ class PrefillLeg(Attempts):
     def handed(self, body: bytes) -> None:
         """See PrefillAttempt.handed."""
         self.reply = body
-        self._booked.reply(body)
-        if self._booked.prompt_tokens is not None:
-            self._lease.correct_prompt(self._booked.prompt_tokens)
+        # Its one token is the client's of the other leg, and no KV of it is kept.
+        usage = self._group.dialect.read_reply(body)
+        if usage is not None and usage.prompt_tokens is not None:
+            self._lease.correct_prompt(usage.prompt_tokens)
         self._lease.first_token()
 
     def adopts(self, answer: PrefillAnswer) -> bool:
@@ -57,11 +56,10 @@ class PrefillLeg(Attempts):
         return True
 
     def _answer_of(self, member: Member) -> WorkerAnswer:
-        self._booked = self._account()
         return PrefillAnswer(
             self,
             self._sink,
-            self._booked,
+            self._account(),
             self._service.relay_limits,
             path=self._incoming.path,
             member=member,
