@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PrivateAttr
 
 from brproxy.engines.dialect import DIALECTS
+from brproxy.engines.identity import Identity
 from brproxy.engines.transfer import TRANSFERS
 from brproxy.origins import read_worker_url
 from brproxy.ranks import RANK_MAX, RankGuess, rank_line, read_ranks
@@ -76,6 +77,18 @@ class Seat(NamedTuple):
     key: str
     rank: int | None
     lines: bytes
+
+
+class Heard(NamedTuple):
+    """What asking a worker's engine gave by now.
+
+    ``said`` is its last answer, None before the first; ``found`` are the keys whose values are the engine's.
+    ``is_silent``: it was asked last and did not answer.
+    """
+
+    said: Identity | None = None
+    found: frozenset[str] = frozenset()
+    is_silent: bool = False
 
 
 class Worker(Section):
@@ -170,6 +183,20 @@ class Worker(Section):
         default="",
         description="Its private key (PEM), unencrypted; empty: the certificate's file has it too.",
     )
+
+    _heard: Heard = PrivateAttr(default=Heard())
+
+    @property
+    def heard(self) -> Heard:
+        """What asking its engine gave, beside what the file says."""
+        return self._heard
+
+    def holding(self, heard: Heard, **values: int | None) -> Worker:
+        """Return the worker with ``values`` of its keys, which the file leaves out, and what was ``heard``."""
+        # Not model_copy, which would count the values as the file's.
+        worker = Worker.model_construct(self.model_fields_set, **(dict(self) | values))
+        worker._heard = heard  # noqa: SLF001 - its own
+        return worker
 
     @property
     def label(self) -> str:

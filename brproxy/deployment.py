@@ -11,7 +11,7 @@ names it; one that it has removed comes back with a file that still names it. Th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -139,14 +139,24 @@ class Deployment:
 
         Raises ConfigError, a line for each reason, and has changed nothing then. No stream is cut.
         """
-        changes = plan(self.config, new, self.by_admin)
-        if changes.refused:
-            raise ConfigError("\n".join(f"{source}: {reason}" for reason in changes.refused))
-        for step in changes.steps:
-            self._make(step)
-        self._is_now(changes.workers)
+        changes = self._follow(plan(self._as_it_runs(), new, self.by_admin), source)
         self.by_admin = frozenset(changes.kept)
         return changes
+
+    def change(self, workers: Sequence[Worker], source: str) -> Plan:
+        """Have ``workers`` be those that run, as ``source`` says and not the file; as ``reload``, else.
+
+        Who was added by the admin API is still that.
+        """
+        wanted = self.config.model_copy(update={"worker": list(workers)})
+        changes = self._follow(plan(self._as_it_runs(), wanted), source)
+        self.by_admin &= {worker.label for worker in changes.workers}
+        return changes
+
+    def running(self) -> list[Worker]:
+        """Return the workers with what they hold now, also what their engines have said since they came."""
+        there = {(group.name, m.key): m for group in self._groups.values() for m in group.roster.members}
+        return [_as_held(worker, there) for worker in self.config.worker]
 
     def add(self, worker: Worker) -> list[Member]:
         """Add a worker to a group that is there; raises ConfigError, a line for each reason."""
@@ -209,6 +219,18 @@ class Deployment:
         msg = f"there is no worker {name}"
         raise UnknownWorkerError(msg)
 
+    def _as_it_runs(self) -> Config:
+        return self.config.model_copy(update={"worker": self.running()})
+
+    def _follow(self, changes: Plan, source: str) -> Plan:
+        """Go the way of ``changes``; raises ConfigError where it cannot be gone."""
+        if changes.refused:
+            raise ConfigError("\n".join(f"{source}: {reason}" for reason in changes.refused))
+        for step in changes.steps:
+            self._make(step)
+        self._is_now(changes.workers)
+        return changes
+
     def _make(self, step: Step) -> None:
         worker, key, group = step.worker, step.seat.key, self._groups[step.worker.barrier_group]
         if step.kind in {Kind.ADDED, Kind.REPLACED}:
@@ -229,6 +251,20 @@ class Deployment:
     def _is_now(self, workers: Sequence[Worker]) -> None:
         # What is read at start only stays as it was: that it differs is said with each plan.
         self.config = self.config.model_copy(update={"worker": list(workers)})
+
+
+def _as_held(worker: Worker, there: Mapping[tuple[str, str], Member]) -> Worker:
+    """Return ``worker`` with the KV capacity that its engine has told since, of its smallest rank."""
+    found = [
+        member.limits.kv_capacity_tokens
+        for seat in worker.seats
+        if (member := there.get((worker.group, seat.key))) is not None and member.limits.capacity_is_found
+    ]
+    known = [kv_tokens for kv_tokens in found if kv_tokens is not None]
+    if not known or "kv_capacity_tokens" in worker.model_fields_set:
+        return worker
+    heard = worker.heard._replace(found=worker.heard.found | {"kv_capacity_tokens"})
+    return worker.holding(heard, kv_capacity_tokens=min(known))
 
 
 def _limits(worker: Worker) -> WorkerLimits:

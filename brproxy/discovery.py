@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 
 from brproxy.build import endpoint_settings, reach_of
 from brproxy.config import Config
 from brproxy.config_workers import Worker
 from brproxy.engines.identity import MODELS, VERSION, identify, questions
-from brproxy.findings import Finding, completed, contradictions, told
+from brproxy.findings import Finding, changes, completed, contradictions, told
 from brproxy.origins import read_worker_url
 from brproxy.proxy.asking import Question, ask
 from brproxy.relay.endpoint import Endpoint, EndpointSettings
@@ -26,8 +27,11 @@ _UNCODED = b"Accept-Encoding: identity\r\n"
 _NEEDS_A_KEY = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
-async def find_out(config: Config) -> dict[str, Finding]:
-    """Return what asking gave, for the URL of each worker; takes ``discovery.timeout_s`` at most."""
+async def find_out(config: Config, workers: Sequence[Worker] | None = None) -> dict[str, Finding]:
+    """Return what asking gave, for the URL of each of ``workers`` (None: all that ``config`` has).
+
+    Takes ``discovery.timeout_s`` at most.
+    """
     deadline_s = asyncio.get_running_loop().time() + config.discovery.timeout_s
     settings = endpoint_settings(config)
     together = asyncio.Semaphore(ASKED_AT_ONCE_MAX)
@@ -47,26 +51,44 @@ async def find_out(config: Config) -> dict[str, Finding]:
             interview.close()
         return interview.finding()
 
-    findings = await asyncio.gather(*(one(worker) for worker in config.worker))
+    asked = config.worker if workers is None else workers
+    findings = await asyncio.gather(*(one(worker) for worker in asked))
     return {finding.url: finding for finding in findings}
 
 
-async def fill_in(config: Config) -> Config:
+async def fill_in(config: Config, running: Callable[[], Sequence[Worker]] = list) -> Config:
     """Return ``config`` with what it leaves out as the engines say it; logs a line for each worker.
 
-    What the file and the engine contradict each other in is a warning; the file holds.
+    What the file and the engine contradict each other in is a warning; the file holds. Who does not answer
+    keeps what is known of it: ``running`` gives the workers that run when the others have answered.
     """
     findings = await find_out(config)
-    for worker in config.worker:
-        name = f"worker {worker.label} [{worker.group}]"
-        finding = findings[worker.url]
-        if finding.identity is None:
-            log.warning("%s could not be asked who it is: %s", name, finding.failure)
-            continue
-        log.info("%s: %s", name, told(worker, finding.identity))
-        for line in contradictions(worker, finding.identity):
-            log.warning("%s: %s", name, line)
-    return completed(config, findings)
+    filled = completed(config, findings, running())
+    for worker in filled.worker:
+        tell(worker, findings[worker.url])
+    tell_changes(running(), findings)
+    return filled
+
+
+def tell(worker: Worker, finding: Finding) -> None:
+    """Log who ``worker`` is, as it was filled in, and what its engine contradicts the file in."""
+    name = f"worker {worker.label} [{worker.group}]"
+    if finding.identity is None:
+        stays = "; what it held last stands in" if worker.heard.said is not None else ""
+        log.warning("%s could not be asked who it is: %s%s", name, finding.failure, stays)
+        return
+    log.info("%s: %s", name, told(worker, finding.identity))
+    for line in contradictions(worker, finding.identity):
+        log.warning("%s: %s", name, line)
+
+
+def tell_changes(before: Sequence[Worker], findings: Mapping[str, Finding]) -> None:
+    """Log what the engines of workers say otherwise than when they were last asked."""
+    for worker in before:
+        finding = findings.get(worker.url)
+        if finding is not None and finding.identity is not None and worker.heard.said is not None:
+            for line in changes(worker.heard.said, finding.identity):
+                log.warning("worker %s [%s]: %s", worker.label, worker.group, line)
 
 
 class _Interview:

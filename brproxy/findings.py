@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from brproxy.config import Config
-from brproxy.config_workers import Worker
+from brproxy.config_workers import Heard, Worker
 from brproxy.engines.identity import Identity
 
 
@@ -24,29 +24,55 @@ def by_rank(worker: Worker) -> bool:
     return bool(worker.ranks)
 
 
-def completed(config: Config, findings: Mapping[str, Finding]) -> Config:
+_FILLED_IN = ("slots", "kv_capacity_tokens")
+"""Keys of a worker that its engine fills in, in the order of ``Identity.limits``."""
+
+NOT_ASKED: Mapping[str, Finding] = {}
+"""Where nobody was asked."""
+
+
+def completed(config: Config, findings: Mapping[str, Finding], running: Iterable[Worker] = ()) -> Config:
     """Return ``config`` with what it leaves out filled in from ``findings``, by URL.
 
-    What the file itself gave is still told by each worker's ``model_fields_set``.
+    Of a worker that is among those ``running``, by name and URL, what is known stays known where its engine
+    does not say it now. What the file itself gave is still told by each worker's ``model_fields_set``.
     """
-    workers = [_completed(worker, findings[worker.url].identity) for worker in config.worker]
+    before = {_place(worker): worker for worker in running}
+    workers = [
+        _completed(worker, findings.get(worker.url), before.get(_place(worker))) for worker in config.worker
+    ]
     return config.model_copy(update={"worker": workers})
 
 
-def _completed(worker: Worker, identity: Identity | None) -> Worker:
-    if identity is None:
-        return worker
-    slots, kv_tokens = identity.limits(by_rank=by_rank(worker))
-    found = {"slots": slots, "kv_capacity_tokens": kv_tokens}
-    filled = {
-        key: value for key, value in found.items() if value is not None and key not in worker.model_fields_set
-    }
-    # Not model_copy, which would count them as the file's.
-    return Worker.model_construct(worker.model_fields_set, **(dict(worker) | filled))
+def _place(worker: Worker) -> tuple[str, str, str, bool]:
+    """Return what makes a worker the same one; numbers of a rank are not those of a whole server."""
+    return worker.group, worker.label, worker.url, by_rank(worker)
+
+
+def _completed(worker: Worker, finding: Finding | None, before: Worker | None) -> Worker:
+    now = None if finding is None else finding.identity
+    is_silent = finding is not None and now is None
+    last = None if before is None else before.heard.said
+    if now is not None and last is not None and now.engine != last.engine:
+        # Another engine at the same place: nothing is known of it but what it says.
+        before = None
+    said = (None, None) if now is None else now.limits(by_rank=by_rank(worker))
+    values: dict[str, int | None] = {}
+    found = set()
+    for key, value in zip(_FILLED_IN, said, strict=True):
+        if key in worker.model_fields_set:
+            continue
+        if value is not None:
+            values[key] = value
+            found.add(key)
+        elif before is not None and (is_silent or key in before.heard.found):
+            values[key] = getattr(before, key)
+            found |= {key} & before.heard.found
+    return worker.holding(Heard(now or last, frozenset(found), is_silent), **values)
 
 
 def told(worker: Worker, identity: Identity) -> str:
-    """Return in one line who a worker is and what it holds; ``worker`` is as the file has it."""
+    """Return in one line who ``worker`` is and what it holds, filled in or as the file has it."""
     slots, kv_tokens = identity.limits(by_rank=by_rank(worker))
     parts = [identity.engine_words]
     if "slots" in worker.model_fields_set:
@@ -54,11 +80,14 @@ def told(worker: Worker, identity: Identity) -> str:
     elif slots is not None:
         parts.append(f"slots: {slots:,} (it says)")
     else:
-        parts.append(f"slots: {worker.slots:,} (the default; it does not say)")
+        whence = "as it said before" if "slots" in worker.heard.found else "the default; it does not say"
+        parts.append(f"slots: {worker.slots:,} ({whence})")
     if "kv_capacity_tokens" in worker.model_fields_set:
         parts.append(f"KV capacity: {worker.kv_capacity_tokens:,} tokens")
     elif kv_tokens is not None:
         parts.append(f"KV capacity: {kv_tokens:,} tokens (it says)")
+    elif worker.kv_capacity_tokens is not None:
+        parts.append(f"KV capacity: {worker.kv_capacity_tokens:,} tokens (as it said before)")
     else:
         parts.append("KV capacity: unknown")
     parts += rank_words(identity)
@@ -93,3 +122,23 @@ def contradictions(worker: Worker, identity: Identity) -> Iterator[str]:
     known = len(worker.seats)
     if identity.ranks is not None and identity.ranks != known:
         yield f"{identity.ranks} DP ranks are behind this URL, and the file has {known}"
+
+
+def changes(before: Identity, now: Identity) -> Iterator[str]:
+    """Yield, a line each, what an engine says otherwise than ``before``, with both."""
+    if now.engine != before.engine:
+        yield f"it is {now.engine_words} now, and was {before.engine_words}"
+    # Adapters come and go while an engine runs.
+    if before.bases and now.bases and now.bases != before.bases:
+        yield f"it serves {_listed(now.bases)} now, and served {_listed(before.bases)}"
+    for word, old, new in (
+        ("slots", before.slots, now.slots),
+        ("KV tokens", before.kv_capacity_tokens, now.kv_capacity_tokens),
+        ("DP ranks", before.ranks, now.ranks),
+    ):
+        if old is not None and new is not None and old != new:
+            yield f"it has {new:,} {word} now, and had {old:,}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

@@ -9,6 +9,7 @@ from pathlib import Path
 from brproxy.config import load_config
 from brproxy.deployment import Deployment, Plan
 from brproxy.discovery import fill_in
+from brproxy.findings import NOT_ASKED, completed
 from brproxy.validation import ConfigError
 
 log = logging.getLogger(__name__)
@@ -59,5 +60,7 @@ class Reloading:
         config = await asyncio.to_thread(load_config, self._path)
         if config.discovery.enabled:
             # As at start: else what the file leaves out would go back to its defaults.
-            config = await fill_in(config)
+            config = await fill_in(config, self._deployment.running)
+        else:
+            config = completed(config, NOT_ASKED, self._deployment.running())
         return self._deployment.reload(config, str(self._path))

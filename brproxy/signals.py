@@ -167,10 +167,12 @@ class GroupSignals:
             self._workers[member] = WorkerSignals(offset, _filed(member))
         elif change is Change.GONE:
             self._workers.pop(member, None)
-        elif change is Change.LIMITS and member in self._workers and not member.limits.capacity_is_found:
-            # Somebody has configured it, or left it out again.
-            signals = self._workers[member]
-            signals.filed_tokens, signals.found_tokens = _filed(member), None
+        elif change is Change.LIMITS and member in self._workers:
+            # Somebody has configured it, left it out again, or has asked the engine, which may tell of its
+            # smallest rank. What is found as it is told need not be found again.
+            signals, limits = self._workers[member], member.limits
+            signals.filed_tokens = _filed(member)
+            signals.found_tokens = limits.kv_capacity_tokens if limits.capacity_is_found else None
 
 
 def _filed(member: Member) -> int | None:

@@ -64,7 +64,7 @@ ALLOWED = {
     "starting": {"types", "config", "config_workers", "discovery", "findings", "first_file"},
     "open_files": set(),
     "deployment": {"types", "config", "config_workers", "dispatcher", "fleet", "roster", "validation"},
-    "reloading": {"config", "deployment", "discovery", "validation"},
+    "reloading": {"config", "deployment", "discovery", "findings", "validation"},
     "admin": {"config_sections", "config_workers", "deployment", "reloading", "listening", "validation"}
     | {"types", "fleet", "roster", "proxy", "relay"},
     "workers_command": {"types", "admin", "config", "config_sections", "origins"},

@@ -1,10 +1,14 @@
 """What the file says beside what engines say: gaps are filled, contradictions told, the file holds."""
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from brproxy.config import parse_config
 from brproxy.engines.identity import Identity, Model
-from brproxy.findings import Finding, completed, contradictions, told
+from brproxy.findings import NOT_ASKED, Finding, changes, completed, contradictions, told
 
 URL = "http://h:1"
 SGLANG = Identity("sglang", "0.5.23", (Model("m"),), 256, 440_000, 1)
@@ -100,3 +104,74 @@ def test_contradictions(keys, identity, lines):
 )
 def test_a_line_for_each(keys, identity, line):
     assert told(config(**keys).worker[0], identity) == line
+
+
+COUNTS = st.none() | st.integers(1, 3)
+FILES = st.fixed_dictionaries(
+    {}, optional={"slots": st.integers(7, 9), "kv_capacity_tokens": st.integers(7, 9)}
+)
+ANSWERS = st.builds(
+    Identity, st.sampled_from(["vllm", "sglang"]), slots=COUNTS, kv_capacity_tokens=COUNTS
+) | st.sampled_from([None, "not asked"])
+KEYS = {"slots": 64, "kv_capacity_tokens": None}
+"""Keys that are filled in, and their defaults."""
+
+
+@given(st.lists(st.tuples(FILES, ANSWERS), min_size=1, max_size=6))
+def test_what_an_engine_has_said_is_known_whatever_it_answers_later(reloads):
+    running, last, engine = [], {}, None
+    for file, answer in reloads:
+        asked = config(**file)
+        identity = answer if isinstance(answer, Identity) else None
+        findings = NOT_ASKED if answer == "not asked" else {URL: Finding(URL, identity, "silence")}
+        running = completed(asked, findings, running).worker
+        if identity is not None:
+            if engine not in {None, identity.engine}:
+                last = {}
+            engine = identity.engine
+        for key, default in KEYS.items():
+            said = getattr(identity, key, None)
+            if key in file:
+                last[key] = file[key], "file"
+            elif said is not None:
+                last[key] = said, "engine"
+            elif answer is not None and last.get(key, (None, "engine"))[1] == "file":
+                # What the file had and has no more is better than the default only while nobody answers.
+                del last[key]
+            assert getattr(running[0], key) == last.get(key, (default, ""))[0]
+
+
+def test_another_worker_by_name_or_place_is_known_nothing_of():
+    (known,) = completed(config(name="a"), {URL: Finding(URL, SGLANG)}).worker
+    for keys in ({"name": "b"}, {"name": "a", "group": "g"}, {"name": "a", "ranks": "0"}):
+        (worker,) = completed(config(**keys), {URL: Finding(URL, None, "silence")}, [known]).worker
+        assert (worker.slots, worker.kv_capacity_tokens) == (64, None)
+
+
+def test_what_is_known_from_before_is_told_as_that():
+    (known,) = completed(config(), {URL: Finding(URL, SGLANG)}).worker
+    silent = Identity("sglang", "0.5.23", SGLANG.models)
+    (worker,) = completed(config(), {URL: Finding(URL, silent)}, [known]).worker
+    assert told(worker, silent) == (
+        "SGLang 0.5.23; slots: 256 (as it said before); KV capacity: 440,000 tokens (as it said before); "
+        "models: m"
+    )
+
+
+@pytest.mark.parametrize(
+    ("now", "lines"),
+    [
+        (VLLM, []),
+        (replace(VLLM, version="0.34.0", models=(Model("m"), Model("b", "m"))), []),
+        (replace(VLLM, models=(Model("z"), Model("y"))), ["it serves y, z now, and served m"]),
+        (replace(VLLM, models=()), []),
+        (replace(VLLM, kv_capacity_tokens=5), ["it has 5 KV tokens now, and had 921,600"]),
+        (replace(VLLM, ranks=2, kv_capacity_tokens=None), ["it has 2 DP ranks now, and had 1"]),
+        (
+            SGLANG,
+            ["it is SGLang 0.5.23 now, and was vLLM 0.33.0", "it has 440,000 KV tokens now, and had 921,600"],
+        ),
+    ],
+)
+def test_what_has_changed_is_told_with_both(now, lines):
+    assert list(changes(VLLM, now)) == lines
