@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -31,6 +32,7 @@ from brproxy.proxy.polling import Poller, PollSettings
 from brproxy.proxy.service import Service
 from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.reloading import Reloading
+from brproxy.returning import Returning
 from brproxy.signals import GroupSignals
 from brproxy.state_file import save_state
 from brproxy.telemetry.engine_metrics import EngineMetrics
@@ -53,6 +55,7 @@ class RunningProxy:
     handlers: Handlers
     deployment: Deployment
     reloading: Reloading
+    returning: Returning
     port: int
     admin_port: int | None
 
@@ -82,7 +85,8 @@ async def running_proxy(
     reloading = Reloading(deployment, path)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
-    poller = _poller(config, service)
+    returning = Returning(service.fleet.groups, deployment)
+    poller = _poller(config, service, returning)
     server = RelayServer(
         service.cors.around(handlers.handle),
         config.limits.body_bytes_max,
@@ -105,12 +109,14 @@ async def running_proxy(
     keeping = asyncio.create_task(_keep_state(config, service))
     try:
         await runner.setup()
+        if config.discovery.enabled:
+            returning.start()
         if config.health.enabled:
             await prober.start()
         async with running_admin(config.admin, service, deployment, reloading) as admin_port:
             port = await listening(runner, config.listen)
             poller.start()
-            yield RunningProxy(service, handlers, deployment, reloading, port, admin_port)
+            yield RunningProxy(service, handlers, deployment, reloading, returning, port, admin_port)
         handlers.pages.draining = True
     finally:
         try:
@@ -121,6 +127,7 @@ async def running_proxy(
                     await group.handover.close()
             await prober.stop()
             await poller.stop()
+            await returning.stop()
         finally:
             # Also by a second signal, which ends the waiting above.
             keeping.cancel()
@@ -136,12 +143,15 @@ def _close(service: Service) -> None:
     service.watch.close()
 
 
-def _poller(config: Config, service: Service) -> Poller:
-    """Return what asks engines for their load, of no group where that is off; metrics show what they say."""
+def _poller(config: Config, service: Service, returning: Returning) -> Poller:
+    """Return what asks engines for their load, of no group where that is off; metrics show what they say.
+
+    ``returning`` is told who has started anew.
+    """
     telemetry, clock = config.telemetry, service.clock
     settings = OffsetSettings(telemetry.lag_s, telemetry.stale_s, telemetry.half_life_s)
     groups = [
-        (each, GroupSignals(name, each.group.dispatcher.ledger, settings))
+        (each, GroupSignals(name, each.group.dispatcher.ledger, settings, partial(returning.restarted, name)))
         for name, each in service.groups.items()
         if telemetry.enabled
     ]

@@ -192,7 +192,7 @@ class Worker(Section):
         return self._heard
 
     def holding(self, heard: Heard, **values: int | None) -> Worker:
-        """Return the worker with ``values`` of its keys, which the file leaves out, and what was ``heard``."""
+        """Return the worker with ``values`` of keys that the file leaves out, and what was ``heard``."""
         # Not model_copy, which would count the values as the file's.
         worker = Worker.model_construct(self.model_fields_set, **(dict(self) | values))
         worker._heard = heard  # noqa: SLF001 - its own

@@ -27,13 +27,15 @@ _UNCODED = b"Accept-Encoding: identity\r\n"
 _NEEDS_A_KEY = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
-async def find_out(config: Config, workers: Sequence[Worker] | None = None) -> dict[str, Finding]:
+async def find_out(
+    config: Config, workers: Sequence[Worker] | None = None, settings: EndpointSettings | None = None
+) -> dict[str, Finding]:
     """Return what asking gave, for the URL of each of ``workers`` (None: all that ``config`` has).
 
-    Takes ``discovery.timeout_s`` at most.
+    Takes ``discovery.timeout_s`` at most. Who asks often gives ``settings``, which keep what TLS has read.
     """
     deadline_s = asyncio.get_running_loop().time() + config.discovery.timeout_s
-    settings = endpoint_settings(config)
+    settings = settings or endpoint_settings(config)
     together = asyncio.Semaphore(ASKED_AT_ONCE_MAX)
 
     async def one(worker: Worker) -> Finding:
@@ -63,11 +65,12 @@ async def fill_in(config: Config, running: Callable[[], Sequence[Worker]] = list
     keeps what is known of it: ``running`` gives the workers that run when the others have answered.
     """
     findings = await find_out(config)
-    filled = completed(config, findings, running())
-    for worker in filled.worker:
+    before = running()
+    workers = completed(config.worker, findings, before)
+    for worker in workers:
         tell(worker, findings[worker.url])
-    tell_changes(running(), findings)
-    return filled
+    tell_changes(before, findings)
+    return config.model_copy(update={"worker": workers})
 
 
 def tell(worker: Worker, finding: Finding) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from brproxy.config import Config
 from brproxy.config_workers import Heard, Worker
 from brproxy.engines.identity import Identity
 
@@ -31,17 +30,16 @@ NOT_ASKED: Mapping[str, Finding] = {}
 """Where nobody was asked."""
 
 
-def completed(config: Config, findings: Mapping[str, Finding], running: Iterable[Worker] = ()) -> Config:
-    """Return ``config`` with what it leaves out filled in from ``findings``, by URL.
+def completed(
+    workers: Iterable[Worker], findings: Mapping[str, Finding], running: Iterable[Worker] = ()
+) -> list[Worker]:
+    """Return ``workers`` with what the file leaves out filled in from ``findings``, by URL.
 
-    Of a worker that is among those ``running``, by name and URL, what is known stays known where its engine
-    does not say it now. What the file itself gave is still told by each worker's ``model_fields_set``.
+    Of one that is among those ``running``, by name and URL, what is known stays known where its engine does
+    not say it now. What the file itself gave is still told by each worker's ``model_fields_set``.
     """
     before = {_place(worker): worker for worker in running}
-    workers = [
-        _completed(worker, findings.get(worker.url), before.get(_place(worker))) for worker in config.worker
-    ]
-    return config.model_copy(update={"worker": workers})
+    return [_completed(worker, findings.get(worker.url), before.get(_place(worker))) for worker in workers]
 
 
 def _place(worker: Worker) -> tuple[str, str, str, bool]:
@@ -68,6 +66,8 @@ def _completed(worker: Worker, finding: Finding | None, before: Worker | None) -
         elif before is not None and (is_silent or key in before.heard.found):
             values[key] = getattr(before, key)
             found |= {key} & before.heard.found
+        else:
+            values[key] = Worker.model_fields[key].default
     return worker.holding(Heard(now or last, frozenset(found), is_silent), **values)
 
 

@@ -62,5 +62,6 @@ class Reloading:
             # As at start: else what the file leaves out would go back to its defaults.
             config = await fill_in(config, self._deployment.running)
         else:
-            config = completed(config, NOT_ASKED, self._deployment.running())
+            workers = completed(config.worker, NOT_ASKED, self._deployment.running())
+            config = config.model_copy(update={"worker": workers})
         return self._deployment.reload(config, str(self._path))

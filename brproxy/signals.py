@@ -7,7 +7,7 @@ is missing, renamed, or contradicts the configuration is said once for each work
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from brproxy.engines.load import LoadReading, LoadReport, matched
@@ -53,10 +53,20 @@ class WorkerSignals:
 
 
 class GroupSignals:
-    """The signals of each member of the group that ``ledger`` is of, as they come and go."""
+    """The signals of each member of the group that ``ledger`` is of, as they come and go.
 
-    def __init__(self, name: str, ledger: Ledger, settings: OffsetSettings) -> None:
+    ``restarted`` is told of a member whose engine has started anew.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ledger: Ledger,
+        settings: OffsetSettings,
+        restarted: Callable[[Member], None] = lambda _: None,
+    ) -> None:
         self.name = name
+        self._restarted = restarted
         self._ledger = ledger
         self._roster = ledger.roster
         self._settings = settings
@@ -115,6 +125,7 @@ class GroupSignals:
             signals.restarts.log(logging.INFO, "the engine of worker %s started anew", member.key)
             signals.offset.forget()
             signals.said.clear()
+            self._restarted(member)
         says_nothing = report == LoadReport()
         signals.report = None if says_nothing else report
         signals.missing = reading.missing(report)

@@ -58,13 +58,24 @@ ALLOWED = {
     "relay": {"types", "transitions", "origins", "logs"},
     "proxy": CORE | {"engines", "telemetry", "relay", "journey", "logs", "ranks", "signals", "origins"},
     "listening": {"types", "config_sections"},
-    "findings": {"config", "config_workers", "engines"},
+    "findings": {"config_workers", "engines"},
     "first_file": {"config_workers", "engines", "findings"},
     "discovery": {"build", "config", "config_workers", "engines", "findings", "origins", "proxy", "relay"},
     "starting": {"types", "config", "config_workers", "discovery", "findings", "first_file"},
     "open_files": set(),
     "deployment": {"types", "config", "config_workers", "dispatcher", "fleet", "roster", "validation"},
     "reloading": {"config", "deployment", "discovery", "findings", "validation"},
+    "returning": {
+        "config_workers",
+        "deployment",
+        "discovery",
+        "findings",
+        "fleet",
+        "health",
+        "logs",
+        "roster",
+    }
+    | {"validation"},
     "admin": {"config_sections", "config_workers", "deployment", "reloading", "listening", "validation"}
     | {"types", "fleet", "roster", "proxy", "relay"},
     "workers_command": {"types", "admin", "config", "config_sections", "origins"},
@@ -72,7 +83,7 @@ ALLOWED = {
     | {"deployment"}
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},
     "app": {"build", "clock", "config", "config_sections", "listening", "open_files", "proxy", "relay"}
-    | {"state_file", "discovery", "admin", "config_workers", "deployment", "reloading"}
+    | {"state_file", "discovery", "admin", "config_workers", "deployment", "reloading", "returning"}
     | {"offsets", "signals", "telemetry"},
     "cli": CORE
     | {

@@ -114,6 +114,7 @@ def start_proxy(stack):
             "listen": {"port": 0},
             # Only where a test is about it: it would ask scripted workers what they do not expect.
             "telemetry": {"enabled": False},
+            "discovery": {"enabled": False},
             "health": {"enabled": health, "interval_s": 0.05, "timeout_s": HANG_S} | (health_table or {}),
             "worker": workers or [{"url": url} | (worker or {}) for url in urls],
         }

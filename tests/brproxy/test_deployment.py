@@ -287,6 +287,10 @@ def test_what_connections_are_made_with_is_noted_and_of_a_worker_that_stays_need
     assert [(one.label, one.fields) for one in reached] == [(n, ((b"X-Key", b"k"),)) for n in ("c", "b")]
 
 
+def filled(file, findings, deployment):
+    return file.model_copy(update={"worker": completed(file.worker, findings, deployment.running())})
+
+
 def test_what_engines_have_told_since_is_known_where_they_do_not_answer_later():
     deployment = deployment_of(config_of(worker("a"), worker("b", ranks="0-1", slots=3)))
     group = deployment._groups["default"]
@@ -295,12 +299,12 @@ def test_what_engines_have_told_since_is_known_where_they_do_not_answer_later():
     assert [w.kv_capacity_tokens for w in deployment.running()] == [1000, 500]
     file = config_of(worker("a", slots=9), worker("b", ranks="0-1", slots=3))
     findings = {w.url: Finding(w.url, None, "silence") for w in file.worker}
-    changes = deployment.reload(completed(file, findings, deployment.running()), "x")
+    changes = deployment.reload(filled(file, findings, deployment), "x")
     assert list(map(str, changes.steps)) == ["limits changed a [default] (slots)"]
     assert the(deployment, "a").limits == WorkerLimits(9, 1000, capacity_is_found=True)
     assert the(deployment, "b/0").limits.kv_capacity_tokens == 700
     file = config_of(worker("a", slots=9, kv_capacity_tokens=5), worker("b", ranks="0-1", slots=3))
-    deployment.reload(completed(file, NOT_ASKED, deployment.running()), "x")
+    deployment.reload(filled(file, NOT_ASKED, deployment), "x")
     assert the(deployment, "a").limits == WorkerLimits(9, 5)
 
 

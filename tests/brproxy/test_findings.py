@@ -20,7 +20,7 @@ def config(**keys):
 
 
 def worker_of(config, identity):
-    (worker,) = completed(config, {URL: Finding(URL, identity, "" if identity else "silence")}).worker
+    (worker,) = completed(config.worker, {URL: Finding(URL, identity, "" if identity else "silence")})
     return worker
 
 
@@ -124,7 +124,7 @@ def test_what_an_engine_has_said_is_known_whatever_it_answers_later(reloads):
         asked = config(**file)
         identity = answer if isinstance(answer, Identity) else None
         findings = NOT_ASKED if answer == "not asked" else {URL: Finding(URL, identity, "silence")}
-        running = completed(asked, findings, running).worker
+        running = completed(asked.worker, findings, running)
         if identity is not None:
             if engine not in {None, identity.engine}:
                 last = {}
@@ -142,16 +142,16 @@ def test_what_an_engine_has_said_is_known_whatever_it_answers_later(reloads):
 
 
 def test_another_worker_by_name_or_place_is_known_nothing_of():
-    (known,) = completed(config(name="a"), {URL: Finding(URL, SGLANG)}).worker
+    (known,) = completed(config(name="a").worker, {URL: Finding(URL, SGLANG)})
     for keys in ({"name": "b"}, {"name": "a", "group": "g"}, {"name": "a", "ranks": "0"}):
-        (worker,) = completed(config(**keys), {URL: Finding(URL, None, "silence")}, [known]).worker
+        (worker,) = completed(config(**keys).worker, {URL: Finding(URL, None, "silence")}, [known])
         assert (worker.slots, worker.kv_capacity_tokens) == (64, None)
 
 
 def test_what_is_known_from_before_is_told_as_that():
-    (known,) = completed(config(), {URL: Finding(URL, SGLANG)}).worker
+    (known,) = completed(config().worker, {URL: Finding(URL, SGLANG)})
     silent = Identity("sglang", "0.5.23", SGLANG.models)
-    (worker,) = completed(config(), {URL: Finding(URL, silent)}, [known]).worker
+    (worker,) = completed(config().worker, {URL: Finding(URL, silent)}, [known])
     assert told(worker, silent) == (
         "SGLang 0.5.23; slots: 256 (as it said before); KV capacity: 440,000 tokens (as it said before); "
         "models: m"

@@ -117,6 +117,8 @@ class Draw:
                 "unhealthy_after": rng.choice((1, 2, 3)),
                 "ejected_share_max": rng.choice((1.0, 1.0, 0.5, 0.0)),
             },
+            # Ranks come and go one by one here, which no file can have them do, and nobody says who it is.
+            "discovery": {"enabled": False},
             "estimate": {"ask_usage": rng.random() < 0.8},
             "telemetry": {
                 "enabled": rng.random() < 0.5,

@@ -1,0 +1,113 @@
+"""Workers that come back, or up late, are asked again who they are: a restart may have made them others.
+
+One round of questions at a time, over all that have come back since the last: so however many flap, there is
+one conversation with each of them at most. Requests are routed meanwhile by what was known before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from brproxy.build import endpoint_settings
+from brproxy.config_workers import Worker
+from brproxy.deployment import Deployment
+from brproxy.discovery import find_out, tell, tell_changes
+from brproxy.findings import completed
+from brproxy.fleet import Group
+from brproxy.health import Health
+from brproxy.logs import SparingLog
+from brproxy.roster import Change, Member
+from brproxy.validation import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Returning:
+    """Asks workers of ``groups`` once each time that they come back, and has ``deployment`` follow.
+
+    Not before it was started. Those are: who was out and is healthy again; who comes while the proxy runs, or
+    did not answer when it was asked before, once it is healthy; and whoever has ``restarted``.
+    """
+
+    def __init__(self, groups: Iterable[Group], deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._settings = endpoint_settings(deployment.config)
+        # Who is asked as soon as it is healthy, and who is to be asked in the next round.
+        self._due: set[tuple[str, str]] = set()
+        self._back: set[tuple[str, str]] = set()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._bugs = SparingLog(log)
+        self._due.update(
+            (worker.group, seat.key)
+            for worker in deployment.config.worker
+            if worker.heard.is_silent
+            for seat in worker.seats
+        )
+        for group in groups:
+            group.roster.observe(partial(self._member_changed, group.name))
+
+    def start(self) -> None:
+        """Begin to ask."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End all questions."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def restarted(self, group: str, member: Member) -> None:
+        """Note that the engine of a member has started anew: its checks may not have seen that."""
+        self._ask(group, member.key)
+
+    def _member_changed(self, group: str, member: Member, change: Change) -> None:
+        name = group, member.key
+        if change in {Change.ADDED, Change.UNHEALTHY}:
+            self._due.add(name)
+        elif change is Change.GONE:
+            self._due.discard(name)
+        if name in self._due and member.health.state is Health.HEALTHY:
+            self._ask(*name)
+
+    def _ask(self, group: str, key: str) -> None:
+        self._due.discard((group, key))
+        if self._task is not None:
+            self._back.add((group, key))
+            self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            back, self._back = self._back, set()
+            try:
+                await self._ask_again(
+                    [
+                        worker
+                        for worker in self._deployment.config.worker
+                        if any((worker.group, seat.key) in back for seat in worker.seats)
+                    ]
+                )
+            except ConfigError as error:
+                log.warning("what workers say now cannot be taken up: %s", error)
+            except Exception as error:  # noqa: BLE001 - logged; else nobody would ask who comes back again
+                self._bugs.log(
+                    logging.ERROR, "asking workers that came back who they are failed", exc_info=error
+                )
+
+    async def _ask_again(self, workers: Sequence[Worker]) -> None:
+        findings = await find_out(self._deployment.config, workers, self._settings)
+        # Who is there may have changed meanwhile, and what is known of them.
+        running = self._deployment.running()
+        asked = [worker for worker in running if worker.url in findings]
+        filled = {worker.url: worker for worker in completed(asked, findings, asked)}
+        for worker in filled.values():
+            tell(worker, findings[worker.url])
+        tell_changes(asked, findings)
+        changes = self._deployment.change([filled.get(each.url, each) for each in running], "workers")
+        if changes.steps:
+            log.info("workers say otherwise than before: %s", changes)
