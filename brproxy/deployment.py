@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from pydantic import BaseModel
@@ -238,7 +238,7 @@ class Deployment:
         if step.kind is Kind.ADDED:
             _seat(group.roster, worker, step.seat)
         elif step.kind is Kind.LIMITS:
-            group.set_limits(key, _limits(worker))
+            group.set_limits(key, _limits_beside(worker, group.roster.find(key).limits))
         elif step.kind is Kind.REMOVED:
             group.remove(key)
         else:
@@ -270,7 +270,16 @@ def _as_held(worker: Worker, there: Mapping[tuple[str, str], Member]) -> Worker:
 def _limits(worker: Worker) -> WorkerLimits:
     capacity = worker.kv_capacity_tokens
     is_found = capacity is not None and "kv_capacity_tokens" not in worker.model_fields_set
-    return WorkerLimits(worker.slots, capacity, is_found)
+    is_assumed = "slots" not in worker.model_fields_set | worker.heard.found
+    return WorkerLimits(worker.slots, capacity, is_found, is_assumed)
+
+
+def _limits_beside(worker: Worker, before: WorkerLimits) -> WorkerLimits:
+    """Return the limits of a worker that stays: what it was seen to run at once is known still."""
+    limits = _limits(worker)
+    if limits.slots_are_assumed and before.slots_are_assumed:
+        return replace(limits, slots=max(limits.slots, before.slots))
+    return limits
 
 
 def _seat(roster: Roster, worker: Worker, seat: Seat) -> Member:

@@ -34,12 +34,13 @@ log = logging.getLogger(__name__)
 class WorkerLimits:
     """What a worker holds: ``slots`` sequences at once, ``kv_capacity_tokens`` (None: unknown).
 
-    ``capacity_is_found``: the engine says so, and not the configuration.
+    ``capacity_is_found``: the engine says so, and not the configuration. ``slots_are_assumed``: nobody says.
     """
 
     slots: int
     kv_capacity_tokens: int | None = None
     capacity_is_found: bool = False
+    slots_are_assumed: bool = False
 
 
 class MemberState(Enum):

@@ -22,12 +22,16 @@ log = logging.getLogger(__name__)
 CONTRADICTS = 0.1
 """Share by which the KV capacity that was configured may differ from the engine's without a warning."""
 
+SLOTS_SEEN_MAX = 1 << 14
+"""Most slots that are taken up from what a worker was seen to run (requests): more is no engine's."""
+
 _STAND_IN = {
     "kv_used_tokens": "the booked load alone stands in",
     "kv_capacity_tokens": "kv_capacity_tokens of the configuration stands in, without it room is not watched",
     "waiting": "the engine's load is taken up only where it is more than what is booked",
 }
 _PAGE = "page"
+_RAN = "ran"
 _NO_STAND_IN = "it is not shown, and decides nothing"
 
 
@@ -37,14 +41,17 @@ class WorkerSignals:
 
     ``missing`` and ``renamed`` are figures of the report, see LoadReading. ``filed_tokens`` is the KV
     capacity that the configuration says, None where it leaves it to the engine; ``found_tokens`` is the
-    engine's. ``said`` is what was logged already.
+    engine's. ``assumed_slots`` are those that were assumed first, None where somebody says them. ``said`` is
+    what was logged already.
     """
 
     offset: Offset
     filed_tokens: int | None
     found_tokens: int | None = None
+    assumed_slots: int | None = None
     restarts: SparingLog = field(default_factory=lambda: SparingLog(log))
     capacities: SparingLog = field(default_factory=lambda: SparingLog(log))
+    slots: SparingLog = field(default_factory=lambda: SparingLog(log))
     report: LoadReport | None = None
     read_s: float | None = None
     missing: frozenset[str] = frozenset()
@@ -126,6 +133,9 @@ class GroupSignals:
             signals.offset.forget()
             signals.said.clear()
             self._restarted(member)
+            self._forget_slots(member, signals)
+        elif signals.report is not None:
+            self._ran(member, signals, report, signals.report)
         says_nothing = report == LoadReport()
         signals.report = None if says_nothing else report
         signals.missing = reading.missing(report)
@@ -157,6 +167,29 @@ class GroupSignals:
                 found_tokens,
             )
 
+    def _ran(self, member: Member, signals: WorkerSignals, report: LoadReport, before: LoadReport) -> None:
+        """Look whether a worker runs more at once than it has slots, as far as anybody knows."""
+        limits, running = member.limits, min(report.running or 0, before.running or 0)
+        if running <= limits.slots:
+            return
+        if _RAN not in signals.said:
+            signals.said.add(_RAN)
+            known = "that are assumed" if limits.slots_are_assumed else "that are configured"
+            text = "worker %s ran %d requests at once, more than the %d slots %s (vLLM: --max-num-seqs)"
+            log.warning(text, member.key, running, limits.slots, known)
+        # With none waiting it says how many came, not how many the engine takes.
+        if limits.slots_are_assumed and report.waiting and before.waiting:
+            slots = min(running, SLOTS_SEEN_MAX)
+            if slots > limits.slots:
+                self._roster.set_limits_of(member, replace(limits, slots=slots))
+                text = "worker %s is taken to have %d slots: it ran as many while others waited in it"
+                signals.slots.log(logging.INFO, text, member.key, slots)
+
+    def _forget_slots(self, member: Member, signals: WorkerSignals) -> None:
+        """Assume what was assumed first: another engine may run fewer."""
+        if signals.assumed_slots is not None:
+            self._roster.set_limits_of(member, replace(member.limits, slots=signals.assumed_slots))
+
     def _say(self, member: Member, signals: WorkerSignals, reading: LoadReading) -> None:
         """Say what is missing or renamed, each once; what is missing only where it should be there."""
         for figure, name in reading.renamed.items():
@@ -175,7 +208,7 @@ class GroupSignals:
     def _member_changed(self, member: Member, change: Change) -> None:
         if change is Change.ADDED:
             offset = Offset(self._settings)
-            self._workers[member] = WorkerSignals(offset, _filed(member))
+            self._workers[member] = WorkerSignals(offset, _filed(member), assumed_slots=_assumed(member))
         elif change is Change.GONE:
             self._workers.pop(member, None)
         elif change is Change.LIMITS and member in self._workers:
@@ -184,8 +217,15 @@ class GroupSignals:
             signals, limits = self._workers[member], member.limits
             signals.filed_tokens = _filed(member)
             signals.found_tokens = limits.kv_capacity_tokens if limits.capacity_is_found else None
+            if signals.assumed_slots is None or not limits.slots_are_assumed:
+                signals.assumed_slots = _assumed(member)
 
 
 def _filed(member: Member) -> int | None:
     """Return the KV capacity that the configuration says, None where it leaves that to the engine."""
     return None if member.limits.capacity_is_found else member.limits.kv_capacity_tokens
+
+
+def _assumed(member: Member) -> int | None:
+    """Return the slots that are assumed, None where somebody says them."""
+    return member.limits.slots if member.limits.slots_are_assumed else None

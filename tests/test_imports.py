@@ -65,17 +65,8 @@ ALLOWED = {
     "open_files": set(),
     "deployment": {"types", "config", "config_workers", "dispatcher", "fleet", "roster", "validation"},
     "reloading": {"config", "deployment", "discovery", "findings", "validation"},
-    "returning": {
-        "config_workers",
-        "deployment",
-        "discovery",
-        "findings",
-        "fleet",
-        "health",
-        "logs",
-        "roster",
-    }
-    | {"validation"},
+    "returning": {"build", "config_workers", "deployment", "discovery", "findings", "fleet", "health", "logs"}
+    | {"roster", "validation"},
     "admin": {"config_sections", "config_workers", "deployment", "reloading", "listening", "validation"}
     | {"types", "fleet", "roster", "proxy", "relay"},
     "workers_command": {"types", "admin", "config", "config_sections", "origins"},

@@ -287,6 +287,19 @@ def test_what_connections_are_made_with_is_noted_and_of_a_worker_that_stays_need
     assert [(one.label, one.fields) for one in reached] == [(n, ((b"X-Key", b"k"),)) for n in ("c", "b")]
 
 
+def test_what_a_worker_was_seen_to_run_at_once_outlasts_a_reload_until_somebody_says_its_slots():
+    deployment = deployment_of(config_of(worker("a")))
+    member = the(deployment, "a")
+    assert member.limits == WorkerLimits(64, slots_are_assumed=True)
+    deployment._groups["default"].set_limits("a", WorkerLimits(200, slots_are_assumed=True))
+    deployment.reload(config_of(worker("a", kv_capacity_tokens=5)), "x")
+    assert member.limits == WorkerLimits(200, 5, slots_are_assumed=True)
+    deployment.reload(config_of(worker("a", slots=70)), "x")
+    assert member.limits == WorkerLimits(70)
+    deployment.reload(config_of(worker("a")), "x")
+    assert member.limits == WorkerLimits(64, slots_are_assumed=True)
+
+
 def filled(file, findings, deployment):
     return file.model_copy(update={"worker": completed(file.worker, findings, deployment.running())})
 

@@ -76,7 +76,7 @@ async def test_one_that_comes_up_late_is_asked_then(start):
     server, proxy, roster = await start({})
     member = roster.member(0)
     await until(lambda: server.asked.count("/health") > 2)
-    assert member.limits == WorkerLimits(64, None)
+    assert member.limits == WorkerLimits(64, slots_are_assumed=True)
     server.asked.clear()
     server.pages = SGLANG
     await until(lambda: member.limits == WorkerLimits(256, 440_000, capacity_is_found=True))

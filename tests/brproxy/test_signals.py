@@ -10,7 +10,7 @@ from brproxy.engines.load_pages import VLLM_WANTED, read_vllm_metrics
 from brproxy.ledger import Ledger, entry_of
 from brproxy.offsets import OffsetSettings
 from brproxy.roster import Roster, WorkerLimits
-from brproxy.signals import GroupSignals
+from brproxy.signals import SLOTS_SEEN_MAX, GroupSignals
 from brproxy.telemetry.engine_metrics import EngineMetrics
 from brproxy.types import PendingRequest, RequestId, WorkerIndex
 
@@ -148,6 +148,60 @@ def test_what_is_configured_later_counts_and_what_is_left_out_again_is_found_aga
     group.roster.set_limits_of(member, WorkerLimits(8))
     group.poll({0: FULL})
     assert member.limits == WorkerLimits(8, 1000, capacity_is_found=True)
+
+
+ASSUMED = WorkerLimits(8, slots_are_assumed=True)
+
+
+def runs(running, waiting, preemptions=1):
+    return {0: LoadReport(100, 1000, running, waiting, preemptions=preemptions)}
+
+
+@pytest.mark.parametrize(("limits", "known"), [(ASSUMED, "assumed"), (WorkerLimits(8), "configured")])
+def test_more_at_once_than_slots_is_said_once(limits, known, caplog):
+    group = Group(limits)
+    group.poll(runs(8, 0), 3)
+    assert not [m for m in group.said(caplog) if "at once" in m]
+    group.poll(runs(9, 0), 3)
+    group.poll(runs(12, 0), 3)
+    assert [m for m in group.said(caplog) if "at once" in m] == [
+        f"worker 0 ran 9 requests at once, more than the 8 slots that are {known} (vLLM: --max-num-seqs)"
+    ]
+    assert group.roster.member(0).limits.slots == 8, "nobody waited: it is how many came"
+
+
+@pytest.mark.parametrize(
+    ("limits", "polls", "slots"),
+    [
+        (ASSUMED, [(20, 3), (20, 3)], 20),
+        (ASSUMED, [(20, 3), (18, 1), (19, 1)], 18),
+        (ASSUMED, [(20, 3)], 8),
+        (ASSUMED, [(20, 3), (20, 0), (20, 3)], 8),
+        (ASSUMED, [(20, None), (20, None)], 8),
+        (ASSUMED, [(None, 3), (20, 3)], 8),
+        (ASSUMED, [(4, 3), (4, 3)], 8),
+        (ASSUMED, [(20, 3), (20, 3), (4, 3), (4, 3)], 20),
+        (ASSUMED, [(1 << 40, 3), (1 << 40, 3)], SLOTS_SEEN_MAX),
+        (WorkerLimits(8), [(20, 3), (20, 3)], 8),
+    ],
+)
+def test_slots_that_are_assumed_rise_to_what_ran_while_others_waited(limits, polls, slots):
+    group = Group(limits)
+    for running, waiting in polls:
+        group.poll(runs(running, waiting))
+    assert group.roster.member(0).limits.slots == slots
+    assert group.ledger.slots_total == slots
+    group.poll(runs(1, 0, preemptions=0))
+    assert group.roster.member(0).limits.slots == 8, "another engine may run fewer"
+
+
+def test_slots_that_are_configured_later_do_not_rise():
+    group = Group(ASSUMED)
+    group.poll(runs(20, 3), 2)
+    group.roster.set_limits_of(group.roster.member(0), WorkerLimits(10))
+    group.poll(runs(20, 3), 2)
+    group.poll(runs(1, 0, preemptions=0))
+    assert group.roster.member(0).limits.slots == 10
 
 
 def test_one_that_has_gone_is_forgotten():
