@@ -49,7 +49,7 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
     prefills = workers[0].role == "prefill"
     policy = config.routing.prefill_policy if prefills else config.routing.policy
     dispatcher = Dispatcher(
-        Ledger(roster),
+        Ledger(roster, checks.slow_start_s),
         make_policy(policy, config.policy_params(policy)),
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),

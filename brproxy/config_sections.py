@@ -291,6 +291,14 @@ class HealthChecks(Section):
         description="Share of a group's workers that may be out; with more unhealthy, all may be chosen; "
         "1: off (ratio).",
     )
+    slow_start_s: float = Field(
+        default=10.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="In which an empty worker that comes back or joins gets its slots, one first, then "
+        "evenly all; 0: at once (seconds).",
+    )
 
 
 class PrefillDecode(Section):

@@ -147,17 +147,18 @@ class Dispatcher:
             return self.admitted
         alone = waiting.alone()
         if alone is not None:
-            self._place([alone], ledger.state(routable, late_binding=late_binding), now_s)
+            self._place([alone], ledger.state(routable, late_binding=late_binding, now_s=now_s), now_s)
             return self.admitted
         for entry in waiting.first():
             if entry.sequences:
                 others = _others(routable, entry)
-                self._place([entry], ledger.state(others, late_binding=late_binding), now_s)
+                state = ledger.state(others, late_binding=late_binding, now_s=now_s)
+                self._place([entry], state, now_s)
             else:
                 self.place_at_once(entry, now_s, routable)
         if not waiting.count:
             return self.admitted
-        state = ledger.state(routable, late_binding=late_binding)
+        state = ledger.state(routable, late_binding=late_binding, now_s=now_s)
         seen = list(islice(waiting.in_turn(), self._worth_seeing(state)))
         if seen:
             self._route(seen, state, now_s)

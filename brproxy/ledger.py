@@ -27,6 +27,7 @@ from brproxy.lifecycle import AFTER, NO_ROW, NO_WORKER, TERMINAL, Entry, Event, 
 from brproxy.prediction.predictor import LENGTH_UNLIMITED, ActiveRequests, Prospect
 from brproxy.roster import Change, Member, MemberState, Roster, WorkerLimits
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
+from brproxy.slow_start import SlowStart
 from brproxy.types import SEQUENCES_MAX, TOKENS_MAX, InvalidInputError, PendingRequest, RequestId, WorkerIndex
 
 BoolArray = NDArray[np.bool_]
@@ -76,10 +77,10 @@ class Ledger:
 
     ``kv_tokens`` and ``requests`` are by index of the member; a gap has none. ``kv_capacity_tokens_max`` is
     what the largest worker holds: a longer prompt can never be served. ``has_offset``: some worker's is not
-    zero, which those ask who decide, as it mostly is.
+    zero, which those ask who decide, as it mostly is. Who comes back gets its slots within ``slow_start_s``.
     """
 
-    def __init__(self, roster: Roster) -> None:
+    def __init__(self, roster: Roster, slow_start_s: float = 0.0) -> None:
         self.roster = roster
         self._slots: list[int] = []
         self._kv_capacity: list[int] = []
@@ -104,6 +105,7 @@ class Ledger:
         for member in roster.members:
             self._member_changed(member, Change.ADDED)
         roster.observe(self._member_changed)
+        self._slow_start = SlowStart(roster, slow_start_s, lambda index: not self._requests[index])
 
     def __repr__(self) -> str:
         """Show the state in one line, for tests and logs."""
@@ -203,8 +205,8 @@ class Ledger:
         """Return the ids of the bound requests in the order of ``active`` and ``grow_rows``, int64[N]."""
         return self._table()[:, _ID].copy()
 
-    def state(self, routable: Sequence[bool], *, late_binding: bool) -> RoundState:
-        """Return the workers as a decision round finds them (copies), by place.
+    def state(self, routable: Sequence[bool], *, late_binding: bool, now_s: float = 0.0) -> RoundState:
+        """Return the workers as a decision round at ``now_s`` finds them (copies), by place.
 
         ``routable`` (by index) masks workers that must not be chosen: they get no free slots, while their
         load still counts for the envelope. Without ``late_binding`` slots and KV room are unlimited, because
@@ -224,6 +226,8 @@ class Ledger:
             kv_free = [KV_UNLIMITED_TOKENS] * len(routable)
         if not all(routable):
             slots_free = [slots if ok else 0 for slots, ok in zip(slots_free, routable, strict=True)]
+        if self._slow_start.since_s:
+            self._slow_start.ramp(slots_free, self._slots, self._sequences, routable, now_s)
         # By position, in the order of its fields: this is done for each request.
         state = RoundState(
             kv_tokens,

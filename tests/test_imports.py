@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # What each part of brproxy may import of the others; itself is always allowed.
 BASE = {"types", "clock", "registry"}
-STATES = {"transitions", "lifecycle", "health", "roster", "waiting", "faults"}
+STATES = {"transitions", "lifecycle", "health", "roster", "slow_start", "waiting", "faults"}
 CORE = (
     BASE
     | STATES
@@ -35,7 +35,8 @@ ALLOWED = {
     "routing": BASE,
     "prediction": BASE,
     "engines": BASE,
-    "ledger": BASE | {"lifecycle", "roster", "routing", "prediction"},
+    "slow_start": {"roster", "health"},
+    "ledger": BASE | {"lifecycle", "roster", "routing", "prediction", "slow_start"},
     "offsets": set(),
     "signals": {"types", "ledger", "roster", "offsets", "engines", "logs"},
     "faults": set(),
@@ -105,6 +106,7 @@ PURE = (
     "transitions",
     "lifecycle",
     "roster",
+    "slow_start",
     "waiting",
     "happenings",
     "learning",
