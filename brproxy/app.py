@@ -32,6 +32,7 @@ from brproxy.proxy.polling import Poller, PollSettings
 from brproxy.proxy.service import Service
 from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.reloading import Reloading
+from brproxy.resolving import Resolved, Resolver, Resolving
 from brproxy.returning import Returning
 from brproxy.signals import GroupSignals
 from brproxy.state_file import save_state
@@ -56,6 +57,7 @@ class RunningProxy:
     deployment: Deployment
     reloading: Reloading
     returning: Returning
+    resolving: Resolving
     port: int
     admin_port: int | None
 
@@ -65,14 +67,17 @@ async def running_proxy(
     config: Config,
     *,
     path: Path | None = None,
+    resolved: Resolved | None = None,
+    resolver: Resolver | None = None,
     clock: Clock | None = None,
     listening: Listening = start_listening,
 ) -> AsyncIterator[RunningProxy]:
     """Listen for as long as the block runs; then drain. Raises ListenError.
 
     Leaving the block stops accepting, lets running requests finish for ``timeouts.drain_s`` and cancels the
-    rest. ``path`` is the file that is read again when asked (None: there is none). ``clock`` (None: the
-    machine's) and ``listening`` are a simulation's own, as its event loop is.
+    rest. ``path`` is the file that is read again when asked (None: there is none), ``resolved`` what names
+    of it stood for by ``resolver`` (None: it has none). ``clock`` (None: the machine's) and ``listening`` are
+    a simulation's own, as its event loop is.
     """
     service = build_service(config, clock)
     handlers = Handlers(service)
@@ -82,7 +87,9 @@ async def running_proxy(
         service.bootstrap_ports[worker.url] = worker.bootstrap_port
 
     deployment = Deployment(config, service.fleet, reach)
-    reloading = Reloading(deployment, path)
+    resolver = resolver or Resolver(config.discovery.timeout_s)
+    resolving = Resolving(resolver, deployment, config.discovery.resolve_interval_s)
+    reloading = Reloading(deployment, path, resolving)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
     returning = Returning(service.fleet.groups, deployment)
@@ -116,7 +123,11 @@ async def running_proxy(
         async with running_admin(config.admin, service, deployment, reloading) as admin_port:
             port = await listening(runner, config.listen)
             poller.start()
-            yield RunningProxy(service, handlers, deployment, reloading, returning, port, admin_port)
+            if resolved is not None:
+                resolving.follow(resolved)
+            yield RunningProxy(
+                service, handlers, deployment, reloading, returning, resolving, port, admin_port
+            )
         handlers.pages.draining = True
     finally:
         try:
@@ -128,6 +139,7 @@ async def running_proxy(
             await prober.stop()
             await poller.stop()
             await returning.stop()
+            await resolving.stop()
         finally:
             # Also by a second signal, which ends the waiting above.
             keeping.cancel()
@@ -207,18 +219,25 @@ async def serve(config: Config, path: Path | None = None) -> None:
     run.result()
 
 
+async def _ready_to_run(config: Config, resolver: Resolver) -> tuple[Config, Resolved]:
+    """Return ``config`` with what names and engines say, and what of it came from names."""
+    resolved = await resolver.resolved(config, {})
+    filled = await fill_in(resolved.config) if config.discovery.enabled else resolved.config
+    return filled, resolved
+
+
 async def _run_until(config: Config, path: Path | None, stop: asyncio.Event, again: asyncio.Event) -> None:
-    if config.discovery.enabled:
-        asking = asyncio.create_task(fill_in(config))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not asking.done():
-            asking.cancel()
-            await asyncio.wait((asking,))
-            return
-        config = asking.result()
-    async with running_proxy(config, path=path) as proxy:
+    resolver = Resolver(config.discovery.timeout_s)
+    asking = asyncio.create_task(_ready_to_run(config, resolver))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not asking.done():
+        asking.cancel()
+        await asyncio.wait((asking,))
+        return
+    config, resolved = asking.result()
+    async with running_proxy(config, path=path, resolved=resolved, resolver=resolver) as proxy:
         groups = ", ".join(f"{name} ({size} workers)" for name, size in config.group_sizes.items())
         log.info(
             "brproxy listens on %s, policy %s, groups: %s",

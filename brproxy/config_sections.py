@@ -355,6 +355,13 @@ class Discovery(Section):
         strict=False,
         description="For all of them; who has not answered by then keeps the defaults (seconds).",
     )
+    resolve_interval_s: float = Field(
+        default=10.0,
+        ge=0.1,
+        le=86_400,
+        strict=False,
+        description='Between two look-ups of a host whose addresses are "each" a worker (seconds).',
+    )
 
 
 class TelemetryPolls(Section):

@@ -129,6 +129,11 @@ class Worker(Section):
     engine: Annotated[str, known_name(DIALECTS)] = Field(
         default="vllm", description="What the worker speaks."
     )
+    addresses: Literal["any", "each"] = Field(
+        default="any",
+        description='Who the URL\'s host is: "any" address of it is the worker, or "each" is one '
+        "(Kubernetes: a headless service), looked up every discovery.resolve_interval_s.",
+    )
     ranks: Annotated[str, AfterValidator(_ranks)] = Field(
         default="",
         max_length=8192,
@@ -252,6 +257,9 @@ def disagreements(workers: Sequence[Worker]) -> Iterator[Disagreement]:
     for i, worker in enumerate(workers):
         yield from (Disagreement((i, key), text) for key, text in _of_ranks(worker))
         yield from (Disagreement((i, "headers", name), text) for name, text in _of_headers(worker))
+        if worker.addresses == "each" and worker.url.startswith("https:"):
+            text = 'must be "any" with an https url: a certificate is of the name, not of its addresses'
+            yield Disagreement((i, "addresses"), text)
         yield from (Disagreement((i, key), text) for key, text in _of_tls(worker, usable))
         if worker.group.endswith(_PREFILL):
             yield Disagreement(

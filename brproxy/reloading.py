@@ -10,16 +10,21 @@ from brproxy.config import load_config
 from brproxy.deployment import Deployment, Plan
 from brproxy.discovery import fill_in
 from brproxy.findings import NOT_ASKED, completed
+from brproxy.resolving import Resolving
 from brproxy.validation import ConfigError
 
 log = logging.getLogger(__name__)
 
 
 class Reloading:
-    """Reloads ``path`` (None: the proxy was started without a file), one at a time."""
+    """Reloads ``path`` (None: the proxy was started without a file), one at a time.
 
-    def __init__(self, deployment: Deployment, path: Path | None) -> None:
+    ``resolving`` knows the addresses of names.
+    """
+
+    def __init__(self, deployment: Deployment, path: Path | None, resolving: Resolving) -> None:
         self._deployment = deployment
+        self._resolving = resolving
         self._path = path
         self._one_at_a_time = asyncio.Lock()
 
@@ -57,11 +62,15 @@ class Reloading:
             msg = "the proxy was started without a configuration file: there is nothing to read again"
             raise ConfigError(msg)
         # In a thread: thousands of workers take longer to check than a stream may wait.
-        config = await asyncio.to_thread(load_config, self._path)
+        file = await asyncio.to_thread(load_config, self._path)
+        resolved = await self._resolving.resolved(file)
+        config = resolved.config
         if config.discovery.enabled:
             # As at start: else what the file leaves out would go back to its defaults.
             config = await fill_in(config, self._deployment.running)
         else:
             workers = completed(config.worker, NOT_ASKED, self._deployment.running())
             config = config.model_copy(update={"worker": workers})
-        return self._deployment.reload(config, str(self._path))
+        changes = self._deployment.reload(config, str(self._path))
+        self._resolving.follow(resolved)
+        return changes

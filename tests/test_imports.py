@@ -65,7 +65,9 @@ ALLOWED = {
     "starting": {"types", "config", "config_workers", "discovery", "findings", "first_file"},
     "open_files": set(),
     "deployment": {"types", "config", "config_workers", "dispatcher", "fleet", "roster", "validation"},
-    "reloading": {"config", "deployment", "discovery", "findings", "validation"},
+    "addresses": {"config_workers", "origins"},
+    "resolving": {"addresses", "config", "config_workers", "deployment", "logs", "origins", "validation"},
+    "reloading": {"resolving", "config", "deployment", "discovery", "findings", "validation"},
     "returning": {"build", "config_workers", "deployment", "discovery", "findings", "fleet", "health", "logs"}
     | {"roster", "validation"},
     "admin": {"config_sections", "config_workers", "deployment", "reloading", "listening", "validation"}
@@ -75,7 +77,16 @@ ALLOWED = {
     | {"deployment"}
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},
     "app": {"build", "clock", "config", "config_sections", "listening", "open_files", "proxy", "relay"}
-    | {"state_file", "discovery", "admin", "config_workers", "deployment", "reloading", "returning"}
+    | {
+        "state_file",
+        "discovery",
+        "admin",
+        "config_workers",
+        "deployment",
+        "reloading",
+        "returning",
+        "resolving",
+    }
     | {"offsets", "signals", "telemetry"},
     "cli": CORE
     | {
@@ -112,6 +123,7 @@ PURE = (
     "learning",
     "foresight",
     "findings",
+    "addresses",
     "first_file",
     "faults",
     "offsets",
