@@ -258,7 +258,8 @@ def _as_held(worker: Worker, there: Mapping[tuple[str, str], Member]) -> Worker:
     found = [
         member.limits.kv_capacity_tokens
         for seat in worker.seats
-        if (member := there.get((worker.group, seat.key))) is not None and member.limits.capacity_is_found
+        if (member := there.get((worker.barrier_group, seat.key))) is not None
+        and member.limits.capacity_is_found
     ]
     known = [kv_tokens for kv_tokens in found if kv_tokens is not None]
     if not known or "kv_capacity_tokens" in worker.model_fields_set:

@@ -75,7 +75,7 @@ async def fill_in(config: Config, running: Callable[[], Sequence[Worker]] = list
 
 def tell(worker: Worker, finding: Finding) -> None:
     """Log who ``worker`` is, as it was filled in, and what its engine contradicts the file in."""
-    name = f"worker {worker.label} [{worker.group}]"
+    name = f"worker {worker.label} [{worker.barrier_group}]"
     if finding.identity is None:
         stays = "; what it held last stands in" if worker.heard.said is not None else ""
         log.warning("%s could not be asked who it is: %s%s", name, finding.failure, stays)
@@ -91,7 +91,7 @@ def tell_changes(before: Sequence[Worker], findings: Mapping[str, Finding]) -> N
         finding = findings.get(worker.url)
         if finding is not None and finding.identity is not None and worker.heard.said is not None:
             for line in changes(worker.heard.said, finding.identity):
-                log.warning("worker %s [%s]: %s", worker.label, worker.group, line)
+                log.warning("worker %s [%s]: %s", worker.label, worker.barrier_group, line)
 
 
 class _Interview:

@@ -44,7 +44,7 @@ def completed(
 
 def _place(worker: Worker) -> tuple[str, str, str, bool]:
     """Return what makes a worker the same one; numbers of a rank are not those of a whole server."""
-    return worker.group, worker.label, worker.url, by_rank(worker)
+    return worker.barrier_group, worker.label, worker.url, by_rank(worker)
 
 
 def _completed(worker: Worker, finding: Finding | None, before: Worker | None) -> Worker:

@@ -377,9 +377,8 @@ class Ledger:
     def _member_changed(self, member: Member, change: Change) -> None:
         """Keep a column for each member that is there."""
         if change is Change.ADDED and member.index == len(self._slots):
-            for column in (self._slots, self._kv_capacity, self._kv_tokens, self._offset):
-                column.append(0)
-            for column in (self._requests, self._sequences, self._prefill_tokens):
+            booked = self._kv_tokens, self._requests, self._sequences, self._prefill_tokens
+            for column in (self._slots, self._kv_capacity, self._offset, *booked):
                 column.append(0)
             self._is_here.append(True)
         if change in {Change.ADDED, Change.GONE, Change.LIMITS}:

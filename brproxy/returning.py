@@ -42,7 +42,7 @@ class Returning:
         self._task: asyncio.Task[None] | None = None
         self._bugs = SparingLog(log)
         self._due.update(
-            (worker.group, seat.key)
+            (worker.barrier_group, seat.key)
             for worker in deployment.config.worker
             if worker.heard.is_silent
             for seat in worker.seats
@@ -89,7 +89,7 @@ class Returning:
                     [
                         worker
                         for worker in self._deployment.config.worker
-                        if any((worker.group, seat.key) in back for seat in worker.seats)
+                        if any((worker.barrier_group, seat.key) in back for seat in worker.seats)
                     ]
                 )
             except ConfigError as error:
