@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model, field_validator
 
+from brproxy.config_asking import Discovery, HealthChecks, TelemetryPolls
 from brproxy.config_sections import (
     Admin,
-    Discovery,
     Estimate,
     Forwarding,
-    HealthChecks,
     Limits,
     Listen,
     Log,
     PrefillDecode,
     Seconds,
-    TelemetryPolls,
     Timeouts,
 )
 from brproxy.config_workers import Worker, disagreements, known_name

@@ -51,7 +51,9 @@ ALLOWED = {
     "state_file": {"prediction"},
     "config_sections": {"validation"},
     "config_workers": {"validation", "origins", "engines", "ranks", "relay"} | BASE,
-    "config": {"validation", "config_sections", "config_workers", "routing", "prediction"} | BASE,
+    "config_asking": {"validation", "config_sections"},
+    "config": {"validation", "config_sections", "config_asking", "config_workers", "routing", "prediction"}
+    | BASE,
     "config_reference": {"config", "config_workers", "validation"},
     "journey": {"types", "transitions"},
     "origins": {"types"},

@@ -1,0 +1,95 @@
+"""Sections of the configuration on what the proxy asks workers: how and who they are, and their load."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from brproxy.config_sections import Seconds
+from brproxy.validation import Section
+
+
+class HealthChecks(Section):
+    """Active health checks of every worker."""
+
+    enabled: bool = Field(default=True, description="Check workers; when off, all count as healthy.")
+    path: str = Field(
+        default="", pattern=r"^(/[!-~]*)?$", description="Path that must answer 2xx; empty: the engine's own."
+    )
+    interval_s: Seconds = Field(default=2.0, description="Between two checks of a worker (seconds).")
+    timeout_s: Seconds = Field(default=2.0, description="For one check (seconds).")
+    unhealthy_after: int = Field(
+        default=3, ge=1, le=1000, description="Failures in a row that take a worker out."
+    )
+    healthy_after: int = Field(
+        default=1, ge=1, le=1000, description="Successes in a row that bring a worker back."
+    )
+    ejected_share_max: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        strict=False,
+        description="Share of a group's workers that may be out; with more unhealthy, all may be chosen; "
+        "1: off (ratio).",
+    )
+    slow_start_s: float = Field(
+        default=10.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="In which an empty worker that comes back or joins gets its slots, one first, then "
+        "evenly all; 0: at once (seconds).",
+    )
+
+
+class Discovery(Section):
+    """What is asked of the engines at start, to fill in what the file leaves out."""
+
+    enabled: bool = Field(
+        default=True, description="Ask workers at start for slots and KV capacity; when off, defaults hold."
+    )
+    timeout_s: float = Field(
+        default=5.0,
+        gt=0,
+        le=600,
+        strict=False,
+        description="For all of them; who has not answered by then keeps the defaults (seconds).",
+    )
+    resolve_interval_s: float = Field(
+        default=10.0,
+        ge=0.1,
+        le=86_400,
+        strict=False,
+        description='Between two look-ups of a host whose addresses are "each" a worker (seconds).',
+    )
+
+
+class TelemetryPolls(Section):
+    """What engines say of their load, asked for and taken up beside what is booked."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Ask engines for their load (vLLM: /metrics, SGLang: /v1/loads); when off, what is "
+        "booked alone decides.",
+    )
+    interval_s: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=3600,
+        strict=False,
+        description="Between two questions to a worker (seconds).",
+    )
+    timeout_s: Seconds = Field(default=2.0, description="For one answer (seconds).")
+    lag_s: float = Field(
+        default=6.0,
+        ge=0,
+        le=60,
+        strict=False,
+        description="Age that an engine's figures may have under load: what was booked within it explains "
+        "them (seconds).",
+    )
+    stale_s: Seconds = Field(
+        default=10.0, description="After the last answer, until what it said begins to fade (seconds)."
+    )
+    half_life_s: Seconds = Field(
+        default=10.0, description="In which what an old answer said fades by half (seconds)."
+    )
