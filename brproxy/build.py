@@ -28,12 +28,20 @@ from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.legs.handover import Handover, HandoverLimits
 from brproxy.proxy.legs.metaserver import Metaserver
-from brproxy.proxy.service import BodyLimits, GroupService, RelayLimits, Service, ServiceLimits
+from brproxy.proxy.service import (
+    BodyLimits,
+    GroupService,
+    RelayLimits,
+    Service,
+    ServiceLimits,
+    SessionReading,
+)
 from brproxy.relay.endpoint import NOTHING_ELSE, Endpoint, EndpointSettings, Reach
 from brproxy.relay.hops import Hops
 from brproxy.relay.watch import Watch
 from brproxy.roster import Roster
 from brproxy.routing.policy import make_policy
+from brproxy.sessions import SessionLimits
 from brproxy.state_file import load_state
 from brproxy.telemetry.metrics import Metrics
 
@@ -55,6 +63,8 @@ def build_group(config: Config, name: str, workers: list[Worker], seed: np.rando
         np.random.default_rng(seed),
         PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
         name,
+        # Where prefill is apart, what a decode worker has cached spares none.
+        session_limits(config) if workers[0].role == "both" else None,
     )
     return Group(name, workers[0].models, dispatcher, prefills)
 
@@ -135,6 +145,7 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
         metaserver=_metaserver(services.values(), timeouts.client_body_s),
         hops=Hops(config.forwarding.x_forwarded, via=config.forwarding.via),
         ask_usage=config.estimate.ask_usage,
+        sessions=SessionReading(config.affinity.enabled, config.affinity.by_messages),
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,
     )
@@ -159,6 +170,14 @@ def _metaserver(services: Iterable[GroupService], body_s: float) -> Metaserver:
     transfers = [service.handover.transfer for service in services if service.handover is not None]
     readers = [transfer.read_post for transfer in transfers if transfer.ORDER is Order.DECODE_FIRST]
     return Metaserver(readers, body_s)
+
+
+def session_limits(config: Config) -> SessionLimits | None:
+    """Return how sessions are remembered, None if they are not."""
+    affinity = config.affinity
+    if not affinity.enabled:
+        return None
+    return SessionLimits(affinity.sessions_max, affinity.kept_s, affinity.block_tokens, affinity.discount)
 
 
 def reach_of(worker: Worker) -> Reach:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model, field_validator
 
+from brproxy.config_affinity import Affinity
 from brproxy.config_asking import Discovery, HealthChecks, TelemetryPolls
 from brproxy.config_sections import (
     Admin,
@@ -99,6 +100,7 @@ class Config(Section):
     discovery: Discovery = Field(default_factory=Discovery)
     telemetry: TelemetryPolls = Field(default_factory=TelemetryPolls)
     estimate: Estimate = Field(default_factory=Estimate)
+    affinity: Affinity = Field(default_factory=Affinity)
     log: Log = Field(default_factory=Log)
 
     @field_validator("worker", mode="after")

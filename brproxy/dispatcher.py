@@ -29,6 +29,7 @@ from brproxy.prediction.quality import QualityMonitor
 from brproxy.roster import Change, Member
 from brproxy.routing.policy import AnyPolicy, least
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, RoundState
+from brproxy.sessions import SessionLimits, Sessions
 from brproxy.types import (
     BrproxyError,
     InvalidInputError,
@@ -63,9 +64,9 @@ class Dispatcher:
     """Decides, for one barrier group, which waiting request goes to which worker and when.
 
     ``waiting`` are those that wait, ``ledger`` has those that are bound, ``happenings`` tells what happens to
-    both, and ``faults`` counts what went wrong. Of the last round, ``admitted`` is what it bound, also if it
-    raised, and ``undecidable`` are the requests that it could not decide and that no other will: they still
-    wait, and the caller ends them.
+    both, and ``faults`` counts what went wrong. ``sessions`` remembers who served whom, None: nobody does.
+    Of the last round, ``admitted`` is what it bound, also if it raised, and ``undecidable`` are the requests
+    that it could not decide and that no other will: they still wait, and the caller ends them.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Dispatcher:
         rng: np.random.Generator,
         limits: PoolLimits,
         group: str = "",
+        sessions: SessionLimits | None = None,
     ) -> None:
         self.ledger = ledger
         self.roster = ledger.roster
@@ -87,6 +89,9 @@ class Dispatcher:
         self.faults = Faults(group)
         self.happenings = Happenings(self.faults)
         self.happenings.tell(Learner(predictor, self.quality))
+        self.sessions = None if sessions is None else Sessions(ledger, sessions)
+        if self.sessions is not None:
+            self.happenings.tell(self.sessions)
         self.admitted: list[Entry] = []
         self.undecidable: list[RequestId] = []
         self._ids = cast("Iterator[RequestId]", count())
@@ -128,6 +133,8 @@ class Dispatcher:
         entry = entry_of(next(self._ids), request, now_s, longest)
         if avoid:
             entry.avoid = avoid
+        if self.sessions is not None and request.session_keys:
+            self.sessions.recall(entry, now_s)
         self.waiting.enter(entry)
         self.happenings.arrived(entry)
         return entry
@@ -246,7 +253,10 @@ class Dispatcher:
         """Return the worker of one request or NOT_ADMITTED; one that cannot be decided is noted as such."""
         if not self._policy_is_broken:
             try:
-                worker = self.policy.place(state, entry.prompt_tokens, load, self._rng)
+                if entry.cached_tokens:
+                    worker = self._place_near(entry, state, load)
+                else:
+                    worker = self.policy.place(state, entry.prompt_tokens, load, self._rng)
                 # Asked by a call only what is no worker: each request comes by here.
                 return worker if worker >= 0 and state.slots_free[worker] > 0 else _checked(worker, state)
             except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
@@ -260,6 +270,14 @@ class Dispatcher:
                 return NOT_ADMITTED
         eligible = state.eligible(entry.prompt_tokens)
         return min(eligible, key=state.kv_tokens.__getitem__, default=NOT_ADMITTED)
+
+    def _place_near(self, entry: Entry, state: RoundState, load: list[float]) -> int:
+        """As the policy's ``place``, for a request of which a worker has the beginning."""
+        home = None if self.sessions is None else self.sessions.home(entry)
+        if home is None:
+            return self.policy.place(state, entry.prompt_tokens, load, self._rng)
+        weight = 1.0 if load is state.kv_tokens else float(self._foresight.discounts()[0].sum())
+        return self.policy.place_near(state, entry.prompt_tokens, load, self._rng, home, weight)
 
     def _at(self, place: int) -> WorkerIndex:
         """Return the index of the member at ``place``."""
@@ -302,6 +320,7 @@ class Dispatcher:
             turnover_steps,
             self.predictor.LOOKAHEAD_TURNOVERS,
             [entry.sequences for entry in waiting] if self.waiting.plural else None,
+            None if self.sessions is None else self.sessions.homes(waiting),
         )
         decision = self.policy.route(view, self._rng)
         if decision.shape != (len(waiting),):

@@ -89,7 +89,8 @@ class Entry:
     """What is kept of one request until it ends. Times are the caller's clock in seconds; None: not yet.
 
     ``waiting_since_s`` is when it last began to wait: on arrival, or when a worker failed it. While it is
-    bound, ``output_tokens`` is kept by the ledger (Ledger.output_tokens).
+    bound, ``output_tokens`` is kept by the ledger (Ledger.output_tokens). ``home`` is the worker that
+    probably has ``cached_tokens`` of its prompt, as of its arrival.
     """
 
     id: RequestId
@@ -106,3 +107,5 @@ class Entry:
     bound_s: float | None = None
     first_token_s: float | None = None
     avoid: frozenset[WorkerIndex] = NOBODY
+    home: WorkerIndex = NO_WORKER
+    cached_tokens: int = 0

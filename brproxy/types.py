@@ -47,6 +47,8 @@ class PendingRequest:
     ``sequences`` are decoded side by side and take a slot each; 0 generates nothing, takes no slot and is not
     kept waiting for one.
     ``prompt_is_exact``: ``prompt_tokens`` was counted, not guessed; only a count may be refused as too long.
+    ``session_keys`` are what its session may be remembered under, the best first: it will be under that one.
+    ``goes_on``: what its session had so far is in front of its prompt, and not in ``prompt_tokens``.
     """
 
     prompt_tokens: int
@@ -59,3 +61,5 @@ class PendingRequest:
     output_tokens_true: int | None = None
     prompt_is_exact: bool = False
     sequences: int = 1
+    session_keys: tuple[int, ...] = ()
+    goes_on: bool = False

@@ -57,6 +57,8 @@ class _Queued:
     prompt_tokens: int
     output_tokens: int
     decoded_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of its prompt that need no prefill."""
     remote: bool = False
     """Whether its KV is still to come from elsewhere."""
     loaded: bool = False
@@ -64,7 +66,9 @@ class _Queued:
 
     @property
     def prefill_tokens(self) -> int:
-        return 0 if self.remote or self.loaded else self.prompt_tokens + self.decoded_tokens
+        if self.remote or self.loaded:
+            return 0
+        return self.prompt_tokens + self.decoded_tokens - self.cached_tokens
 
     @property
     def kv_tokens(self) -> int:
@@ -159,14 +163,23 @@ class Cluster:
             raise InvalidInputError(msg)
 
     def submit(
-        self, request_id: int, worker: int, prompt_tokens: int, output_tokens: int, *, remote: bool = False
+        self,
+        request_id: int,
+        worker: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        remote: bool = False,
+        cached_tokens: int = 0,
     ) -> None:
         """Queue a request on ``worker``; raises InvalidInputError when it can never fit there.
 
-        ``remote``: its prompt's KV comes from elsewhere, see ``loading`` and ``loaded``.
+        ``remote``: its prompt's KV comes from elsewhere, see ``loading`` and ``loaded``. ``cached_tokens`` of
+        it need no prefill; they are KV load like the others.
         """
         self.check(prompt_tokens, output_tokens)
-        self._queues[worker].append(_Queued(request_id, prompt_tokens, output_tokens, remote=remote))
+        request = _Queued(request_id, prompt_tokens, output_tokens, 0, cached_tokens, remote)
+        self._queues[worker].append(request)
         self._queued[request_id] = worker
 
     def loaded(self, request_id: int) -> None:

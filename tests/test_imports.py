@@ -16,7 +16,7 @@ STATES = {"transitions", "lifecycle", "health", "roster", "slow_start", "waiting
 CORE = (
     BASE
     | STATES
-    | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "dispatcher"}
+    | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "sessions", "dispatcher"}
     | {"rounds", "fleet", "regression", "estimate"}
 )
 ALLOWED = {
@@ -44,15 +44,20 @@ ALLOWED = {
     "learning": {"happenings", "lifecycle", "prediction"},
     "foresight": {"types", "faults", "ledger", "routing", "prediction"},
     "rounds": {"types", "dispatcher", "lifecycle"},
-    "dispatcher": BASE | STATES | {"ledger", "happenings", "learning", "foresight", "routing", "prediction"},
+    "sessions": {"types", "happenings", "ledger", "lifecycle", "roster", "routing"},
+    "dispatcher": BASE
+    | STATES
+    | {"ledger", "happenings", "learning", "foresight", "sessions", "routing", "prediction"},
     "fleet": BASE | {"dispatcher", "roster"},
     "telemetry": CORE | {"engines", "signals"},
     "validation": {"types"},
     "state_file": {"prediction"},
     "config_sections": {"validation"},
+    "config_affinity": {"validation", "config_sections"},
     "config_workers": {"validation", "origins", "engines", "ranks", "relay"} | BASE,
     "config_asking": {"validation", "config_sections"},
-    "config": {"validation", "config_sections", "config_asking", "config_workers", "routing", "prediction"}
+    "config": {"config_sections", "config_affinity", "config_asking", "config_workers"}
+    | {"validation", "routing", "prediction"}
     | BASE,
     "config_reference": {"config", "config_workers", "validation"},
     "journey": {"types", "transitions"},
@@ -124,6 +129,7 @@ PURE = (
     "happenings",
     "learning",
     "foresight",
+    "sessions",
     "findings",
     "addresses",
     "first_file",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TypeVar
 
 from brproxy.engines.load import LoadReading
+from brproxy.engines.sessions import NO_SESSION, SessionAsk, SessionFacts
 from brproxy.engines.text import bytes_of
 from brproxy.registry import Registry
 from brproxy.types import NO_TEXT, TextCounts
@@ -28,7 +29,7 @@ class RequestFacts(NamedTuple):
     ``prompt_is_exact``: ``prompt_tokens`` were counted, and are of one prompt, which a worker must hold at
     once; nothing else may refuse a request as too long. ``teaches``: the text is all that the engine counts,
     so that its report says how many tokens its bytes are. ``malformed`` says in one line what is wrong with a
-    body that the path's API cannot read, "" if nothing is.
+    body that the path's API cannot read, "" if nothing is. ``session`` is there when it was asked for.
     """
 
     model: str = ""
@@ -45,6 +46,7 @@ class RequestFacts(NamedTuple):
     prompt_is_exact: bool = False
     teaches: bool = True
     malformed: str = ""
+    session: SessionFacts = NO_SESSION
 
     @property
     def prompt_bytes(self) -> int:
@@ -65,7 +67,8 @@ class EventFacts(NamedTuple):
     ``has_tokens``: it carries output. ``usage_only``: it carries nothing but usage. ``refused``: the engine
     says that it did not take the request. ``error``: it reports an error of any kind. ``died``: the engine
     behind the API server is dead. ``done``: the last. ``finishes``: it says why a sequence ended.
-    ``sequence``: the one that its usage is of, None if that is of the whole response.
+    ``sequence``: the one that its usage is of, None if that is of the whole response. ``answer_id``: what a
+    later request may go on from, "" unless it is said.
     """
 
     has_tokens: bool = False
@@ -77,6 +80,7 @@ class EventFacts(NamedTuple):
     died: bool = False
     finishes: bool = False
     sequence: int | None = None
+    answer_id: str = ""
 
 
 PLAIN_TOKENS = EventFacts(has_tokens=True)
@@ -95,12 +99,19 @@ class Dialect(ABC):
 
     @abstractmethod
     def read_request(
-        self, path: str, method: str, content_type: str, body: bytes, *, hashes: bool = False
+        self,
+        path: str,
+        method: str,
+        content_type: str,
+        body: bytes,
+        *,
+        hashes: bool = False,
+        session: SessionAsk | None = None,
     ) -> RequestFacts:
         """Return what a request says; never raises. ``content_type`` comes without its parameters.
 
-        ``hashes``: identify the prompt and its beginning too. The work is bounded by the body's length, and
-        does not depend on what is in it (see ``body.py``).
+        ``hashes``: identify the prompt and its beginning too; ``session``: say which one it belongs to. The
+        work is bounded by the body's length, and does not depend on what is in it (see ``body.py``).
         """
 
     @abstractmethod
@@ -118,6 +129,10 @@ class Dialect(ABC):
     @abstractmethod
     def read_reply(self, body: bytes) -> Usage | None:
         """Return the usage in a complete JSON reply, None without one; never raises."""
+
+    def read_answer_id(self, body: bytes) -> str:
+        """Return what a later request may go on from, of a complete JSON reply; "" if it does not say."""
+        return ""
 
     def may_tell_death(self, status: int) -> bool:
         """Tell whether the body of a response with ``status``, an error, may say that the engine is dead."""

@@ -29,7 +29,8 @@ class PathKind(NamedTuple):
     ``text_is_prompt``: ``text``, ``input_ids`` and ``token_ids`` are its prompt, as in SGLang's own API; in
     others ``text`` is an option. ``has_stream_options``: a stream reports usage if it is asked there.
     ``streams``: who asks for a stream there gets server-sent events. ``ends_with_done``: a complete stream
-    ends with ``[DONE]``. ``reads_json``: it can do nothing with another body, forms aside.
+    ends with ``[DONE]``. ``reads_json``: it can do nothing with another body, forms aside. ``names_answers``:
+    a request may name the answer that it goes on from.
     """
 
     work: Work
@@ -38,6 +39,7 @@ class PathKind(NamedTuple):
     streams: bool = False
     ends_with_done: bool = False
     reads_json: bool = True
+    names_answers: bool = False
 
 
 UNKNOWN = PathKind(Work.UNKNOWN, reads_json=False)
@@ -49,7 +51,7 @@ _ASKS = PathKind(Work.ASKS, reads_json=False)
 _KINDS = {
     "completions": PathKind(Work.GENERATES, has_stream_options=True, streams=True, ends_with_done=True),
     "generate": PathKind(Work.GENERATES, text_is_prompt=True, streams=True, ends_with_done=True),
-    "responses": _STREAMS,
+    "responses": PathKind(Work.GENERATES, streams=True, names_answers=True),
     "messages": _STREAMS,
     "batch": _GENERATES,
     "chat": _GENERATES,

@@ -18,6 +18,7 @@ from brproxy.engines.prompt import (
     prompt_size,
 )
 from brproxy.engines.rewrite import Member
+from brproxy.engines.sessions import NO_SESSION, SessionAsk, SessionFacts, session_facts
 from brproxy.engines.spans import member_size
 from brproxy.types import NO_TEXT, SEQUENCES_MAX, TOKENS_MAX
 
@@ -39,7 +40,13 @@ _NO_PROMPT = PromptSize(is_all=False)
 
 
 def read_request(
-    path: str, method: str, content_type: str, body: bytes, *, hashes: bool = False
+    path: str,
+    method: str,
+    content_type: str,
+    body: bytes,
+    *,
+    hashes: bool = False,
+    session: SessionAsk | None = None,
 ) -> RequestFacts:
     """See Dialect.read_request."""
     kind = path_kind(path, method)
@@ -66,9 +73,10 @@ def read_request(
     if hashes and len(body) <= HASHED_BYTES_MAX:
         prompt_hash, prefix_hash = prompt_hashes(document)
     stream = document.get("stream") is True
+    model = _text(document.get("model"), MODEL_CHARS_MAX)
     # By position, in the order of RequestFacts: names would cost as much as the tuple.
     return RequestFacts(
-        _text(document.get("model"), MODEL_CHARS_MAX),
+        model,
         stream,
         min(tokens, TOKENS_MAX) if is_exact else None,
         text,
@@ -83,7 +91,19 @@ def read_request(
         stream and kind.has_stream_options and "stream_options" not in document and _can_be_asked(read),
         is_exact and size.prompts == 1,
         size.is_all and not tokens and document.get("truncation") in _UNCUT,
+        "",
+        NO_SESSION if session is None else _session(kind, document, model, session, body),
     )
+
+
+def _session(
+    kind: PathKind, document: dict[str, Any], model: str, ask: SessionAsk, body: bytes
+) -> SessionFacts:
+    """Return the session of a request that generates; nothing else is cached for what comes."""
+    if kind.work is not _GENERATES:
+        return NO_SESSION
+    hashable = len(body) <= HASHED_BYTES_MAX
+    return session_facts(document, model, ask, names_answers=kind.names_answers, hashable=hashable)
 
 
 def _unread(kind: PathKind, content_type: str, malformed: str) -> RequestFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from brproxy.engines.dialect import PLAIN_TOKENS, Dialect, EventFacts, RequestFacts, Usage
 from brproxy.engines.plain import PlainEvent
+from brproxy.engines.sessions import answer_key
 from brproxy.estimate import StreamCounter, TokenEstimator
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.sse import event_data
@@ -89,6 +90,8 @@ class Account:
             self._settle(self._of_all(facts.usage, facts.sequence))
         elif facts.done:
             self.done = True
+        elif facts.answer_id and self._facts.session.is_named_by_answer:
+            self._lease.remember_as(answer_key(self._facts.model, facts.answer_id))
         return facts
 
     def count(self, events: int) -> None:
@@ -102,6 +105,10 @@ class Account:
         self._usage = usage = self.dialect.read_reply(body)
         if usage is not None and usage.completion_tokens is not None:
             self._lease.tokens(usage.completion_tokens)
+        if self._facts.session.is_named_by_answer:
+            answer_id = self.dialect.read_answer_id(body)
+            if answer_id:
+                self._lease.remember_as(answer_key(self._facts.model, answer_id))
 
     def refused(self) -> None:
         """Note that the worker turned the request down, and that this is what the client gets."""

@@ -238,6 +238,10 @@ class Lease:
         self._driver.catch_up()
         self._driver.retry(self.entry)
 
+    def remember_as(self, session_key: int) -> None:
+        """Have the request's session be known by ``session_key`` when the request has ended."""
+        self.entry.request.session_keys = (session_key,)
+
     def fail(self) -> None:
         """Have the request end as FAILED, although its handler leaves in good order."""
         self._outcome = Event.FAIL

@@ -100,6 +100,8 @@ class Handlers:
             facts.user,
             prompt_is_exact=facts.prompt_is_exact,
             sequences=facts.sequences,
+            session_keys=facts.session.keys,
+            goes_on=facts.session.goes_on,
         )
 
     def _failure(self, error: BrproxyError) -> ProxyError:

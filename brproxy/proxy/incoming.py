@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from brproxy.engines.dialect import Dialect, RequestFacts
+from brproxy.engines.sessions import SessionAsk
 from brproxy.proxy.service import Service
 from brproxy.proxy.upload import Upload
 from brproxy.relay.client import Client
-from brproxy.relay.fields import REQUEST_ID, Fields, not_to_workers, request_fields
+from brproxy.relay.fields import REQUEST_ID, SESSION_ID, Fields, not_to_workers, request_fields
 from brproxy.relay.hops import Hop
 from brproxy.relay.request import UPGRADE, origin_form, path_of
 from brproxy.types import InvalidInputError
@@ -60,6 +61,7 @@ class Reader:
             fields.media_type,
             upload.beginning or b"",
             hashes=self._service.hash_prompts,
+            session=self._asked(fields) if self._service.sessions.are_read else None,
         )
         if facts.malformed and self._several_groups:
             # With one group the engine says it in its own words; with several nobody knows whose.
@@ -75,6 +77,10 @@ class Reader:
             facts,
             fields.media_type == "multipart/form-data",
         )
+
+    def _asked(self, fields: Fields) -> SessionAsk:
+        name = fields.known.get(SESSION_ID, b"").decode("latin-1")
+        return SessionAsk(name, self._service.sessions.by_messages)
 
 
 class RequestIds:

@@ -150,6 +150,14 @@ class RelayLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionReading:
+    """Whether requests are looked at for their session, and whether messages tell it where none is named."""
+
+    are_read: bool = False
+    by_messages: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """Everything behind the handlers; ``groups`` are by name.
 
@@ -174,6 +182,7 @@ class Service:
     metaserver: Metaserver
     ask_usage: bool
     hash_prompts: bool
+    sessions: SessionReading
     health_checks: bool
 
     def choose(self, model: str) -> GroupService:

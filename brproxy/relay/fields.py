@@ -21,6 +21,7 @@ HOP_BY_HOP = frozenset(
     }
 )
 REQUEST_ID = b"x-request-id"
+SESSION_ID = b"x-session-id"
 
 NOT_IN_TRAILERS = HOP_BY_HOP | {
     b"authorization",
@@ -57,7 +58,10 @@ _LISTS = frozenset({b"accept-encoding", b"connection", b"transfer-encoding", b"u
 _ORDINARY = frozenset({b"keep-alive", b"close", b"upgrade"})
 # What the proxy itself looks at, besides what it drops.
 _LOOKED_AT = frozenset(
-    {b"content-type", b"content-encoding", b"content-length", b"content-location", b"location", REQUEST_ID}
+    {
+        *(b"content-type", b"content-encoding", b"content-length", b"content-location", b"location"),
+        *(REQUEST_ID, SESSION_ID),
+    }
 )
 
 

@@ -19,6 +19,11 @@ All workers share the envelope, so the one with the most headroom is the one wit
 scalar for each worker, which an admission raises by the prompt times Σ d. A choice therefore costs a few
 operations on vectors of G, H and the window. A request that waits alone needs no more than those scalars: it
 goes to the least of them, and no envelope, margin or score has a say.
+
+A request whose beginning is cached on a worker, its *home*, is less load there: that worker's discounted load
+counts as less by the discount, for this request alone. So what the worker with the most headroom admits goes
+home instead where that is within the discount, never beyond; and of single requests F is more by the discount
+for those that are at home with the worker that chooses.
 """
 
 from __future__ import annotations
@@ -26,29 +31,21 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from pydantic import Field
 
 from brproxy.routing.fscore import FScore
-from brproxy.routing.policy import PolicyParams, RoutingPolicy
+from brproxy.routing.policy import PolicyParams, RoutingPolicy, tie_limit
 from brproxy.routing.subsets import SUBSET_SIZE_MAX, WINDOW_MAX, subset_members, subset_sums
-from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, IntArray, RoundState
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, Home, IntArray, RoundState
 
 _MAKE_ROOM_FROM = 2
 """Room is made for a request once it has been passed over for 1 / so much of the limit."""
 
-_TIE = 1e-9
-"""Discounted loads that differ by less than this share are equal: they are sums of floats."""
-
 _DRAWS = 64
 """Random numbers drawn at once."""
-
-
-def _tie_limit(least: float) -> float:
-    """Return the largest discounted load that equals ``least``."""
-    return least + _TIE * max(1.0, least)
 
 
 class BalanceParams(PolicyParams):
@@ -107,6 +104,7 @@ class BalanceRound:
         self._discounted_load: FloatArray = self._forecast @ fscore.discounts
         self._prompts: list[int] = view.prompt_tokens.tolist()
         self._sequences = view.each_sequences()
+        self._homes = view.homes
         self._sequences_waiting = sum(self._sequences)
         self._prompt_max = max(self._prompts, default=0)
         self._waiting = list(range(view.waiting))
@@ -128,10 +126,12 @@ class BalanceRound:
             chosen = self._choose(worker)
             if not chosen:
                 self._open[worker] = False
+            # Of a subset the second finds the worker with more than the others may have.
+            least = float(self._discounted_load[worker])
             for request in chosen:
                 # Several sequences take several slots: the rest of a subset may find none.
                 if self._open[worker]:
-                    self._admit(worker, request)
+                    self._admit(self._near(worker, request, least), request)
         return self._decision
 
     def _most_headroom(self, workers: IntArray) -> int | None:
@@ -139,7 +139,7 @@ class BalanceRound:
         if len(workers) == 0:
             return None
         loads = self._discounted_load[workers]
-        ties = workers[loads <= _tie_limit(float(loads.min()))]
+        ties = workers[loads <= tie_limit(float(loads.min()))]
         return int(ties[0]) if len(ties) == 1 else self._of_equals(ties)
 
     def _of_equals(self, workers: IntArray) -> int:
@@ -171,7 +171,37 @@ class BalanceRound:
             if score > 0:
                 return [window[i] for i in subset_members(len(window), best)]
         # One request; also when nothing pays: the least harmful, so that no slot idles and nobody starves.
-        return [window[self._fscore.best(margins, prompts)[0]]]
+        best, score = self._fscore.best(margins, prompts)
+        if self._homes is not None:
+            best = self._best_guest(worker, window, margins, best, score)
+        return [window[best]]
+
+    def _best_guest(
+        self, worker: int, window: list[int], margins: FloatArray, best: int, score: float
+    ) -> int:
+        """Return the position in ``window`` of the best request, those at home with ``worker`` worth more."""
+        fscore = self._fscore
+        for position, request in enumerate(window):
+            home = self._home(request)
+            if home is None or home.place != worker:
+                continue
+            prompt = np.array([float(self._prompts[request])])
+            worth = fscore.alpha * self._discount_sum * home.discount_tokens
+            with_discount = float(fscore.score(margins, prompt)[0]) + worth
+            if with_discount > score:
+                best, score = position, with_discount
+        return best
+
+    def _home(self, request: int) -> Home | None:
+        return None if self._homes is None else self._homes[request]
+
+    def _near(self, worker: int, request: int, least: float) -> int:
+        """Return where a request goes that ``worker`` admits, which had the ``least`` load: it, or home."""
+        home = self._home(request)
+        if home is None or not self._open[home.place] or self._kv_free[home.place] < self._prompts[request]:
+            return worker
+        limit = tie_limit(least + self._discount_sum * home.discount_tokens)
+        return home.place if self._discounted_load[home.place] <= limit else worker
 
     def _subset_max(self) -> int:
         """Return 1 in stage 1 (slots for everybody who waits), R_max in stage 2."""
@@ -192,7 +222,7 @@ class BalanceRound:
         kv_free = self._kv_free[workers]
         worker = self._most_headroom(workers[kv_free >= self._prompts[request]])
         if worker is not None and self._goes(request, worker):
-            self._admit(worker, request)
+            self._admit(self._near(worker, request, float(self._discounted_load[worker])), request)
         elif not self._holds:
             self._holds = True
             held = int(workers[int(np.argmax(kv_free))]) if worker is None else worker
@@ -228,6 +258,8 @@ B = TypeVar("B", bound=BalanceParams)
 class BalancePolicy(RoutingPolicy[B]):
     """What BR-0 and BR-H share: a policy is its F-score and its discounts."""
 
+    TAKES_AFFINITY: ClassVar[bool] = True
+
     def __init__(self, params: B) -> None:
         super().__init__(params)
         self._draws: list[float] = []
@@ -262,7 +294,7 @@ class BalancePolicy(RoutingPolicy[B]):
             if slots <= 0 or kv_free[worker] < prompt_tokens or load > limit:
                 continue
             if load < better:
-                limit = _tie_limit(load)
+                limit = tie_limit(load)
                 better, most, equals = load - (limit - load), slots, [worker]
             elif slots > most:
                 most, equals = slots, [worker]

@@ -15,7 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from brproxy.registry import Registry, make_configurable
 from brproxy.routing.fscore import discounts_for
-from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, IntArray, RoundState
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, Home, IntArray, RoundState
+
+_TIE = 1e-9
+"""Discounted loads that differ by less than this share are equal: they are sums of floats."""
 
 
 class PolicyParams(BaseModel):
@@ -37,6 +40,8 @@ class RoutingPolicy(ABC, Generic[P]):
     """Chooses a worker for each waiting request of one barrier group."""
 
     Params: ClassVar[type[PolicyParams]] = PolicyParams
+    TAKES_AFFINITY: ClassVar[bool] = False
+    """Whether a request may go to its home although that is not the least loaded worker."""
 
     def __init__(self, params: P) -> None:
         self.params = params
@@ -75,6 +80,25 @@ class RoutingPolicy(ABC, Generic[P]):
         worker's forecast weighed with ``discounts``.
         """
 
+    def place_near(
+        self,
+        state: RoundState,
+        prompt_tokens: int,
+        discounted_load: Sequence[float],
+        rng: np.random.Generator,
+        home: Home,
+        weight: float,
+    ) -> int:
+        """As ``place``, for a request with a home: it goes there if that is near enough to the chosen worker.
+
+        ``weight``: what a KV token weighs in ``discounted_load``, Σ d.
+        """
+        worker = self.place(state, prompt_tokens, discounted_load, rng)
+        if worker == NOT_ADMITTED or not self.TAKES_AFFINITY or not state.fits(home.place, prompt_tokens):
+            return worker
+        limit = tie_limit(discounted_load[worker] + weight * home.discount_tokens)
+        return home.place if discounted_load[home.place] <= limit else worker
+
 
 AnyPolicy = RoutingPolicy[PolicyParams]
 POLICIES: Registry[type[AnyPolicy]] = Registry("policy", "brproxy.routing.policies")
@@ -110,9 +134,12 @@ class OneByOnePolicy(RoutingPolicy[P]):
         """See RoutingPolicy.route."""
         decision = np.full(view.waiting, NOT_ADMITTED, dtype=np.int64)
         state = RoundState.of(view)
-        waiting = zip(view.prompt_tokens.tolist(), view.each_sequences(), strict=True)
-        for i, (prompt_tokens, sequences) in enumerate(waiting):
-            worker = self.place(state, prompt_tokens, state.kv_tokens, rng)
+        waiting = zip(view.prompt_tokens.tolist(), view.each_sequences(), view.each_home(), strict=True)
+        for i, (prompt_tokens, sequences, home) in enumerate(waiting):
+            if home is None:
+                worker = self.place(state, prompt_tokens, state.kv_tokens, rng)
+            else:
+                worker = self.place_near(state, prompt_tokens, state.kv_tokens, rng, home, 1.0)
             if worker == NOT_ADMITTED:
                 break
             state.admit(worker, prompt_tokens, sequences)
@@ -129,6 +156,11 @@ class OneByOnePolicy(RoutingPolicy[P]):
         """See RoutingPolicy.place."""
         eligible = state.eligible(prompt_tokens)
         return self.choose(state, eligible, rng) if eligible else NOT_ADMITTED
+
+
+def tie_limit(least: float) -> float:
+    """Return the largest discounted load that equals ``least``."""
+    return least + _TIE * max(1.0, least)
 
 
 def least(workers: Sequence[int], keys: Sequence[int], rng: np.random.Generator) -> int:

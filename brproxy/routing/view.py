@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,17 @@ SLOTS_UNLIMITED = 1 << 40
 
 NOT_ADMITTED = -1
 """In a routing decision: the request stays in the pool."""
+
+
+class Home(NamedTuple):
+    """Where the beginning of a waiting request is probably cached: ``place``, and what that is worth there.
+
+    ``discount_tokens``: the worker counts as that much lighter for this request (KV tokens). Policies that
+    take no affinity do not look at it.
+    """
+
+    place: int
+    discount_tokens: float
 
 
 @dataclass(slots=True)
@@ -70,6 +82,10 @@ class RoundState:
         free = zip(self.slots_free, self.kv_free, strict=True)
         return [g for g, (slots, kv) in enumerate(free) if slots > 0 and kv >= prompt_tokens]
 
+    def fits(self, worker: int, prompt_tokens: int) -> bool:
+        """Tell whether a worker has a free slot, and KV room for a prompt."""
+        return self.slots_free[worker] > 0 and self.kv_free[worker] >= prompt_tokens
+
     def admit(self, worker: int, prompt_tokens: int, sequences: int = 1) -> None:
         """Book a request, so that the rest of the round sees it."""
         self.kv_tokens[worker] += prompt_tokens
@@ -92,6 +108,7 @@ class ClusterView:
     ``prompt_tokens[N]``: s_i of each waiting request.
     ``passed_over[N]``: younger requests that were admitted before it.
     ``sequences[N]``: how many each decodes side by side; None: each one.
+    ``homes[N]``: where each is at home, None where nothing is known; None: none of them is.
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
     ``turnover_steps``: decode steps between two requests that leave a full worker, mean output / slots.
     ``lookahead_turnovers``: how many of those the forecast is worth looking ahead.
@@ -111,6 +128,7 @@ class ClusterView:
     lookahead_turnovers: float = 1.0
     sequences: IntArray | None = None
     prefill_tokens: IntArray | None = None
+    homes: Sequence[Home | None] | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays whose shapes do not belong together; every policy relies on that."""
@@ -134,6 +152,9 @@ class ClusterView:
         if self.sequences is not None and self.sequences.shape != self.prompt_tokens.shape:
             msg = "sequences and prompt_tokens must have the same shape (N,)"
             raise InvalidInputError(msg)
+        if self.homes is not None and len(self.homes) != self.waiting:
+            msg = "homes must be as many as prompt_tokens, N"
+            raise InvalidInputError(msg)
         if self.forecast.ndim != 2 or len(self.forecast) != workers or self.forecast.shape[1] < 1:
             msg = f"forecast must have shape ({workers}, H+1), got {self.forecast.shape}"
             raise InvalidInputError(msg)
@@ -147,6 +168,7 @@ class ClusterView:
         turnover_steps: float = 1.0,
         lookahead_turnovers: float = 1.0,
         sequences: Sequence[int] | None = None,
+        homes: Sequence[Home | None] | None = None,
     ) -> ClusterView:
         """Return the view of ``state`` and what waits; without a forecast, the load now is all there is."""
         kv_tokens = np.array(state.kv_tokens, dtype=np.int64)
@@ -164,6 +186,7 @@ class ClusterView:
             lookahead_turnovers=lookahead_turnovers,
             sequences=None if sequences is None else np.array(sequences, dtype=np.int64),
             prefill_tokens=np.array(state.prefill_tokens, dtype=np.int64),
+            homes=homes,
         )
 
     @property
@@ -174,6 +197,10 @@ class ClusterView:
     def each_sequences(self) -> list[int]:
         """Return how many sequences each of the waiting requests has."""
         return [1] * self.waiting if self.sequences is None else self.sequences.tolist()
+
+    def each_home(self) -> Sequence[Home | None]:
+        """Return where each of the waiting requests is at home."""
+        return [None] * self.waiting if self.homes is None else self.homes
 
     @property
     def waiting(self) -> int:

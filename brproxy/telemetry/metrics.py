@@ -161,6 +161,25 @@ class Metrics(Collector):
             for part, count in group.dispatcher.faults.counts.items():
                 errors.add_metric([group.name, part], count)
         yield from (requests, retries, tokens, admitted, rejected, errors)
+        yield from self._sessions()
+
+    def _sessions(self) -> Iterator[Metric]:
+        """Yield what became of the requests of sessions; of groups that remember none, nothing."""
+        requests = CounterMetricFamily(
+            "brproxy_session_requests", "Requests of sessions, by where they went", labels=["group", "went"]
+        )
+        cached = CounterMetricFamily(
+            "brproxy_session_cached_tokens", "Prompt tokens sent to where they were cached", labels=["group"]
+        )
+        for group in self._fleet.groups:
+            sessions = group.dispatcher.sessions
+            if sessions is None:
+                continue
+            requests.add_metric([group.name, "new"], sessions.new)
+            requests.add_metric([group.name, "home"], sessions.hits)
+            requests.add_metric([group.name, "elsewhere"], sessions.moved)
+            cached.add_metric([group.name], sessions.cached_tokens)
+        yield from (requests, cached)
 
     def _histograms(self) -> Iterator[Metric]:
         wait = HistogramMetricFamily(

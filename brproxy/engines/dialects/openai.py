@@ -19,6 +19,7 @@ from brproxy.engines.dialect import (
 from brproxy.engines.paths import path_kind
 from brproxy.engines.request import read_request
 from brproxy.engines.rewrite import insert_member
+from brproxy.engines.sessions import SessionAsk
 from brproxy.types import SEQUENCES_MAX, TOKENS_MAX
 
 _DONE = b"[DONE]"
@@ -32,6 +33,9 @@ _USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]++|\{[^{}]*+\})*+\})')
 # Up to 20 digits: any that 64 bits hold.
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,20})\b(?![.eE])')
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,20})\b(?![.eE])')
+# Of a reply of the responses API; what it holds has ids of other forms.
+_RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[!-!#-\[\]-~]{1,256})"')
+_ID_BEFORE_BYTE = 4096
 _META_KEY = b'"meta_info"'
 _CACHED_KEYS = ("cache_read_input_tokens", "cache_creation_input_tokens")
 _ERROR_BYTES_MAX = 1 << 16
@@ -49,10 +53,17 @@ class OpenAIDialect(Dialect):
     HEALTH_PATH: ClassVar[str] = "/v1/models"
 
     def read_request(
-        self, path: str, method: str, content_type: str, body: bytes, *, hashes: bool = False
+        self,
+        path: str,
+        method: str,
+        content_type: str,
+        body: bytes,
+        *,
+        hashes: bool = False,
+        session: SessionAsk | None = None,
     ) -> RequestFacts:
         """See Dialect.read_request."""
-        return read_request(path, method, content_type, body, hashes=hashes)
+        return read_request(path, method, content_type, body, hashes=hashes, session=session)
 
     def ask_usage(self, body: bytes) -> bytes:
         """See Dialect.ask_usage. Adds one key and leaves every other byte as the client wrote it."""
@@ -100,7 +111,8 @@ class OpenAIDialect(Dialect):
             return self._read_native(document, meta)
         kind = _text(document.get("type"))
         has_tokens = kind.endswith("delta") and "delta" in document
-        return EventFacts(has_tokens=has_tokens, usage=_find_usage(document))
+        answer_id = _answer_id(document) if kind == "response.created" else ""
+        return EventFacts(has_tokens=has_tokens, usage=_find_usage(document), answer_id=answer_id)
 
     def _read_native(self, document: dict[str, Any], meta: dict[str, Any]) -> EventFacts:
         """Return what an event of SGLang's own API says: each holds its sequence from the beginning."""
@@ -128,6 +140,11 @@ class OpenAIDialect(Dialect):
         found = _USAGE.match(body, start) if start >= 0 else None
         usage = None if found is None else _parse(found[1])
         return None if usage is None else _usage(usage)
+
+    def read_answer_id(self, body: bytes) -> str:
+        """See Dialect.read_answer_id. Responses begin with their id."""
+        found = _RESPONSE_ID.search(body, 0, _ID_BEFORE_BYTE)
+        return "" if found is None else found[1].decode()
 
     def is_refusal(self, status: int) -> bool:
         """See Dialect.is_refusal."""
@@ -159,6 +176,11 @@ def _parse(data: bytes) -> dict[str, Any] | None:
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
+
+
+def _answer_id(document: dict[str, Any]) -> str:
+    response = document.get("response")
+    return _text(response.get("id")) if isinstance(response, dict) else ""
 
 
 def _has_output(choice: object) -> bool:

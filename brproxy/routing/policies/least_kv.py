@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from brproxy.routing.policy import OneByOnePolicy, PolicyParams, least, register_policy
@@ -14,6 +16,8 @@ class LeastKvPolicy(OneByOnePolicy[PolicyParams]):
 
     The greedy balance of KV load: it fills the emptiest worker, whatever the prompt does to the envelope.
     """
+
+    TAKES_AFFINITY: ClassVar[bool] = True
 
     def choose(self, state: RoundState, eligible: list[int], rng: np.random.Generator) -> int:
         """See OneByOnePolicy.choose."""

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from brproxy.routing.balance import BalanceParams, BalanceRound, random_order
 from brproxy.routing.fscore import FScore
 from brproxy.routing.policy import POLICIES
-from brproxy.routing.view import NOT_ADMITTED, ClusterView
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, Home
 
 UNLIMITED = 1 << 40
 
 
-def make_view(kv_tokens, prompts, slots_free, kv_free=None, passed_over=None, forecast=None, sequences=None):
+def make_view(
+    kv_tokens, prompts, slots_free, kv_free=None, passed_over=None, forecast=None, sequences=None, homes=None
+):
     workers = len(kv_tokens)
     kv = np.array(kv_tokens, dtype=np.int64)
     return ClusterView(
@@ -29,6 +31,7 @@ def make_view(kv_tokens, prompts, slots_free, kv_free=None, passed_over=None, fo
         passed_over=np.array(passed_over if passed_over is not None else [0] * len(prompts), dtype=np.int64),
         forecast=kv[:, None].astype(float) if forecast is None else forecast,
         sequences=None if sequences is None else np.array(sequences, dtype=np.int64),
+        homes=homes,
     )
 
 
@@ -50,6 +53,7 @@ class BruteForce:
         self.kv = view.kv_free.tolist()
         self.sequences = [1] * view.waiting if view.sequences is None else view.sequences.tolist()
         self.waiting = list(range(view.waiting))
+        self.homes = view.homes or [None] * view.waiting
         self.tie_break = random_order(np.random.default_rng(seed).random(), range(view.workers))
         self.closed = set()
         self.decision = [NOT_ADMITTED] * view.waiting
@@ -60,6 +64,33 @@ class BruteForce:
     def headroom(self, worker):
         weights = [self.gamma**h for h in range(self.horizon)]
         return sum(w * self.margin(worker, h) for h, w in enumerate(weights)) / sum(weights)
+
+    def level(self, worker):
+        weights = [self.gamma**h for h in range(self.horizon)]
+        return sum(w * load for w, load in zip(weights, self.loads[worker], strict=True)) / sum(weights)
+
+    def near(self, worker, request, least):
+        """Return the request's home if it is open, has room and is within the discount of ``least``."""
+        home, prompt = self.homes[request], self.view.prompt_tokens[request]
+        if home is None or home.place not in self.open() or self.kv[home.place] < prompt:
+            return worker
+        is_near = round(self.level(home.place) - least - home.discount_tokens, 6) <= 0
+        return home.place if is_near else worker
+
+    def best_guest(self, worker, window, best):
+        """Return the best single request where what is at home with the worker is worth its discount."""
+        prompts, worth = (
+            self.view.prompt_tokens.tolist(),
+            self.alpha * sum(self.gamma**h for h in range(self.horizon)),
+        )
+        score = self.score(worker, prompts[best])
+        for i in window:
+            home = self.homes[i]
+            if home is not None and home.place == worker:
+                as_guest = self.score(worker, prompts[i]) + worth * home.discount_tokens
+                if as_guest > score:
+                    best, score = i, as_guest
+        return best
 
     def score(self, worker, demand, margin=None):
         total = 0.0
@@ -94,7 +125,7 @@ class BruteForce:
                 or self.score(worker, prompt) >= 0
                 or self.score(worker, prompt, self.drained_margin) < 0
             ):
-                self.admit(worker, i, prompt)
+                self.admit(self.near(worker, i, self.level(worker)), i, prompt)
             elif not self.closed:
                 self.closed.add(worker)
 
@@ -116,16 +147,20 @@ class BruteForce:
             subsets = [q for size in range(1, largest + 1) for q in combinations(window, size)]
             fitting = [q for q in subsets if sum(prompts[i] for i in q) <= self.kv[worker]]
             best = max(self.score(worker, sum(prompts[i] for i in q)) for q in fitting)
-            if best <= 0:
+            single = best <= 0 or largest == 1
+            if single:
                 fitting = [q for q in fitting if len(q) == 1]
                 best = max(self.score(worker, prompts[q[0]]) for q in fitting)
             tolerance = 1e-9 * max(1.0, abs(best))
             chosen = next(
                 q for q in fitting if self.score(worker, sum(prompts[i] for i in q)) >= best - tolerance
             )
+            if single:
+                chosen = (self.best_guest(worker, window, chosen[0]),)
+            least = self.level(worker)
             for i in chosen:
                 if self.slots[worker] > 0:
-                    self.admit(worker, i, prompts[i])
+                    self.admit(self.near(worker, i, least), i, prompts[i])
         return self.decision
 
     def admit(self, worker, request, prompt):
@@ -161,7 +196,13 @@ def views(draw, horizon_steps=0):
         ],
         forecast=forecast.T.astype(float),
         sequences=draw(st.one_of(st.none(), st.lists(st.integers(1, 4), **each))),
+        homes=draw(st.one_of(st.none(), st.lists(st.one_of(st.none(), homes(workers)), **each))),
     )
+
+
+def homes(workers):
+    discounts = st.one_of(st.sampled_from([0, 100, 900]), st.integers(0, 4000))
+    return st.builds(Home, st.integers(0, workers - 1), discounts)
 
 
 @settings(max_examples=300)
