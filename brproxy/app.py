@@ -123,6 +123,8 @@ async def running_proxy(
         async with running_admin(config.admin, service, deployment, reloading) as admin_port:
             port = await listening(runner, config.listen)
             poller.start()
+            if config.telemetry.enabled:
+                handlers.adapters.start()
             if resolved is not None:
                 resolving.follow(resolved)
             yield RunningProxy(
@@ -140,6 +142,7 @@ async def running_proxy(
             await poller.stop()
             await returning.stop()
             await resolving.stop()
+            await handlers.adapters.stop()
         finally:
             # Also by a second signal, which ends the waiting above.
             keeping.cancel()

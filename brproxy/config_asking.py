@@ -68,8 +68,8 @@ class TelemetryPolls(Section):
 
     enabled: bool = Field(
         default=True,
-        description="Ask engines for their load (vLLM: /metrics, SGLang: /v1/loads); when off, what is "
-        "booked alone decides.",
+        description="Ask engines for their load (vLLM: /metrics, SGLang: /v1/loads) and their LoRA adapters; "
+        "when off, what is booked alone decides.",
     )
     interval_s: float = Field(
         default=1.0,

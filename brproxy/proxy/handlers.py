@@ -7,7 +7,9 @@ from aiohttp import web
 from brproxy.dispatcher import PoolFullError
 from brproxy.engines.dialect import Dialect, RequestFacts, make_dialect
 from brproxy.fleet import UnknownModelError
+from brproxy.lifecycle import NOBODY
 from brproxy.proxy import errors
+from brproxy.proxy.adapter_watch import PATHS, AdapterWatch
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.commented import CommentedAttempts, run_split_commented
 from brproxy.proxy.driver import DecisionFailedError, NoWorkerError, WaitExpiredError
@@ -15,7 +17,7 @@ from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.incoming import Reader
 from brproxy.proxy.legs.split import run_split
-from brproxy.proxy.pages import MODELS_PATH, Pages
+from brproxy.proxy.pages import MODELS_PATH, Page, Pages
 from brproxy.proxy.service import Service
 from brproxy.proxy.upload import Upload
 from brproxy.relay.client import Client
@@ -35,6 +37,8 @@ class Handlers:
         self._attempts = CommentedAttempts if service.limits.comments_s else Attempts
         self._split = run_split_commented if service.limits.comments_s else run_split
         self.pages = Pages(service)
+        self.adapters = AdapterWatch(service)
+        self.pages.by_path |= dict.fromkeys(PATHS, Page(frozenset({"POST"}), self.adapters.page))
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer ``request``."""
@@ -76,7 +80,9 @@ class Handlers:
             if group.handover is not None:
                 await self._split(service, group, group.handover, pending, incoming, sink)
                 return
-            with group.driver.admit(pending) as lease:
+            adapters = group.adapters
+            avoid = adapters.lacking(pending.model) if adapters.names else NOBODY
+            with group.driver.admit(pending, avoid) as lease:
                 await self._attempts(service, group, lease, incoming, sink).run()
         finally:
             self._requests -= 1

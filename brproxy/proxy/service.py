@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from brproxy.adapters import Adapters
 from brproxy.clock import Clock
 from brproxy.engines.dialect import Dialect
 from brproxy.estimate import TokenEstimator
-from brproxy.fleet import Fleet, Group
+from brproxy.fleet import Fleet, Group, UnknownModelError
 from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.cors import Cors
 from brproxy.proxy.driver import GroupDriver
@@ -30,7 +31,7 @@ class GroupService:
 
     ``connect`` makes what connects to a member. Members with the same origin are ranks behind one server:
     they share their connections, and what is told of the server counts for each of them. ``handover``: who
-    prefills for it, None where its own members do.
+    prefills for it, None where its own members do. ``adapters``: which of its members has which.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class GroupService:
         self.driver = driver
         self.dialect = dialect
         self.handover: Handover | None = None
+        self.adapters = Adapters(group.roster)
         self._connect = connect
         self._shared: dict[str, Endpoint] = {}
         self._behind: dict[Endpoint, list[Member]] = {}
@@ -187,4 +189,12 @@ class Service:
 
     def choose(self, model: str) -> GroupService:
         """Return the group for a request; raises UnknownModelError."""
-        return self.groups[self.fleet.choose(model).name]
+        try:
+            return self.groups[self.fleet.choose(model).name]
+        except UnknownModelError:
+            # An adapter is a model that no configuration names.
+            having = [group for group in self.groups.values() if model in group.adapters.names]
+            having = [group for group in having if not group.group.prefills]
+            if not having:
+                raise
+            return min(having, key=lambda group: group.group.pressure)
