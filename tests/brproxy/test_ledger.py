@@ -204,6 +204,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert list(self.ledger.requests) == [sum(e["worker"] == g for e in bound) for g in columns]
         sequences = [sum(e["sequences"] for e in bound if e["worker"] == g) for g in columns]
         assert self.ledger._sequences == sequences
+        awaited = [e for i, e in self.model.items() if self.dispatcher.entry(i).state is State.PREFILL]
+        prefill = tuple(sum(e["prompt"] for e in awaited if e["worker"] == g) for g in columns)
+        assert self.ledger.prefill_tokens == prefill
         assert self.ledger.bound == len(bound)
         assert len(self.dispatcher.waiting) == len(self.model) - len(bound)
         unusual = sum(e["sequences"] != 1 for e in bound)

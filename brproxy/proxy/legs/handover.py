@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlencode
 
-from brproxy.engines.transfer import Handoff, Transfer
+from brproxy.engines.transfer import Handoff, Order, Transfer
 from brproxy.origins import read_worker_url
 from brproxy.proxy.asking import Question, ask
 from brproxy.proxy.legs.metaserver import NAME, PATH
@@ -127,7 +127,7 @@ class Handover:
             room=room,
             decode_rank=None if decode is None else line_number(decode.lines),
         )
-        if self.limits.metaserver_url:
+        if self.transfer.ORDER is Order.DECODE_FIRST:
             url = f"{self.limits.metaserver_url}{PATH}?{urlencode({NAME: handoff.transfer_id})}"
             handoff = handoff._replace(metaserver=url)
         if prefill is None:
