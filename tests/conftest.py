@@ -19,6 +19,9 @@ def pytest_addoption(parser):
         parser.addoption(
             option, metavar="URL", help=f"where a real {engine} listens: tests/real_engines use it"
         )
+    parser.addoption(
+        "--simulation-seeds", metavar="N", type=int, default=1000, help="how many tests/simulation runs"
+    )
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -49,7 +49,8 @@ class CurveTable:
         self._variance = 0.0
         self._variance_samples = 0
         self._slots: OrderedDict[Hashable, int] = OrderedDict()
-        self._windows: list[LengthWindow] = [LengthWindow(grid, window) for _ in range(keys_max + 1)]
+        # Made when a key comes: a table for thousands of keys takes a start no time.
+        self._windows: dict[int, LengthWindow] = {}
         self.alive: FloatArray = np.zeros((keys_max + 1, len(grid)))
         self.samples: FloatArray = np.zeros(keys_max + 1)
 
@@ -112,11 +113,11 @@ class CurveTable:
         return slot
 
     def _take_slot(self, key: Hashable) -> int:
-        if len(self._slots) + 1 < len(self._windows):
+        if len(self._slots) + 1 < len(self.samples):
             slot = len(self._slots) + 1
         else:
             _, slot = self._slots.popitem(last=False)
-            self._windows[slot] = LengthWindow(self._grid, self._window)
+        self._windows[slot] = LengthWindow(self._grid, self._window)
         self._slots[key] = slot
         return slot
 

@@ -22,6 +22,7 @@ BUFFERED_BYTES_MAX = 400_000
 PERIODIC_MAX = 8
 """Timers that a proxy without requests may have, for each worker and altogether."""
 
+_UNUSED = frozenset({State.IDLE, State.CLOSED})
 
 _CHANGES = ("bind", "first_token", "grow", "correct_prompt", "take_back", "end")
 """The methods of the ledger that change it."""
@@ -48,6 +49,8 @@ class GroupChecks(Observer):
         self._driver: Any = service.driver
         self._dispatcher: Any = service.group.dispatcher
         self._ledger: Any = service.group.dispatcher.ledger
+        # Its keys are the endpoints, as they come and go.
+        self._pools: Any = service._behind
         self._late_binding = self._dispatcher.policy.params.late_binding
         self._arrived = self._waited_most = 0
         self._ended: set[int] = set()
@@ -103,10 +106,9 @@ class GroupChecks(Observer):
             self._check_ends()
         if waiting and (driver._timer is None or driver._timer.cancelled()):
             raise Violation("round-due", f"{waiting} wait, and no decision round is due")
-        for pool in self._service.endpoints:
-            idle = pool._idle
-            if idle:
-                self._check_pool(pool, idle)
+        for pool in self._pools:
+            if pool._idle:
+                self._check_pool(pool, pool._idle)
 
     def _check_ends(self) -> None:
         ledger = self._ledger
@@ -144,10 +146,10 @@ class GroupChecks(Observer):
     def _check_pool(pool: Any, idle: Any) -> None:
         if len(idle) > pool._settings.idle_max:
             raise Violation("limits", f"{len(idle)} idle connections to {pool.origin}")
-        if len(set(map(id, idle))) < len(idle):
+        if len(idle) > 1 and len(set(map(id, idle))) < len(idle):
             raise Violation("one-owner", f"a connection to {pool.origin} is idle twice")
         for connection in idle:
-            if connection.state not in {State.IDLE, State.CLOSED} or connection._exchange is not None:
+            if connection.state not in _UNUSED or connection._exchange is not None:
                 raise Violation("one-owner", f"an idle connection to {pool.origin} is in use")
 
     def check_idle(self) -> None:

@@ -38,6 +38,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.set_debug(enabled=False)
         self._now_s = START_S
+        # (when, number, timer): compared without calling Python, and in the order set where times are equal.
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers_set = 0
         self._time_since_events = 0
         self.events = self.upheavals = 0
         self.after_event: Callable[[], None] = _nothing
@@ -56,24 +59,30 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def timers(self) -> list[asyncio.TimerHandle]:
         """Return the timers that are set."""
-        return [handle for handle in self._scheduled if not handle.cancelled()]
+        return [timer for _, _, timer in self._timers if not timer.cancelled()]
+
+    def call_later(self, delay, callback, *args, context=None):
+        return self.call_at(self._now_s + delay, callback, *args, context=context)
+
+    def call_at(self, when, callback, *args, context=None):
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._timers_set += 1
+        heapq.heappush(self._timers, (when, self._timers_set, timer))
+        return timer
 
     def _run_once(self) -> None:
-        scheduled, ready = self._scheduled, self._ready
-        while scheduled and scheduled[0]._cancelled:
-            self._timer_cancelled_count -= 1
-            heapq.heappop(scheduled)._scheduled = False
+        timers, ready = self._timers, self._ready
+        while timers and timers[0][2]._cancelled:
+            heapq.heappop(timers)
         if not ready and not self._stopping:
-            if not scheduled:
+            if not timers:
                 msg = f"nothing will ever happen again: {asyncio.all_tasks(self)}"
                 raise DeadlockError(msg)
-            when_s = scheduled[0].when()
+            when_s = timers[0][0]
             if when_s > self._now_s:
                 self._now_s, self._time_since_events = when_s, self.events
-        while scheduled and scheduled[0].when() <= self._now_s:
-            handle = heapq.heappop(scheduled)
-            handle._scheduled = False
-            ready.append(handle)
+        while timers and timers[0][0] <= self._now_s:
+            ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle._cancelled:

@@ -13,14 +13,20 @@ from tests.simulation.runs import explain, reports, run
 from tests.simulation.scenario import FAULTS, WORLD_FAULTS, draw
 from tests.simulation.shrink import shrink
 
-SEEDS = 1000
 RANGE = 50
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, RANGE))
-def test_every_promise_is_held(first):
-    for seed, report in reports(range(first, first + RANGE)):
+def pytest_generate_tests(metafunc):
+    """Share the seeds out over cases of RANGE."""
+    if "seeds" in metafunc.fixturenames:
+        seeds = range(metafunc.config.getoption("--simulation-seeds"))
+        shares = [seeds[first : first + RANGE] for first in seeds[::RANGE]]
+        metafunc.parametrize("seeds", shares, ids=lambda share: f"{share[0]}-{share[-1]}")
+
+
+def test_every_promise_is_held(seeds):
+    for seed, report in reports(seeds):
         assert report.violation is None, explain(seed)
 
 
