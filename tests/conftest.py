@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 # How long an example takes says something about the machine only.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+# For a run beside a whole one, with other versions: --hypothesis-profile=brief.
+settings.register_profile("brief", settings.get_profile("patient"), max_examples=25)
 
 REAL_ENGINES = {"--real-vllm": "vllm"}
 
