@@ -26,6 +26,7 @@ PARAMS_BYTES_MAX: Final = 1 << 21
 """Longest JSON of an engine's own parameters: block ids of a million tokens take a quarter."""
 
 _NESTED: Final = "sampling_params"
+_SALT: Final = "cache_salt"
 _GENERATES: Final = ("completions", "messages", "responses", "generate")
 _LIMITS: Final = {
     "completions": "max_tokens",
@@ -105,10 +106,14 @@ class Transfer(ABC):
     def free_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
         """Return a decode leg that only fetches and frees; raises TransferError.
 
-        It asks for one token and no stream.
+        It asks for one token and no stream. Who freed the KV already may keep that of others where it was:
+        with a salt of its own (vLLM's ``cache_salt``), what is fetched then is not cached as this prompt's.
         """
         return one_token(
-            path, json_object(self.decode_body(path, body, handoff)), nested_limit=self.NESTED_LIMIT
+            path,
+            json_object(self.decode_body(path, body, handoff)),
+            {_SALT: b'"%x"' % handoff.room},
+            nested_limit=self.NESTED_LIMIT,
         )
 
     def frees_by_decode(self) -> bool:

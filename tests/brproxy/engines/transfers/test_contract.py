@@ -103,9 +103,10 @@ def test_the_leg_that_frees_fetches_the_same_for_one_token(document, path):
     for name in NAMES:
         transfer = make_transfer(name)
         leg = transfer.free_body(path, body, HANDOFF)
-        others_keep_their_bytes(leg, written, CHANGED)
+        others_keep_their_bytes(leg, written, CHANGED | {"cache_salt"})
         said, decoded = json.loads(leg), json.loads(transfer.decode_body(path, body, HANDOFF))
         assert said["stream"] is False
+        assert said["cache_salt"] == f"{HANDOFF.room:x}"
         assert [said.get(key) for key in meant(name)] == [decoded.get(key) for key in meant(name)]
         limits, limit = said, "max_output_tokens" if path == "/v1/responses" else "max_tokens"
         if path == "/generate":
