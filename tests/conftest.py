@@ -13,7 +13,13 @@ settings.load_profile("patient")
 # For a run beside a whole one, with other versions: --hypothesis-profile=brief.
 settings.register_profile("brief", settings.get_profile("patient"), max_examples=25)
 
-REAL_ENGINES = {"--real-vllm": "vllm"}
+REAL_ENGINES = {
+    "--real-vllm": "vLLM",
+    "--real-ranks": "vLLM with --data-parallel-size 2",
+    "--real-prefill": "vLLM that prefills",
+    "--real-decode": "vLLM that decodes for it",
+    "--real-sglang": "SGLang",
+}
 
 
 def pytest_addoption(parser):

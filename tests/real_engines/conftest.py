@@ -1,7 +1,8 @@
-"""A real engine, a proxy in front of it, and what the engine says of itself.
+"""Real engines, a proxy in front of them, and what the engines say of themselves.
 
-``pytest tests/real_engines --real-vllm http://127.0.0.1:8101`` runs these tests. The engine should serve one
-model with ``--max-num-seqs 8`` and be used by nobody else.
+``pytest tests/real_engines --real-vllm http://127.0.0.1:8101`` runs the tests of one vLLM; other options name
+other engines, and what needs one that is not named is skipped. Each engine should serve one model with eight
+slots (vLLM: ``--max-num-seqs 8``) and be used by nobody else.
 """
 
 import asyncio
@@ -16,32 +17,30 @@ from brproxy.engines.exposition import samples
 
 PATIENCE_S = 120.0
 GAUGES = ("vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting")
+FETCHED = "vllm:external_prefix_cache_hits_total"
 
 
 class Engine:
-    """A vLLM server: what it serves, and what its page of metrics says."""
+    """An engine that listens at ``url``: the model that it serves, and what its KV cache is given out by."""
+
+    block_tokens = 1
 
     def __init__(self, url, session):
         self.url = url
         self.session = session
         self.model = ""
-        self.block_tokens = self.blocks = 0
 
     async def look(self):
         async with self.session.get(self.url + "/v1/models") as response:
             self.model = (await response.json())["data"][0]["id"]
-        (info,) = samples(await self.page(), ["vllm:cache_config_info"])[:1]
-        self.block_tokens, self.blocks = int(info.labels["block_size"]), int(info.labels["num_gpu_blocks"])
 
-    async def page(self):
-        async with self.session.get(self.url + "/metrics") as response:
+    async def page(self, path):
+        async with self.session.get(self.url + path) as response:
             return await response.read()
 
     async def gauges(self):
         """Return KV tokens in use, and the requests that run and wait."""
-        found = {sample.name: sample.value for sample in samples(await self.page(), GAUGES)}
-        used, running, waiting = (found.get(name, 0.0) for name in GAUGES)
-        return used * (self.blocks - 1) * self.block_tokens, running, waiting
+        raise NotImplementedError
 
     async def idle(self):
         async with asyncio.timeout(PATIENCE_S):
@@ -49,17 +48,43 @@ class Engine:
                 await asyncio.sleep(0.02)
 
 
+class Vllm(Engine):
+    """A vLLM server: what it serves, and what its page of metrics says."""
+
+    def __init__(self, url, session):
+        super().__init__(url, session)
+        self.block_tokens = self.blocks = 0
+
+    async def look(self):
+        await super().look()
+        (info,) = samples(await self.page("/metrics"), ["vllm:cache_config_info"])[:1]
+        self.block_tokens, self.blocks = int(info.labels["block_size"]), int(info.labels["num_gpu_blocks"])
+
+    async def sum_of(self, name):
+        return sum(sample.value for sample in samples(await self.page("/metrics"), [name]))
+
+    async def gauges(self):
+        """See Engine.gauges."""
+        page = samples(await self.page("/metrics"), GAUGES)
+        found = {sample.name: sample.value for sample in page}
+        used, running, waiting = (found.get(name, 0.0) for name in GAUGES)
+        return used * (self.blocks - 1) * self.block_tokens, running, waiting
+
+
 class Proxy:
+    """A running proxy, and its books of one group."""
+
     def __init__(self, running):
         self.url = f"http://127.0.0.1:{running.port}"
-        self.group = running.service.groups["default"].group
-        self.driver = running.service.groups["default"].driver
+        self.services = running.service.groups
 
-    @property
-    def kv_tokens(self):
-        """What is booked now, all that has streamed included."""
-        self.driver.catch_up()
-        return sum(self.group.dispatcher.ledger.kv_tokens)
+    def booked(self, group="default"):
+        """Return the KV tokens that are booked now, all that has streamed included."""
+        self.services[group].driver.catch_up()
+        return sum(self.ledger(group).kv_tokens)
+
+    def ledger(self, group="default"):
+        return self.services[group].group.dispatcher.ledger
 
 
 @pytest.fixture
@@ -76,18 +101,23 @@ async def session(stack):
 
 
 @pytest.fixture
-async def engine(request, session):
-    url = request.config.getoption("--real-vllm")
-    if url is None:
-        pytest.skip("needs --real-vllm URL")
-    engine = Engine(url.rstrip("/"), session)
-    await engine.look()
-    await engine.idle()
-    return engine
+def open_engine(request, session):
+    async def open_at(option, kind=Vllm):
+        url = request.config.getoption(option)
+        if url is None:
+            pytest.skip(f"needs {option} URL")
+        engine = kind(url.rstrip("/"), session)
+        await engine.look()
+        await engine.idle()
+        return engine
+
+    return open_at
 
 
 @pytest.fixture
-async def proxy(engine, stack):
-    worker = {"url": engine.url, "slots": 8}
-    document = {"listen": {"port": 0}, "worker": [worker], "log": {"level": "warning"}}
-    return Proxy(await stack.enter_async_context(running_proxy(parse_config(document, "test"))))
+def start_proxy(stack):
+    async def start(*workers, **tables):
+        document = {"listen": {"port": 0}, "worker": list(workers), "log": {"level": "warning"}} | tables
+        return Proxy(await stack.enter_async_context(running_proxy(parse_config(document, "test"))))
+
+    return start

@@ -1,86 +1,22 @@
 """A real vLLM behind the proxy answers as it does without, and the books say what it holds."""
 
 import asyncio
-import random
-import re
 import time
 
-import orjson
 import pytest
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-OWN = re.compile(rb'"(?:id|created)":\s*(?:"[^"]*"|\d+)')
-"""What differs from one answer to the next."""
-APART_MAX = 0.05
-"""How far the books may be from the engine's own gauge, as a share of it."""
-SAMPLES = 40
+from tests.real_engines.asking import CHAT, answer, chat, said
+from tests.real_engines.books import KINDS, hold_to_the_gauge
 
 
-def words(draw, count):
-    return " ".join(draw.choice(ENGLISH) for _ in range(count))
+@pytest.fixture
+async def engine(open_engine):
+    return await open_engine("--real-vllm")
 
 
-ENGLISH = [
-    *("the", "of", "and", "to", "in", "that", "was", "it", "for", "with", "his", "on", "be", "at", "which"),
-    *(
-        "have",
-        "from",
-        "this",
-        "are",
-        "not",
-        "but",
-        "had",
-        "they",
-        "you",
-        "all",
-        "water",
-        "mountain",
-        "question",
-    ),
-    *("answer", "remember", "important", "between", "different", "government", "history", "development"),
-    *(
-        "because",
-        "through",
-        "children",
-        "another",
-        "together",
-        "something",
-        "evening",
-        "language",
-        "carefully",
-    ),
-]
-CHINESE = (
-    "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出"
-    "就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所民"
-)
-CODE = (
-    "def {a}({b}, {c}=None):\n    if {b} is None:\n        return {c}[{n}]\n"
-    "    for {a}_i in range(len({b})):\n"
-    "        {c} += {b}[{a}_i] * {n}\n    return {{'{a}': {c}, \"{b}\": {n}.5}}\n\n"
-)
-
-
-def text_of(kind, draw):
-    """Return a prompt that begins like no other: a cached prefix would be no load."""
-    head = f"{draw.randrange(1 << 40):x} "
-    if kind == "english":
-        return head + words(draw, 160)
-    if kind == "chinese":
-        return head + "".join(draw.choice(CHINESE) for _ in range(240))
-    names = {"a": draw.choice(ENGLISH), "b": draw.choice(ENGLISH), "c": draw.choice(ENGLISH)}
-    return head + "".join(CODE.format(**names, n=draw.randrange(1000)) for _ in range(5))
-
-
-def chat(engine, text="Hello", tokens=8, **more):
-    messages = [{"role": "user", "content": text}]
-    return {"model": engine.model, "messages": messages, "max_tokens": tokens, "temperature": 0, **more}
-
-
-async def answer(session, url, path, body):
-    async with session.post(url + path, json=body) as response:
-        own = await response.read()
-        return response.status, response.headers["Content-Type"], OWN.sub(b'"_":0', own)
+@pytest.fixture
+async def proxy(engine, start_proxy):
+    return await start_proxy({"url": engine.url, "slots": 8})
 
 
 FORMS = [
@@ -104,24 +40,7 @@ async def test_an_answer_is_the_engines_own(form, engine, proxy, session):
     assert through[:2] == direct[:2]
     assert said(through[2]) == said(direct[2])
     await engine.idle()
-    assert proxy.kv_tokens == 0
-
-
-def said(raw):
-    """Return what an answer says: its texts by choice, its reasons to end, its last usage, and its end."""
-    if not raw.startswith(b"data: "):
-        document = orjson.loads(raw)
-        return [choice["message"]["content"] for choice in document["choices"]], document["usage"]
-    events = [event.removeprefix(b"data: ") for event in raw.split(b"\n\n") if event]
-    texts, reasons, usage = {}, {}, None
-    for event in events[:-1]:
-        document = orjson.loads(event)
-        usage = document.get("usage") or usage
-        for choice in document["choices"]:
-            index = choice["index"]
-            texts[index] = texts.get(index, "") + (choice["delta"].get("content") or "")
-            reasons[index] = choice.get("finish_reason") or reasons.get(index)
-    return texts, reasons, usage, events[-1]
+    assert proxy.booked() == 0
 
 
 ERRORS = [
@@ -154,46 +73,9 @@ async def test_a_client_that_leaves_frees_its_slot(stream, engine, proxy, sessio
     await engine.idle()
     took_ms = 1000 * (time.monotonic() - left_s)
     print(f"stream={stream}: the engine was idle {took_ms:.0f} ms after its client left")
-    assert proxy.kv_tokens == 0
+    assert proxy.booked() == 0
 
 
-@pytest.mark.parametrize("kind", ["english", "code", "chinese", "tokens", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_the_books_are_what_the_engine_holds(kind, engine, proxy, session):
-    draw = random.Random(kind)
-    stop = asyncio.Event()
-
-    async def one():
-        now = draw.choice(["english", "code", "chinese"]) if kind == "mixed" else kind
-        tokens = draw.randrange(60, 200)
-        if now == "tokens":
-            prompt = [draw.randrange(100, 300) for _ in range(draw.randrange(100, 400))]
-            body = {"model": engine.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-            path = COMPLETIONS
-        else:
-            body, path = chat(engine, text_of(now, draw), tokens), CHAT
-        status, _, _ = await answer(session, proxy.url, path, body | {"stream": True, "ignore_eos": True})
-        assert status == 200
-
-    async def user():
-        while not stop.is_set():
-            await one()
-
-    users = [asyncio.create_task(user()) for _ in range(6)]
-    pairs = []
-    # A few of each kind teach.
-    await asyncio.sleep(10)
-    for _ in range(SAMPLES):
-        await asyncio.sleep(0.2)
-        before = proxy.kv_tokens
-        held, running, waiting = await engine.gauges()
-        booked = (before + proxy.kv_tokens) / 2
-        if running and not waiting:
-            # The gauge counts whole blocks: half a block a request more than tokens.
-            pairs.append((booked, held - running * engine.block_tokens / 2))
-    stop.set()
-    await asyncio.gather(*users)
-    booked, held = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-    apart = f"{100 * (booked / held - 1):+.1f} %"
-    print(f"{kind}: booked {booked:.0f}, held {held:.0f} KV tokens: {apart}, {len(pairs)} looks")
-    assert abs(booked - held) <= APART_MAX * held
-    assert proxy.kv_tokens == 0
+    await hold_to_the_gauge(kind, engine, proxy, session)

@@ -1,0 +1,65 @@
+"""Holds what the proxy has booked under steady load to the engine's own gauge."""
+
+import asyncio
+import random
+
+from tests.real_engines.asking import CHAT, COMPLETIONS, answer, chat
+from tests.real_engines.texts import text_of
+
+APART_MAX = 0.05
+"""How far the books may be from the engine's own gauge, as a share of it."""
+KINDS = ["english", "code", "chinese", "tokens", "mixed"]
+SAMPLES = 40
+USERS = 6
+LEARNING_S = 10.0
+"""A few of each kind teach."""
+
+
+def question(kind, engine, draw):
+    """Return the path and body of one stream."""
+    now = draw.choice(["english", "code", "chinese"]) if kind == "mixed" else kind
+    tokens, more = draw.randrange(60, 200), {"stream": True, "ignore_eos": True}
+    if now != "tokens":
+        return CHAT, chat(engine, text_of(now, draw), tokens, **more)
+    prompt = [draw.randrange(100, 300) for _ in range(draw.randrange(100, 400))]
+    body = {"model": engine.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    return COMPLETIONS, body | more
+
+
+async def look(engine, proxy):
+    """Return what is booked, what of it has no first token yet, and what is held; None where some wait.
+
+    The gauge counts whole blocks: half a block a request more than tokens.
+    """
+    before, new_before = proxy.booked(), sum(proxy.ledger().prefill_tokens)
+    held, running, waiting = await engine.gauges()
+    if waiting or not running:
+        return None
+    booked, new = proxy.booked(), sum(proxy.ledger().prefill_tokens)
+    return (before + booked) / 2, (new_before + new) / 2, held - running * (engine.block_tokens - 1) / 2
+
+
+async def hold_to_the_gauge(kind, engine, proxy, session):
+    draw, stop = random.Random(kind), asyncio.Event()
+
+    async def user():
+        while not stop.is_set():
+            path, body = question(kind, engine, draw)
+            status, _, own = await answer(session, proxy.url, path, body)
+            assert status == 200, own
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(USERS):
+            group.create_task(user())
+        await asyncio.sleep(LEARNING_S)
+        looks = []
+        for _ in range(SAMPLES):
+            await asyncio.sleep(0.2)
+            looks.append(await look(engine, proxy))
+        stop.set()
+    found = [found for found in looks if found is not None]
+    booked, new, held = (sum(column) / len(found) for column in zip(*found, strict=True))
+    apart = f"{100 * (booked / held - 1):+.1f} %, {100 * new / held:.1f} % have no token yet"
+    print(f"{kind}: booked {booked:.0f}, held {held:.0f} KV tokens: {apart}, {len(found)} looks")
+    assert abs(booked - held) <= APART_MAX * held
+    assert proxy.booked() == 0
