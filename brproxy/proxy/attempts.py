@@ -34,10 +34,12 @@ _BEGUN, _FINISHED = Event.BEGUN, Event.FINISHED
 class Attempts:
     """One request's attempts on workers, one after another.
 
-    ``ASKS_USAGE``: a stream is asked for usage where its client has said nothing about it.
+    ``ASKS_USAGE``: a stream is asked for usage where its client has said nothing about it. ``ACCOUNT`` is
+    what books an answer.
     """
 
     ASKS_USAGE: ClassVar[bool] = True
+    ACCOUNT: ClassVar[type[Account]] = Account
 
     __slots__ = (
         "_error",
@@ -152,7 +154,7 @@ class Attempts:
 
     def _account(self) -> Account:
         """Return what books an answer."""
-        return Account(
+        return self.ACCOUNT(
             self._lease,
             self._group.dialect,
             self._incoming.facts,

@@ -12,6 +12,7 @@ _FAMILIES = {
     "alone": "Requests that one worker does as a whole although others only prefill",
     "again": "Prefills that were repeated, as what there was had been lost",
     "expired": "Prefills that nobody fetched before their lease ended",
+    "unfetched": "Prefills that the worker which decodes did not get, and did by itself",
     "stranded": "Prefills that no worker will fetch, as the client left or the one that decodes was lost",
     "freed": "Of these, those that the worker which had them was told to free",
 }

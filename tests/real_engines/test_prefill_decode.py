@@ -48,12 +48,10 @@ def start_pair(prefill, decode, start_proxy, session):
 
 
 async def freed(engine):
-    """Wait until nothing is held; return how long that took (seconds)."""
-    began_s = time.monotonic()
+    """Wait until nothing is held."""
     async with asyncio.timeout(PATIENCE_S):
         while (await engine.gauges())[0]:
             await asyncio.sleep(0.02)
-    return time.monotonic() - began_s
 
 
 def question(engine, draw, number):
@@ -100,7 +98,8 @@ async def test_two_answer_as_one_would(prefill, decode, start_pair, session):
     assert fetched == pytest.approx(prompt_tokens, rel=0.05)
     assert counts["split"] == REQUESTS + 1
     assert not counts["again"] + counts["expired"] + counts["stranded"]
-    assert await freed(prefill) < FREED_WITHIN_S
+    async with asyncio.timeout(FREED_WITHIN_S):
+        await freed(prefill)
     assert proxy.booked() == proxy.booked("default/prefill") == 0
 
 
@@ -165,8 +164,11 @@ async def test_clients_that_leave_leave_nothing(phase, prefill, start_pair, sess
         await asyncio.sleep(number * LATER_S)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        took_s.append(await freed(prefill))
+        left_s = time.monotonic()
+        # Who prefills shows what it holds only once it has begun.
         await until(lambda: books.are_empty)
+        await freed(prefill)
+        took_s.append(time.monotonic() - left_s)
     if busy is not None:
         assert not busy.done(), "the pool was there for all of them"
         busy.cancel()

@@ -1,4 +1,4 @@
-"""A prefill worker's answer: it says how what has been prefilled is fetched, and goes to no client."""
+"""The answers to both legs: a prefill worker's, which goes to no client, and that of who decodes after it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from http import HTTPStatus
 from typing import Protocol
 
+from brproxy.engines.dialect import EventFacts
 from brproxy.journey import Event
 from brproxy.proxy.accounting import Account
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -24,6 +25,13 @@ class PrefillAttempt(Attempt, Protocol):
 
     def adopts(self, answer: PrefillAnswer) -> bool:
         """Tell whether an answer that is left before its end is waited for all the same."""
+
+
+class DecodeAttempt(Attempt, Protocol):
+    """Whoever drives the attempts at decoding, as an answer sees it."""
+
+    def may_serve_alone(self, event: Event) -> bool:
+        """Tell whether the same worker would get the request once more after ``event``, without handles."""
 
 
 class PrefillAnswer(WorkerAnswer):
@@ -119,16 +127,52 @@ class PrefillAnswer(WorkerAnswer):
 
 
 class DecodeAnswer(WorkerAnswer):
-    """The answer of a worker that decodes what another has prefilled; ``is_error``: it does not."""
+    """The answer of a worker that decodes what another has prefilled; ``is_error``: it does not.
 
-    __slots__ = ("is_error",)
+    Engines have no word of its own for what they could not fetch: vLLM answers 500, or 200 with a stream
+    whose first event is an error (seen on 0.32). So any failure of the engine's may be that, and counts as a
+    death where the request can be served without.
+    """
+
+    __slots__ = ("_decode", "is_error")
 
     is_error: bool
+
+    def __init__(
+        self,
+        attempt: DecodeAttempt,
+        sink: ClientSink,
+        account: Account,
+        limits: RelayLimits,
+        *,
+        path: str,
+        member: Member,
+    ) -> None:
+        super().__init__(attempt, sink, account, limits, path=path, member=member, bodiless=False)
+        self._decode = attempt
 
     def head(self, head: ResponseHead) -> None:
         """See Exchange.head."""
         self.is_error = head.status >= HTTPStatus.BAD_REQUEST
+        if (
+            head.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+            and not self.account.dialect.is_refusal(head.status)
+            and self._decode.may_serve_alone(Event.DIED)
+        ):
+            self.moves_on(Event.DIED, f"it answered with status {head.status}")
+            return
         super().head(head)
+
+
+class DecodeAccount(Account):
+    """Books the answer of a worker that decodes: its first event may be all that tells of a failed fetch."""
+
+    __slots__ = ()
+
+    def look(self, event: bytes) -> EventFacts:
+        """See Account.look."""
+        facts = super().look(event)
+        return facts._replace(died=True) if facts.error and not facts.refused else facts
 
 
 class Handles:

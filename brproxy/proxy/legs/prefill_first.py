@@ -10,6 +10,7 @@ but the KV has it freed at once, not only when the lease ends.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,7 +25,7 @@ from brproxy.proxy.driver import Lease
 from brproxy.proxy.errors import workers_failed
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import WorkerAnswer
-from brproxy.proxy.exchange.handles import DecodeAnswer, PrefillAnswer
+from brproxy.proxy.exchange.handles import DecodeAccount, DecodeAnswer, PrefillAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.handover import Handover
 from brproxy.proxy.legs.prefill_leg import PrefillLeg
@@ -33,6 +34,8 @@ from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.request import body_length, request_head
 from brproxy.roster import Member
 from brproxy.types import PendingRequest
+
+log = logging.getLogger(__name__)
 
 _TAKES_ALONG = frozenset({Event.REFUSED, Event.CUT, Event.DIED, Event.OUT})
 """What ends a decode leg whose worker may have fetched what was prefilled, or had it freed."""
@@ -57,7 +60,7 @@ async def prefill_then_decode(
         with group.driver.admit(prefilled.request) as lease:
             # Its time to the first token began before it was prefilled.
             lease.entry.arrived_s = prefilled.arrived_s
-            await DecodeLeg(service, group, lease, incoming, sink, prefilled).run()
+            await DecodeLeg(service, group, lease, incoming, sink, prefilled, handover).run()
     finally:
         prefilled.leave()
 
@@ -114,8 +117,18 @@ class Prefilled:
         self._is_lost = False
         return True
 
-    async def body(self) -> bytes | None:
-        """Return the body of the leg that decodes, after another prefill if need be; None: as ``prefill``."""
+    @property
+    def is_held(self) -> bool:
+        """Whether a worker keeps it."""
+        return self._held is not None
+
+    async def body(self, *, alone: bool = False) -> bytes | None:
+        """Return the body of the leg that decodes, after another prefill if need be; None: as ``prefill``.
+
+        ``alone``: without handles, whatever is kept.
+        """
+        if alone:
+            return self._handover.transfer.alone_body(self._incoming.upload.beginning or b"")
         if self._is_lost:
             self._handover.counts["again"] += 1
             if not await self.prefill():
@@ -283,10 +296,14 @@ class _Freeing:
 
 
 class DecodeLeg(Attempts):
-    """The second leg, to a worker that fetches what was prefilled."""
+    """The second leg, to a worker that fetches what was prefilled.
 
-    __slots__ = ("_answer", "_body", "_prefilled")
+    One that cannot fetch it is asked once more, to prefill by itself: the KV, or who has it, is at fault.
+    """
 
+    __slots__ = ("_answer", "_body", "_fetches", "_handover", "_is_alone", "_prefilled")
+
+    ACCOUNT = DecodeAccount
     _answer: DecodeAnswer
 
     def __init__(
@@ -297,10 +314,21 @@ class DecodeLeg(Attempts):
         incoming: Incoming,
         sink: ClientSink,
         prefilled: Prefilled,
+        handover: Handover,
     ) -> None:
         super().__init__(service, group, lease, incoming, sink)
         self._prefilled = prefilled
+        self._handover = handover
         self._body = b""
+        self._fetches = self._is_alone = False
+
+    def may_move(self, event: Event) -> bool:
+        """See deciding.Attempt.may_move."""
+        return self.may_serve_alone(event) or super().may_move(event)
+
+    def may_serve_alone(self, event: Event) -> bool:
+        """See DecodeAttempt.may_serve_alone."""
+        return event is Event.DIED and self._fetches and self._handover.transfer.DECODES_ALONE
 
     def begun(self, *, is_long: bool) -> None:
         """See deciding.Attempt.begun."""
@@ -314,10 +342,18 @@ class DecodeLeg(Attempts):
     def _after(self, event: Event, error: Exception | None) -> Action:
         if event in _TAKES_ALONG:
             self._prefilled.lost()
+        if self.may_serve_alone(event):
+            log.warning(
+                "worker %s may not have fetched a prefill: %s", self._group.member(self._worker).key, error
+            )
+            self._handover.counts["unfetched"] += 1
+            self._is_alone = True
+            return Action.SEND_AFRESH
         return super()._after(event, error)
 
     async def _send(self, *, afresh: bool) -> Action:
-        body = await self._prefilled.body()
+        body = await self._prefilled.body(alone=self._is_alone)
+        self._fetches, self._is_alone = self._prefilled.is_held, False
         if body is None:
             self._lease.fail()
             return Action.NOTHING
@@ -332,7 +368,6 @@ class DecodeLeg(Attempts):
             self._service.relay_limits,
             path=self._incoming.path,
             member=member,
-            bodiless=False,
         )
         return self._answer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from brproxy.engines.transfer import Handoff
-from brproxy.journey import Action
+from brproxy.journey import RERUNS_MAX, RULES, Action, Event
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -13,8 +13,14 @@ from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.handover import Handover
 from brproxy.proxy.service import Service
 from brproxy.relay.endpoint import Endpoint
+from brproxy.relay.errors import WorkerFailedError
 from brproxy.relay.request import body_length
 from brproxy.roster import Member
+from brproxy.types import BrproxyError
+
+
+class NotPrefilledError(BrproxyError):
+    """No worker that prefills could do it, and one that decodes may do it all; nothing is kept anywhere."""
 
 
 class PrefillLeg(Attempts):
@@ -23,9 +29,12 @@ class PrefillLeg(Attempts):
     ``handoff`` is then what the leg to the worker that decodes needs, and ``reply`` the answer; both are None
     where the client has got an error instead. A worker that failed this leg is not asked again. ``orphan`` is
     the answer of one that had not answered when the client left, where that is to be waited for.
+
+    Where no worker is left, ``run`` raises NotPrefilledError if one that decodes may do it all: not if two
+    workers may have died of the request.
     """
 
-    __slots__ = ("_body", "_handover", "handoff", "orphan", "reply")
+    __slots__ = ("_body", "_handover", "_runs", "handoff", "orphan", "reply")
 
     ASKS_USAGE = False
 
@@ -35,6 +44,7 @@ class PrefillLeg(Attempts):
         super().__init__(service, handover.group, lease, incoming, sink)
         self._handover = handover
         self._body = b""
+        self._runs = 0
         self.handoff: Handoff | None = None
         self.reply: bytes | None = None
         self.orphan: PrefillAnswer | None = None
@@ -54,6 +64,16 @@ class PrefillLeg(Attempts):
             return False
         self.orphan = answer
         return True
+
+    def _after(self, event: Event, error: Exception | None) -> Action:
+        self._runs += event in RULES and RULES[event].ran
+        return super()._after(event, error)
+
+    def _failure(self) -> Exception:
+        is_deserted = isinstance(self._error, WorkerFailedError) and self._runs <= RERUNS_MAX
+        if is_deserted and self._handover.transfer.DECODES_ALONE:
+            return NotPrefilledError(str(self._error))
+        return super()._failure()
 
     def _answer_of(self, member: Member) -> WorkerAnswer:
         return PrefillAnswer(

@@ -13,6 +13,7 @@ from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.decode_first import DecodeFirstLegs
 from brproxy.proxy.legs.handover import Handover
 from brproxy.proxy.legs.prefill_first import prefill_then_decode
+from brproxy.proxy.legs.prefill_leg import NotPrefilledError
 from brproxy.proxy.legs.together import PairedLegs
 from brproxy.proxy.service import GroupService, Service
 from brproxy.types import PendingRequest
@@ -31,8 +32,8 @@ async def run_split(
         handover.counts["split"] += 1
         try:
             await _split(service, group, handover, request, incoming, sink)
-        except TransferError:
-            # Raised before anything was sent.
+        except (TransferError, NotPrefilledError):
+            # Raised before anything was sent, or as nothing came of it.
             handover.counts["split"] -= 1
             if not handover.transfer.DECODES_ALONE:
                 raise

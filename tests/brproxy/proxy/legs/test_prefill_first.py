@@ -121,8 +121,9 @@ async def test_an_answer_that_is_too_long_is_a_failure(start_two, client, fixed)
     proxy, *_ = await start_two(
         Gate(fixed(reply())), prefill=prefill, limits={"response_parse_bytes_max": 4096}
     )
-    status, body = await ask(client, proxy)
-    assert (status, b"its answer has over 4096 bytes" in body) == (502, True)
+    status, _ = await ask(client, proxy)
+    assert status == 200
+    assert proxy.running.service.groups["default"].handover.counts["alone"] == 1
     await proxy.idle()
 
 
