@@ -86,6 +86,7 @@ class Prefilled:
         self._incoming = incoming
         self._sink = sink
         self._held: _Held | None = None
+        self._sent_s: float | None = None
         self._is_lost = False
         self.request = request
         self.arrived_s = service.clock.now_s()
@@ -138,6 +139,7 @@ class Prefilled:
             return body
         # From here on the two workers keep it alive between them.
         self._held.stop_waiting()
+        self._sent_s = self._service.clock.now_s()
         return self._handover.transfer.decode_body(self._incoming.path, body, self._held.handoff)
 
     def taken(self) -> None:
@@ -164,9 +166,15 @@ class Prefilled:
             held.let_go()
 
     def leave(self) -> None:
-        """Have the worker free what nobody has fetched."""
-        if self._held is not None:
+        """Have the worker free what nobody has fetched, unless the one that decodes does."""
+        if self._held is None:
+            return
+        known_after_s, sent_s = self._handover.transfer.KNOWN_AFTER_S, self._sent_s
+        # A frontend drops what is closed early: its engine has never heard of it.
+        if known_after_s is None or sent_s is None or self._service.clock.now_s() < sent_s + known_after_s:
             self.lost()
+        else:
+            self.taken()
 
     def _keep(self, leg: PrefillLeg, lease: Lease) -> bool:
         """Take over what a leg leaves behind, with its booking; return whether there is anything."""
@@ -209,6 +217,7 @@ class Prefilled:
 
     def _hold(self, lease: Lease, handoff: Handoff) -> None:
         self._held = held = _Held(lease, handoff)
+        self._sent_s = None
         lease_s = self._handover.limits.lease_s
         if lease_s is not None:
             held.wait(self._service.watch.loop, lease_s, self._ended)

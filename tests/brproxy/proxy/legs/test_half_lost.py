@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from brproxy.engines.transfers.nixl import NixlTransfer
+
 PARAMS = {"do_remote_prefill": True, "remote_block_ids": [1, 2], "remote_engine_id": "p", "remote_port": 1}
 TEXT = "one two"
 FAILURE = {"message": "Internal server error", "type": "InternalServerError", "code": 500}
@@ -159,3 +161,27 @@ async def test_a_client_that_leaves_while_its_worker_fails_leaves_nothing(
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     await proxy.idle()
+
+
+@pytest.mark.parametrize("known_after_s", [0.0, 600.0])
+async def test_whose_decode_worker_knows_of_it_has_it_freed_by_that(
+    known_after_s, start_worker, start_halves, answer, until, monkeypatch
+):
+    monkeypatch.setattr(NixlTransfer, "KNOWN_AFTER_S", known_after_s)
+
+    async def script(writer):
+        if json.loads(decode.requests[-1][2])["max_tokens"] == 1:
+            writer.write(whole(choices("freed")))
+            await writer.drain()
+            return False
+        await asyncio.Event().wait()
+        return False
+
+    prefill, decode = await start_worker(answer(PREFILLED)), await start_worker(script)
+    proxy, ask = await start_halves([prefill.url], [decode.url])
+    asking = asyncio.create_task(ask())
+    await until(lambda: decode.requests)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await proxy.idle()
+    assert len(decode.requests) == (1 if known_after_s == 0 else 2)
