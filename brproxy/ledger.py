@@ -287,6 +287,13 @@ class Ledger:
         entry.first_token_s = now_s
         self._prefill_tokens[entry.worker] -= entry.prompt_tokens
 
+    def rest(self, request_id: RequestId) -> None:
+        """Note that a request runs no more: it keeps its KV and takes no slot until it ends."""
+        entry = self._entries.get(request_id) or self.entry(request_id)
+        self._sequences[entry.worker] -= entry.sequences
+        self._unusual_rows += entry.sequences == 1
+        self._cells[entry.row * _WIDTH + _SEQUENCES] = entry.sequences = 0
+
     def grow(self, request_id: RequestId, tokens: int) -> None:
         """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output.
 

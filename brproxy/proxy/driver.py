@@ -264,6 +264,10 @@ class Lease:
         if self.entry.state is _PREFILL:
             self._ledger.first_token(self.entry.id, self._driver.clock.now_s())
 
+    def rest(self) -> None:
+        """Note that the request runs no more: it keeps its KV and takes no slot."""
+        self._ledger.rest(self.entry.id)
+
     def correct_prompt(self, prompt_tokens: int) -> None:
         """Replace the prompt estimate by what the worker reports."""
         self._ledger.correct_prompt(self.entry.id, prompt_tokens)

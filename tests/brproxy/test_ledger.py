@@ -111,6 +111,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.ledger.entry(request_id).state is State.PREFILL:
             self.ledger.first_token(request_id, self.now_s)
 
+    @rule(request_id=running)
+    def rest(self, request_id):
+        if self.ledger.entry(request_id).state is not State.PREFILL:
+            self.ledger.rest(request_id)
+            self.model[request_id]["sequences"] = 0
+
     @rule(target=waiting, request_id=consumes(running))
     def retry_or_end(self, request_id):
         if self.ledger.entry(request_id).state is not State.PREFILL:

@@ -57,6 +57,8 @@ class PrefillLeg(Attempts):
         if usage is not None and usage.prompt_tokens is not None:
             self._lease.correct_prompt(usage.prompt_tokens)
         self._lease.first_token()
+        # An engine keeps what it has prefilled beside those that it runs.
+        self._lease.rest()
 
     def adopts(self, answer: PrefillAnswer) -> bool:
         """See PrefillAttempt.adopts."""
