@@ -10,25 +10,21 @@ import typer
 import uvloop
 from rich.console import Console
 
-from brproxy.command import USAGE_ERROR, make_command, run_command
+from brproxy.command import make_command, run_command
 from brproxy.types import InvalidInputError
+from loadgen.cli_bench import bench, bench_proxy
 from loadgen.client import ClientSettings, Lengths
 from loadgen.cluster import ClusterSettings
 from loadgen.commands import demo as demonstration
 from loadgen.commands.bars import Bars
-from loadgen.commands.bench import CASES as BENCH_CASES
-from loadgen.commands.bench import bench as run_bench
-from loadgen.commands.bench import bench_table
-from loadgen.commands.bench_proxy import DIRECT, OWN, BenchSettings, bench_proxies, parse_port
 from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.compare import compare as run_comparison
+from loadgen.commands.comparison_plan import DEFAULT_POLICIES, options_given, plan_from_file
 from loadgen.commands.emulate import emulate as run_emulator
 from loadgen.commands.run import run as run_replay
-from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
+from loadgen.commands.scenario import Arrivals, PrefillServers, Scenario, WorkloadChoice
 from loadgen.commands.simulate import simulate_all
 from loadgen.commands.simulation_plan import plan_simulation
-from loadgen.dataplane.loads import parse_phase
-from loadgen.dataplane.proxies import parse_proxy
 from loadgen.emulator.settings import EmulatorSettings, Role, Transfer
 from loadgen.options import (
     BootstrapPort,
@@ -40,10 +36,14 @@ from loadgen.options import (
     Name,
     Out,
     Prefill,
+    PrefillKvCapacity,
+    PrefillSlots,
+    PrefillWorkers,
     Rate,
     RecomputedShare,
     Requests,
     RequestsPerS,
+    ScenarioPath,
     Seed,
     Slots,
     Speed,
@@ -53,12 +53,12 @@ from loadgen.options import (
     TraceSpeed,
     TransferTime,
     Workers,
+    listed,
 )
 from loadgen.report.plots import plot_simulations
-from loadgen.report.proxies import proxy_table
 from loadgen.report.schema import Document, Report
 from loadgen.report.statistics import Slo
-from loadgen.report.tables import comparison_table, latency_table, outcome_table, simulation_tables
+from loadgen.report.tables import comparison_tables, latency_table, outcome_table, simulation_tables
 
 app = make_command("loadgen", "The load generator of brproxy: emulate, replay, compare.")
 
@@ -89,6 +89,7 @@ def emulate(
     bootstrap_port: BootstrapPort = 8998,
     recomputed_share: RecomputedShare = 0.0,
     seed: Seed = 0,
+    deployments: Annotated[int, typer.Option(help="Deployments of that size, each with its barrier.")] = 1,
 ) -> None:
     """Emulate a DP deployment: HTTP ports for its workers, vLLM's wire format, a barrier at each step."""
     cluster = _cluster(
@@ -112,7 +113,7 @@ def emulate(
         recomputed_share=recomputed_share,
         seed=seed,
     )
-    uvloop.run(run_emulator(settings, lambda line: print(line, flush=True)))
+    uvloop.run(run_emulator(settings, deployments, lambda line: print(line, flush=True)))
 
 
 @app.command()
@@ -174,15 +175,22 @@ def run(
 
 @app.command()
 def compare(
-    policies: Annotated[str, typer.Option(help="Names of policies, separated by commas.")] = (
-        "join-shortest-queue,least-kv,br-0,br-h"
-    ),
+    context: typer.Context,
+    scenario_file: ScenarioPath = None,
+    policies: Annotated[
+        str | None, typer.Option(help="Names of policies, separated by commas; the file's, else four.")
+    ] = None,
     workers: Workers = 8,
     slots: Slots = 64,
     kv_capacity_tokens: KvCapacity = None,
     step_base_ms: StepBase = 30.0,
     step_ns_per_kv_token: StepPerKv = 100.0,
     prefill_us_per_token: Prefill = 0.0,
+    prefill_workers: PrefillWorkers = 0,
+    prefill_slots: PrefillSlots = 4,
+    prefill_kv_capacity_tokens: PrefillKvCapacity = None,
+    transfer: KvTransfer = Transfer.NIXL,
+    transfer_ms_per_ktoken: TransferTime = 5.0,
     workload: Name = "short",
     trace: TraceFile = None,
     requests: Requests = None,
@@ -196,22 +204,44 @@ def compare(
 ) -> None:
     """Run emulator and proxy under one policy after another, on the same arrivals.
 
-    Arrivals follow --requests-per-s, else --rate, else a trace's own times. Synthetic: rate 1.1.
+    Arrivals follow --requests-per-s, else --rate, else a trace's own times. Synthetic: rate 1.1. With
+    --prefill-workers others prefill, and the deployment only decodes.
     """
-    if rate is None and requests_per_s is None and trace is None:
-        rate = SYNTHETIC_RATE
-    cluster = _cluster(
-        workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
-    )
-    scenario = Scenario(
-        WorkloadChoice(workload, trace, _requests(requests, trace)),
-        Arrivals(requests_per_s, rate, cv, trace_speed),
-        cluster,
-        seed,
-    )
-    report = _compare(scenario, ComparisonSettings(_listed(policies), speed))
+    names = listed(policies) if policies else DEFAULT_POLICIES
+    if scenario_file is not None:
+        given = options_given(context)
+        plan = plan_from_file(
+            scenario_file,
+            given,
+            names if policies else (),
+            workers if "workers" in given else None,
+            rate,
+            seed,
+        )
+        scenario, names = plan.scenario, plan.policies
+    else:
+        if rate is None and requests_per_s is None and trace is None:
+            rate = SYNTHETIC_RATE
+        cluster = _cluster(
+            workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
+        )
+        prefill = PrefillServers(
+            prefill_workers,
+            transfer or Transfer.NIXL,
+            prefill_slots,
+            prefill_kv_capacity_tokens,
+            transfer_ms_per_ktoken,
+        )
+        scenario = Scenario(
+            WorkloadChoice(workload, trace, _requests(requests, trace)),
+            Arrivals(requests_per_s, rate, cv, trace_speed),
+            cluster,
+            seed,
+            prefill if prefill_workers else None,
+        )
+    report = _compare(scenario, ComparisonSettings(names, speed))
     _write(report, out)
-    Console().print(comparison_table(report))
+    Console().print(*comparison_tables(report))
     _warn(report)
 
 
@@ -230,7 +260,7 @@ def demo(
     )
     report = _compare(scenario, settings)
     _write(report, out)
-    Console().print(comparison_table(report))
+    Console().print(*comparison_tables(report))
     typer.echo(f"{demonstration.verdict(report)}\n\n{demonstration.NEXT_STEPS}")
 
 
@@ -275,64 +305,8 @@ def simulate(
             plot_simulations(plan.scenario(seed), plan.policies, plot)
 
 
-@app.command()
-def bench(
-    rounds: Annotated[int, typer.Option(min=1, help="Decision rounds to time for each size.")] = 1000,
-    seed: Seed = 0,
-) -> None:
-    """Time one decision round by size of the deployment: workers, active, waiting, horizon."""
-    results = []
-    with Bars() as bars:
-        bars.begin("sizes", len(BENCH_CASES))
-        for case in BENCH_CASES:
-            results.append(run_bench(case, rounds, seed))
-            bars.advance("sizes")
-    Console().print(bench_table(results))
-
-
-@app.command("bench-proxy")
-def bench_proxy(
-    proxy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=COMMAND LINE of a proxy that stays in the foreground; may be repeated. "
-            "{port}, {workers} (URLs) and {config} (a configuration of brproxy) are filled in."
-        ),
-    ] = None,
-    own: Annotated[bool, typer.Option(help="Measure this brproxy, before the others.")] = True,
-    direct: Annotated[
-        bool, typer.Option("--direct", help="Measure the load without a proxy, after them.")
-    ] = False,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the proxies listen.")] = 9100,
-    worker_ports: Annotated[str, typer.Option(help="Where the mock workers listen.")] = "9101,9102",
-    phases: Annotated[
-        str, typer.Option(help="req, short, pacedN (N streams at 50 tokens/s), unpaced; by commas.")
-    ] = "req,short,paced200,paced1000",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each starts each proxy afresh.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Length of each measurement.")] = 4.0,
-    pin: Annotated[bool, typer.Option(help="One core for the proxy, one for the load.")] = True,
-    ready_s: Annotated[float, typer.Option(min=0, help="Give a proxy so long to start serving.")] = 60.0,
-    out: Out = None,
-) -> None:
-    """Compare what proxies cost under the same loads: CPU time for each request and event. Linux only."""
-    settings = BenchSettings(
-        proxies=(*([OWN] * own), *map(parse_proxy, proxy or ()), *([DIRECT] * direct)),
-        phases=tuple(parse_phase(name, seconds) for name in _listed(phases)),
-        port=port,
-        worker_ports=tuple(map(parse_port, _listed(worker_ports))),
-        rounds=rounds,
-        pin=pin,
-        ready_s_max=ready_s,
-    )
-    # No progress bar: redrawing it would take CPU time from what is measured.
-    report = uvloop.run(bench_proxies(settings, lambda line: typer.echo(line, err=True)))
-    _write(report, out)
-    if report.loads:
-        Console().print(*(proxy_table(report, phase) for phase in settings.phases))
-    for warning in report.warnings():
-        typer.echo(f"warning: {warning}", err=True)
-    if report.errors:
-        raise typer.Exit(USAGE_ERROR)
+app.command()(bench)
+app.command("bench-proxy")(bench_proxy)
 
 
 def _compare(scenario: Scenario, settings: ComparisonSettings) -> Report:
@@ -356,10 +330,6 @@ def _cluster(
         step_s_per_kv_token=step_ns_per_kv_token / 1e9,
         prefill_s_per_token=prefill_us_per_token / 1e6,
     )
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _requests(requests: int | None, trace: Path | None) -> int | None:

@@ -33,6 +33,18 @@ TraceSpeed = Annotated[float, typer.Option(help="Replay a trace's own times so m
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Out = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")]
 
+ScenarioPath = Annotated[
+    Path | None,
+    typer.Option("--scenario", help="Scenario file (TOML) instead of options for deployment and workload."),
+]
+
+PrefillWorkers = Annotated[
+    int, typer.Option(min=0, help="Servers that prefill for the deployment, each by itself; 0: none.")
+]
+PrefillSlots = Annotated[int, typer.Option(min=1, help="Prompts that a prefill worker prefills in a step.")]
+PrefillKvCapacity = Annotated[
+    int | None, typer.Option(help="KV that a prefill worker keeps (tokens); left out: unlimited.")
+]
 DeploymentRole = Annotated[
     Role, typer.Option("--role", help="What the workers do of a request; needs --transfer.")
 ]
@@ -54,3 +66,8 @@ BootstrapPort = Annotated[
 RecomputedShare = Annotated[
     float, typer.Option(help="Share of decodes that end early, to be prefilled again (ascend).")
 ]
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Return what a text names, separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,18 @@ from brproxy.routing.policy import POLICIES
 from brproxy.types import BrproxyError
 from loadgen.capacity import Capacity
 from loadgen.client import ClientSettings, Lengths, Outcome, Replay
-from loadgen.commands.emulate import READY
+from loadgen.commands.emulate import READY, emulate_arguments
+from loadgen.commands.prefill_workers import (
+    PrefillWorkers,
+    prefill_arguments,
+    prefill_ready,
+    side_config,
+    side_options,
+)
 from loadgen.commands.processes import running_process
 from loadgen.commands.run import policy_result
 from loadgen.commands.scenario import Scenario
+from loadgen.emulator.settings import Role
 from loadgen.report.schema import PolicyResult, Report
 from loadgen.report.statistics import client_warnings, latencies, steady_window, within
 from loadgen.workload import Workload
@@ -77,26 +86,53 @@ async def _one(
     settings: ComparisonSettings,
     on_finished: Callable[[Outcome], None],
 ) -> PolicyResult:
-    async with running_process("loadgen", _emulate_arguments(scenario, settings), _EMULATOR_READY) as ready:
+    async with AsyncExitStack() as stack:
+        prefill = await _prefill_workers(stack, scenario, settings)
+        more = side_options(scenario.prefill, Role.DECODE)
+        arguments = emulate_arguments(scenario.cluster, settings.speed, more)
+        ready = await stack.enter_async_context(running_process("loadgen", arguments, _EMULATOR_READY))
         urls = ready[1].split()
-        with tempfile.TemporaryDirectory(prefix="loadgen-") as folder:
-            config = Path(folder) / "brproxy.toml"
-            config.write_text(_proxy_config(policy, urls, scenario), encoding="utf-8")
-            arguments = ("serve", "--config", str(config))
-            async with running_process("brproxy", arguments, _PROXY_READY) as listening:
-                return await _replay(policy, listening[1], urls[0], workload, capacity, settings, on_finished)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="loadgen-"))
+        config = Path(folder) / "brproxy.toml"
+        config.write_text(_proxy_config(policy, urls, scenario, prefill), encoding="utf-8")
+        arguments = ["serve", "--config", str(config)]
+        listening = await stack.enter_async_context(running_process("brproxy", arguments, _PROXY_READY))
+        running = _Running(listening[1], urls[0], prefill)
+        return await _replay(policy, running, workload, capacity, settings, on_finished)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """What runs: URLs of the proxy and of the emulator that decodes, and the workers that only prefill."""
+
+    proxy_url: str
+    emulator_url: str
+    prefill: PrefillWorkers | None
+
+
+async def _prefill_workers(
+    stack: AsyncExitStack, scenario: Scenario, settings: ComparisonSettings
+) -> PrefillWorkers | None:
+    servers = scenario.prefill
+    if servers is None:
+        return None
+    arguments = prefill_arguments(servers, scenario.cluster, settings.speed)
+    ready = await stack.enter_async_context(running_process("loadgen", arguments, prefill_ready(servers)))
+    urls, *bootstrap_urls = (group.split() for group in ready.groups())
+    return PrefillWorkers(servers, settings.speed, urls, *bootstrap_urls)
 
 
 async def _replay(
     policy: str,
-    proxy_url: str,
-    emulator_url: str,
+    running: _Running,
     workload: Workload,
     capacity: Capacity,
     settings: ComparisonSettings,
     on_finished: Callable[[Outcome], None],
 ) -> PolicyResult:
+    proxy_url, emulator_url = running.proxy_url, running.emulator_url
     client = ClientSettings(proxy_url, speed=settings.speed, lengths=Lengths.HIDDEN, verify=True)
+    prefill = None
     async with aiohttp.ClientSession(raise_for_status=True) as session:
         async with session.post(f"{emulator_url}/emulator/reset") as response:
             start_s = orjson.loads(await response.read())["now_s"]
@@ -105,13 +141,16 @@ async def _replay(
         window = {"from_s": start_s + steady.from_s, "to_s": start_s + steady.to_s}
         async with session.get(f"{emulator_url}/emulator/stats", params=window) as response:
             stats = orjson.loads(await response.read())
-        await _check_ledger(session, proxy_url)
+        page = await _check_ledger(session, proxy_url)
+        if running.prefill is not None:
+            prefill = await running.prefill.result(session, stats, page)
     length_s = steady.to_s - steady.from_s
     tokens_per_s = stats["output_tokens"] / length_s if length_s > 0 else None
     warnings = client_warnings(outcomes, settings.speed)
-    if stats["lag_s"] > 0:
-        warnings.append(f"the emulator fell {stats['lag_s']:.1f} s behind: lower --speed on this machine")
-    return policy_result(
+    lag_s = stats["lag_s"] + (0.0 if prefill is None else prefill.lag_s)
+    if lag_s > 0:
+        warnings.append(f"the emulator fell {lag_s:.1f} s behind: lower --speed on this machine")
+    result = policy_result(
         policy,
         outcomes,
         latencies(within(outcomes, steady)),
@@ -121,43 +160,39 @@ async def _replay(
         throughput_of_perfect=tokens_per_s / capacity.output_tokens_per_s if tokens_per_s else None,
         warnings=warnings,
     )
+    result.prefill = prefill
+    return result
 
 
-async def _check_ledger(session: aiohttp.ClientSession, proxy_url: str) -> None:
-    """Make sure that nothing is booked once everything has ended; raises LedgerLeakError."""
+async def _check_ledger(session: aiohttp.ClientSession, proxy_url: str) -> str:
+    """Make sure that nothing is booked once everything has ended; return the page that says so.
+
+    Raises LedgerLeakError.
+    """
     async with session.get(f"{proxy_url}/metrics") as response:
-        booked = [float(value) for value in _LEDGER_LINE.findall(await response.text())]
+        page = await response.text()
+    booked = [float(value) for value in _LEDGER_LINE.findall(page)]
     if not booked or any(booked):
         raise LedgerLeakError(f"{proxy_url} still books load with no request in it: {booked}")
+    return page
 
 
-def _emulate_arguments(scenario: Scenario, settings: ComparisonSettings) -> Sequence[str]:
-    cluster = scenario.cluster
-    options = {
-        "--workers": cluster.workers,
-        "--slots": cluster.slots,
-        "--step-base-ms": cluster.step_base_s * 1e3,
-        "--step-ns-per-kv-token": cluster.step_s_per_kv_token * 1e9,
-        "--prefill-us-per-token": cluster.prefill_s_per_token * 1e6,
-        "--speed": settings.speed,
-        "--base-port": 0,
-    }
-    if cluster.kv_capacity_tokens is not None:
-        options["--kv-capacity-tokens"] = cluster.kv_capacity_tokens
-    return ["emulate", *(str(part) for option in options.items() for part in option)]
-
-
-def _proxy_config(policy: str, urls: Sequence[str], scenario: Scenario) -> str:
+def _proxy_config(
+    policy: str, urls: Sequence[str], scenario: Scenario, prefill: PrefillWorkers | None
+) -> str:
     """Return a configuration as a user would write it; waiting is not limited, so that none is lost to it."""
     cluster = scenario.cluster
     capacity = (
         "" if cluster.kv_capacity_tokens is None else f"kv_capacity_tokens = {cluster.kv_capacity_tokens}\n"
     )
     workers = "".join(
-        f'\n[[worker]]\nurl = "{url}"\nname = "dp-{rank}"\nslots = {cluster.slots}\n{capacity}'
+        f'\n[[worker]]\nurl = "{url}"\nname = "dp-{rank}"\nslots = {cluster.slots}\n'
+        f"{side_config(scenario.prefill, Role.DECODE)}{capacity}"
         for rank, url in enumerate(urls)
     )
     return (
         f'[listen]\nport = 0\n\n[routing]\npolicy = "{policy}"\nseed = {scenario.seed}\n'
-        "\n[limits]\npool_requests_max = 65536\npool_wait_s_max = 3600\n" + workers
+        "\n[limits]\npool_requests_max = 65536\npool_wait_s_max = 3600\n"
+        + ("" if prefill is None else prefill.config())
+        + workers
     )

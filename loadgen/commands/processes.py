@@ -27,7 +27,8 @@ async def running_process(
 ) -> AsyncIterator[re.Match[str]]:
     """Run ``python -m module …`` for as long as the block runs; yields the match of its ``ready`` line.
 
-    Raises ProcessError when the process ends or stays silent before it says so.
+    ``ready`` may span several lines. Raises ProcessError when the process ends or stays silent before it
+    says so.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -58,7 +59,7 @@ async def _wait_ready(module: str, output: asyncio.StreamReader, ready: re.Patte
         async with asyncio.timeout(START_S_MAX):
             while line := await output.readline():
                 last.append(line.decode(errors="replace").rstrip())
-                match = ready.search(last[-1])
+                match = ready.search("\n".join(last))
                 if match is not None:
                     return match
     except TimeoutError:

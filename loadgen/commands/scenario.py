@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from brproxy.types import InvalidInputError
 from loadgen.arrivals import faster, with_gamma_arrivals
 from loadgen.capacity import Capacity, perfect_capacity
 from loadgen.cluster import ClusterSettings
+from loadgen.emulator.settings import Transfer
 from loadgen.traces.synthetic import synthetic_workload
 from loadgen.traces.trace_format import load_trace
 from loadgen.workload import Workload
@@ -53,13 +54,37 @@ class Arrivals:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillServers:
+    """So many ``servers`` that prefill for a deployment which then only decodes, each by itself.
+
+    They prefill up to ``slots`` prompts in a step, at the deployment's ``prefill_s_per_token``, keep
+    ``kv_capacity_tokens`` (None: unlimited) until it is fetched, and send it at ``transfer_ms_per_ktoken``.
+    """
+
+    servers: int = 4
+    transfer: Transfer = Transfer.NIXL
+    slots: int = 4
+    kv_capacity_tokens: int | None = None
+    transfer_ms_per_ktoken: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuse none, and the one form in which workers must know the proxy's port before it has one."""
+        if self.servers < 1:
+            raise InvalidInputError(f"prefill workers must be at least 1, got {self.servers}")
+        if self.transfer == Transfer.ASCEND_LAYERWISE:
+            msg = f"the transfer {self.transfer} cannot be compared: its workers ask the proxy, at a port"
+            raise InvalidInputError(f"{msg} that must be known before; choose another")
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
-    """Everything that makes a run repeatable."""
+    """Everything that makes a run repeatable; ``prefill`` None: the cluster prefills for itself."""
 
     workload: WorkloadChoice = field(default_factory=WorkloadChoice)
     arrivals: Arrivals = field(default_factory=Arrivals)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     seed: int = 0
+    prefill: PrefillServers | None = None
 
     def draw(self) -> tuple[Workload, Capacity]:
         """Return the requests with their arrival times, and the deployment's perfect capacity.
@@ -69,7 +94,9 @@ class Scenario:
         rng = np.random.default_rng(self.seed)
         workload, has_times = self.workload.load(rng)
         self._check_room(workload)
-        capacity = perfect_capacity(workload, self.cluster)
+        prefills = self.prefill is None
+        decoding = self.cluster if prefills else replace(self.cluster, prefill_s_per_token=0.0)
+        capacity = perfect_capacity(workload, decoding)
         rate_per_s = self.arrivals.requests_per_s
         if rate_per_s is None and self.arrivals.rate is not None:
             rate_per_s = self.arrivals.rate * capacity.requests_per_s
@@ -82,21 +109,22 @@ class Scenario:
 
     def _check_room(self, workload: Workload) -> None:
         """Refuse a request that no worker could ever hold before anything runs."""
-        most_tokens = self.cluster.kv_capacity_tokens
-        if most_tokens is None:
-            return
         for number, request in enumerate(workload.requests, 1):
-            if request.prompt_tokens + request.output_tokens > most_tokens:
-                msg = (
-                    f"request {number} of {workload.name!r} grows to {request.prompt_tokens} + "
-                    f"{request.output_tokens} tokens, more than a worker's KV capacity of {most_tokens}"
-                )
-                raise InvalidInputError(msg)
+            rooms = [(self.cluster.kv_capacity_tokens, request.output_tokens, "a worker")]
+            if self.prefill is not None:
+                rooms.append((self.prefill.kv_capacity_tokens, 1, "a prefill worker"))
+            for most_tokens, output_tokens, who in rooms:
+                if most_tokens is not None and request.prompt_tokens + output_tokens > most_tokens:
+                    msg = (
+                        f"request {number} of {workload.name!r} grows to {request.prompt_tokens} + "
+                        f"{output_tokens} tokens, more than {who}'s KV capacity of {most_tokens}"
+                    )
+                    raise InvalidInputError(msg)
 
     def describe(self, workload: Workload) -> dict[str, str | int | float | None]:
         """Return the scenario as it goes into the report."""
-        cluster = self.cluster
-        return {
+        cluster, prefill = self.cluster, self.prefill
+        described: dict[str, str | int | float | None] = {
             "workload": workload.name,
             "requests": len(workload.requests),
             "requests_per_s": self.arrivals.requests_per_s,
@@ -110,4 +138,13 @@ class Scenario:
             "step_base_ms": cluster.step_base_s * 1e3,
             "step_ns_per_kv_token": cluster.step_s_per_kv_token * 1e9,
             "prefill_us_per_token": cluster.prefill_s_per_token * 1e6,
+        }
+        if prefill is None:
+            return described
+        return described | {
+            "prefill_workers": prefill.servers,
+            "transfer": str(prefill.transfer),
+            "prefill_slots": prefill.slots,
+            "prefill_kv_capacity_tokens": prefill.kv_capacity_tokens,
+            "transfer_ms_per_ktoken": prefill.transfer_ms_per_ktoken,
         }

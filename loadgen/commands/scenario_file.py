@@ -9,7 +9,8 @@ from pydantic import Field
 
 from brproxy.validation import Section, load_toml, validate
 from loadgen.cluster import ClusterSettings
-from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
+from loadgen.commands.scenario import Arrivals, PrefillServers, Scenario, WorkloadChoice
+from loadgen.emulator.settings import Transfer
 from loadgen.report.tables import BEST_BASELINE
 from loadgen.traces.synthetic import WORKLOADS
 
@@ -49,6 +50,18 @@ class ClusterSection(Section):
     prefill_us_per_token: Number = Field(default=0.0, ge=0, description="Added to the step that prefills.")
 
 
+class PrefillSection(Section):
+    """Servers that prefill for the deployment; with this section only ``loadgen compare`` takes the file."""
+
+    workers: int = Field(default=4, ge=1, description="Prefill servers, each by itself.")
+    transfer: Transfer = Field(default=Transfer.NIXL, strict=False, description="How they hand KV over.")
+    slots: int = Field(default=4, ge=1, description="Prompts that one prefills in a step.")
+    kv_capacity_tokens: int | None = Field(
+        default=None, ge=1, description="KV that one keeps; left out: unlimited."
+    )
+    transfer_ms_per_ktoken: Number = Field(default=5.0, ge=0, description="Time that sending KV takes.")
+
+
 class PaperRow(Section):
     """A row of a published table, to be shown beside ours: it holds for the file's own deployment."""
 
@@ -68,6 +81,7 @@ class ScenarioFile(Section):
     workload: WorkloadSection = Field(default_factory=WorkloadSection)
     arrivals: ArrivalsSection = Field(default_factory=ArrivalsSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
+    prefill: PrefillSection | None = None
     paper: list[PaperRow] = Field(default_factory=list)
 
     def scenario(self, folder: Path, seed: int, workers: int | None, rate: float | None) -> Scenario:
@@ -91,6 +105,15 @@ class ScenarioFile(Section):
                 prefill_s_per_token=cluster.prefill_us_per_token / 1e6,
             ),
             seed,
+            self._prefill_servers(),
+        )
+
+    def _prefill_servers(self) -> PrefillServers | None:
+        own = self.prefill
+        if own is None:
+            return None
+        return PrefillServers(
+            own.workers, own.transfer, own.slots, own.kv_capacity_tokens, own.transfer_ms_per_ktoken
         )
 
 

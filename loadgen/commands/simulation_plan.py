@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from brproxy.routing.policy import make_policy
+from brproxy.types import InvalidInputError
 from loadgen.commands.policy_spec import parse_policies, parse_policy
 from loadgen.commands.scenario import Scenario, WorkloadChoice
 from loadgen.commands.scenario_file import ScenarioFile, load_scenario
@@ -38,6 +39,9 @@ def plan_simulation(
 ) -> SimulationPlan:
     """Put a scenario file and the command line's choices together; raises InvalidInputError."""
     file = ScenarioFile(policies=DEFAULT_POLICIES.split(",")) if path is None else load_scenario(path)
+    if file.prefill is not None:
+        msg = f"{path}: [prefill] is for loadgen compare: a simulation has no prefill workers"
+        raise InvalidInputError(msg)
     folder = Path() if path is None else path.parent
     default_predictor = predictor or file.predictor
     if policies is None:

@@ -45,6 +45,7 @@ class Holdings:
         self._lease_s = lease_s
         self._reserve = reserve
         self._held: dict[str, Held] = {}
+        self._held_tokens = self._held_tokens_max = 0
         self._freed_ahead: OrderedDict[str, float] = OrderedDict()
 
     @property
@@ -61,7 +62,8 @@ class Holdings:
         # A key that comes twice is a new request: nobody can tell the old one's KV from it.
         self.free(key, now_s)
         self._held[key] = Held(worker, kv_tokens, now_s + self._lease_s)
-        self._reserve(worker, kv_tokens)
+        self._room(worker, kv_tokens)
+        self._held_tokens_max = max(self._held_tokens_max, self._held_tokens)
         return True
 
     def get(self, key: str, now_s: float) -> Held | None:
@@ -105,25 +107,30 @@ class Holdings:
         expired = [key for key, held in self._held.items() if held.until_s <= now_s]
         for key in expired:
             held = self._held.pop(key)
-            self._reserve(held.worker, -held.kv_tokens)
+            self._room(held.worker, -held.kv_tokens)
         self.counts.expired_requests += len(expired)
         while self._freed_ahead and next(iter(self._freed_ahead.values())) <= now_s:
             self._freed_ahead.popitem(last=False)
         return expired
 
     def stats(self, now_s: float) -> dict[str, int]:
-        """Return what is held, and the counts."""
+        """Return what is held, the most that was held at a time since ``reset``, and the counts."""
         self.expire(now_s)
-        held_tokens = sum(held.kv_tokens for held in self._held.values())
-        return {"held_requests": len(self._held), "held_tokens": held_tokens} | asdict(self.counts)
+        held = {"held_requests": len(self._held), "held_tokens": self._held_tokens}
+        return held | {"held_tokens_max": self._held_tokens_max} | asdict(self.counts)
 
     def reset(self) -> None:
         """Forget the counts; what is held stays."""
         self.counts = HandoverCounts()
+        self._held_tokens_max = self._held_tokens
+
+    def _room(self, worker: int, kv_tokens: int) -> None:
+        self._held_tokens += kv_tokens
+        self._reserve(worker, kv_tokens)
 
     def _let_go(self, key: str, now_s: float) -> Held | None:
         self.expire(now_s)
         held = self._held.pop(key, None)
         if held is not None:
-            self._reserve(held.worker, -held.kv_tokens)
+            self._room(held.worker, -held.kv_tokens)
         return held

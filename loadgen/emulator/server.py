@@ -126,6 +126,7 @@ class Worker:
         more: dict[str, object] = {"preemptions": self._deployment.cluster.preemptions}
         if self._settings.transfer is not None:
             more["handover"] = self._legs.prefill.holdings.stats(self._deployment.now_s())
+            more["prefill_tokens"] = sum(self._deployment.prefill_tokens_total)
         return _json(orjson.dumps(stats | clock | more))
 
     async def _reset(self, _request: web.Request) -> web.Response:

@@ -37,6 +37,24 @@ class Percentiles(Document):
     p99: float
 
 
+class PrefillResult(Document):
+    """What the workers did that prefill for others, in all of the run; lists are by worker."""
+
+    prefill_tokens: list[int] = Field(description="Prompt tokens that each prefilled.")
+    held_tokens_max: list[int] = Field(description="Most KV tokens that each kept to be fetched.")
+    kv_capacity_tokens: int | None = Field(description="KV tokens that one has room for; null: unlimited.")
+    again: int = Field(description="Prefills that were repeated, as what there was had been lost.")
+    expired: int = Field(description="Prefills that waited past their lease for a worker to decode them.")
+    failed: int = Field(description="Requests whose KV did not come.")
+    lag_s: float = Field(description="How far one's emulation fell behind (s).")
+
+    @property
+    def unevenness(self) -> float | None:
+        """The most that one prefilled by the mean, 1 if all did the same; None: nothing was prefilled."""
+        total = sum(self.prefill_tokens)
+        return max(self.prefill_tokens) * len(self.prefill_tokens) / total if total else None
+
+
 class PolicyResult(Document):
     """What one policy did with the scenario."""
 
@@ -68,6 +86,9 @@ class PolicyResult(Document):
     by_seed: dict[str, list[float]] = Field(
         default_factory=dict,
         description="Figures of each seed, in order; policies meet the same requests, so they pair.",
+    )
+    prefill: PrefillResult | None = Field(
+        default=None, description="The prefill side, where that is apart; all else is of the decode side."
     )
     warnings: list[str] = Field(default_factory=list, description="Why figures may not be trusted.")
 

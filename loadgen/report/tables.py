@@ -28,6 +28,16 @@ _COMPARED = (
 )
 
 
+_PREFILL = (
+    "busiest by\nmean",
+    "most held\nKV tok.",
+    "of its\nKV",
+    "done\nagain",
+    "lease\nended",
+    "not\nfetched",
+)
+
+
 class _Figure(NamedTuple):
     """A figure of the report that publications give, too."""
 
@@ -116,6 +126,12 @@ def comparison_table(report: Report) -> Table:
     return table
 
 
+def comparison_tables(report: Report) -> list[Table]:
+    """Return all policies side by side, and the prefill side by itself where it is apart."""
+    prefill = _prefill_table(report)
+    return [comparison_table(report), *([] if prefill is None else [prefill])]
+
+
 def _comparison_row(result: PolicyResult, baseline: PolicyResult | None) -> list[str]:
     base = baseline or result
     return [
@@ -128,6 +144,30 @@ def _comparison_row(result: PolicyResult, baseline: PolicyResult | None) -> list
         relative(result.ttft_ms_p95, base.ttft_ms_p95, ",.0f"),
         f"{result.lost:,}",
     ]
+
+
+def _prefill_table(report: Report) -> Table | None:
+    """Return what the prefill side did under each policy, None where there is none apart."""
+    if all(result.prefill is None for result in report.policies):
+        return None
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="prefill side", title_justify="left"
+    )
+    table.add_column("policy", no_wrap=True)
+    for column in _PREFILL:
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in report.policies:
+        prefill = result.prefill
+        if prefill is not None:
+            held_tokens, capacity = max(prefill.held_tokens_max), prefill.kv_capacity_tokens
+            table.add_row(
+                result.policy,
+                number(prefill.unevenness, ".3f"),
+                f"{held_tokens:,}",
+                number(held_tokens / capacity if capacity else None, ".0%"),
+                *(f"{count:,}" for count in (prefill.again, prefill.expired, prefill.failed)),
+            )
+    return table
 
 
 def number(value: float | None, style: str) -> str:
