@@ -22,8 +22,8 @@ from brproxy.faults import Faults
 from brproxy.foresight import Foresight, RoutingError
 from brproxy.happenings import Happenings
 from brproxy.learning import Learner
-from brproxy.ledger import Ledger, entry_of
-from brproxy.lifecycle import AFTER, NOBODY, Entry, Event, LifecycleError
+from brproxy.ledger import Ledger
+from brproxy.lifecycle import AFTER, NOBODY, Entry, Event, LifecycleError, entry_of
 from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.roster import Change, Member

@@ -18,17 +18,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from operator import add, index, sub
+from operator import add, sub
 
 import numpy as np
 from numpy.typing import NDArray
 
-from brproxy.lifecycle import AFTER, NO_ROW, NO_WORKER, TERMINAL, Entry, Event, LifecycleError, State
+from brproxy.lifecycle import AFTER, NO_ROW, NO_WORKER, TERMINAL, Entry, Event, LifecycleError, State, bounded
 from brproxy.prediction.predictor import LENGTH_UNLIMITED, ActiveRequests, Prospect
 from brproxy.roster import Change, Member, MemberState, Roster, WorkerLimits
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
 from brproxy.slow_start import SlowStart
-from brproxy.types import SEQUENCES_MAX, TOKENS_MAX, InvalidInputError, PendingRequest, RequestId, WorkerIndex
+from brproxy.types import TOKENS_MAX, RequestId, WorkerIndex
 
 BoolArray = NDArray[np.bool_]
 
@@ -46,30 +46,6 @@ _NOTHING = WorkerLimits(0, 0)
 
 _CURVE_MAX = (1 << 63) - 1
 """Predictors pack what they like into the number of a curve; a column has 64 bits."""
-
-
-def bounded(value: int, highest: int) -> int:
-    """Return ``value`` brought within ``0 <= n <= highest``; raises TypeError for what is no integer."""
-    number = index(value)
-    if 0 <= number <= highest:
-        return number
-    return 0 if number < 0 else highest
-
-
-def entry_of(request_id: RequestId, request: PendingRequest, now_s: float, prompt_tokens_max: int) -> Entry:
-    """Return the entry of a request that arrives, with every number that it states within its bounds.
-
-    Its prompt counts as ``prompt_tokens_max`` at most; raises InvalidInputError for less than no prompt.
-    """
-    prompt_tokens = index(request.prompt_tokens)
-    if prompt_tokens < 0:
-        msg = f"prompt_tokens must be at least 0, got {prompt_tokens}"
-        raise InvalidInputError(msg)
-    prompt_tokens = min(prompt_tokens, prompt_tokens_max)
-    entry = Entry(request_id, request, now_s, now_s, prompt_tokens=min(prompt_tokens, TOKENS_MAX))
-    if request.sequences != 1:
-        entry.sequences = bounded(request.sequences, SEQUENCES_MAX)
-    return entry
 
 
 class Ledger:

@@ -10,10 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from operator import index
 from typing import Final
 
 from brproxy.transitions import TransitionTable
-from brproxy.types import BrproxyError, PendingRequest, RequestId, WorkerIndex
+from brproxy.types import (
+    SEQUENCES_MAX,
+    TOKENS_MAX,
+    BrproxyError,
+    InvalidInputError,
+    PendingRequest,
+    RequestId,
+    WorkerIndex,
+)
 
 NO_WORKER = WorkerIndex(-1)
 NO_ROW = -1
@@ -109,3 +118,27 @@ class Entry:
     avoid: frozenset[WorkerIndex] = NOBODY
     home: WorkerIndex = NO_WORKER
     cached_tokens: int = 0
+
+
+def bounded(value: int, highest: int) -> int:
+    """Return ``value`` brought within ``0 <= n <= highest``; raises TypeError for what is no integer."""
+    number = index(value)
+    if 0 <= number <= highest:
+        return number
+    return 0 if number < 0 else highest
+
+
+def entry_of(request_id: RequestId, request: PendingRequest, now_s: float, prompt_tokens_max: int) -> Entry:
+    """Return the entry of a request that arrives, with every number that it states within its bounds.
+
+    Its prompt counts as ``prompt_tokens_max`` at most; raises InvalidInputError for less than no prompt.
+    """
+    prompt_tokens = index(request.prompt_tokens)
+    if prompt_tokens < 0:
+        msg = f"prompt_tokens must be at least 0, got {prompt_tokens}"
+        raise InvalidInputError(msg)
+    prompt_tokens = min(prompt_tokens, prompt_tokens_max)
+    entry = Entry(request_id, request, now_s, now_s, prompt_tokens=min(prompt_tokens, TOKENS_MAX))
+    if request.sequences != 1:
+        entry.sequences = bounded(request.sequences, SEQUENCES_MAX)
+    return entry

@@ -7,7 +7,8 @@ import pytest
 from brproxy.clock import VirtualClock
 from brproxy.engines.load import LoadReading, LoadReport
 from brproxy.engines.load_pages import VLLM_WANTED, read_vllm_metrics
-from brproxy.ledger import Ledger, entry_of
+from brproxy.ledger import Ledger
+from brproxy.lifecycle import entry_of
 from brproxy.offsets import OffsetSettings
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.signals import SLOTS_SEEN_MAX, GroupSignals

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.health import HealthThresholds
-from brproxy.ledger import Ledger, entry_of
-from brproxy.lifecycle import Event
+from brproxy.ledger import Ledger
+from brproxy.lifecycle import Event, entry_of
 from brproxy.prediction.predictor import make_predictor
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import POLICIES, make_policy
