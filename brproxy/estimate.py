@@ -21,7 +21,9 @@ _WEIGHT_MAX = 1024
 """What a report counts at most: tokens of a prompt, or chunks of a stream."""
 
 _EXPECTED = 0.01
-"""An estimate that is so little off, relative to the report, was as good as any."""
+"""An estimate that is so little off, relative to the report, was as good as any; and one that rounds to it."""
+
+_ROUNDED = 0.5
 
 _EXPECTED_PER_LESSON = 8
 """Reports of what was expected for one that is learnt from: learning costs ten times what asking does."""
@@ -119,7 +121,7 @@ class TokenEstimator:
         """
         regression = self._models.get(model) or Regression(self._bytes_per_token)
         expected = regression.tokens(text) * self._users.value((model, user))
-        if abs(prompt_tokens - expected) <= _EXPECTED * prompt_tokens:
+        if abs(prompt_tokens - expected) <= max(_EXPECTED * prompt_tokens, _ROUNDED):
             self._as_expected += 1
             if self._as_expected % _EXPECTED_PER_LESSON:
                 return
