@@ -9,10 +9,10 @@ from tests.real_engines.texts import text_of
 APART_MAX = 0.05
 """How far the books may be from the engine's own gauge, as a share of it."""
 KINDS = ["english", "code", "chinese", "tokens", "mixed"]
-SAMPLES = 40
 USERS = 6
-LEARNING_S = 10.0
-"""A few of each kind teach."""
+TEACH, MEASURED = 12, 36
+"""Requests that end before the first look, as a few of each kind teach, and from then to the last."""
+LOOK_S = 0.2
 
 
 def question(kind, engine, draw):
@@ -40,23 +40,24 @@ async def look(engine, proxy):
 
 
 async def hold_to_the_gauge(kind, engine, proxy, session):
-    draw, stop = random.Random(kind), asyncio.Event()
+    draw, looks, ended = random.Random(kind), [], 0
 
     async def user():
-        while not stop.is_set():
+        nonlocal ended
+        # Until the last look as many as ever.
+        while ended < TEACH + MEASURED:
             path, body = question(kind, engine, draw)
             status, _, own = await answer(session, proxy.url, path, body)
             assert status == 200, own
+            ended += 1
 
     async with asyncio.TaskGroup() as group:
         for _ in range(USERS):
             group.create_task(user())
-        await asyncio.sleep(LEARNING_S)
-        looks = []
-        for _ in range(SAMPLES):
-            await asyncio.sleep(0.2)
-            looks.append(await look(engine, proxy))
-        stop.set()
+        while ended < TEACH + MEASURED:
+            await asyncio.sleep(LOOK_S)
+            if ended >= TEACH:
+                looks.append(await look(engine, proxy))
     found = [found for found in looks if found is not None]
     booked, new, held = (sum(column) / len(found) for column in zip(*found, strict=True))
     apart = f"{100 * (booked / held - 1):+.1f} %, {100 * new / held:.1f} % have no token yet"
