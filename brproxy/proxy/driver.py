@@ -110,6 +110,12 @@ class GroupDriver:
         now_s = self.clock.now_s() if entry.state is _PENDING else None
         self._dispatcher.end(entry.id, event, now_s)
 
+    def give_up(self, error: BrproxyError) -> None:
+        """Have all that wait for a worker fail with ``error``, which their handlers end them by."""
+        for waiter in self._waiters.values():
+            if not waiter.done():
+                waiter.set_exception(error)
+
     def is_stuck(self) -> bool:
         """Tell whether requests wait for a round that does not come."""
         # A timer that is late, as all are in a loop that was held up, will still come.

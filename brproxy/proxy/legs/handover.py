@@ -18,7 +18,7 @@ from brproxy.ranks import line_number
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ShortageError, WorkerFailedError
 from brproxy.roster import Change, Member
-from brproxy.types import WorkerIndex
+from brproxy.types import BrproxyError, WorkerIndex
 
 if TYPE_CHECKING:
     from brproxy.proxy.service import GroupService
@@ -32,6 +32,10 @@ WHAT = ("split", "alone", "again", "expired", "unfetched", "stranded", "freed")
 """What is counted of prefills: requests in two legs, and in one although there are two; prefills that had to
 be repeated, as the worker that decodes was lost, and as the lease ended; those that it could not fetch;
 prompts whose client left them with the worker that prefilled, and how many of these it was told to free."""
+
+
+class NotPrefilledError(BrproxyError):
+    """No worker that prefills could do it, and one that decodes may do it all; nothing is kept anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,10 @@ class Handover:
     def _member_changed(self, member: Member, change: Change) -> None:
         # Who is back may be another engine, and an index is given to the next that comes.
         self.forget(member.index)
+        is_sequential = self.transfer.ORDER is Order.PREFILL_FIRST
+        if is_sequential and self.transfer.DECODES_ALONE and not any(self.routable()):
+            # As those that come now, they are not split.
+            self.group.driver.give_up(NotPrefilledError("no worker that prefills is left"))
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

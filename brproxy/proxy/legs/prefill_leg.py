@@ -10,17 +10,12 @@ from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.exchange.handles import PrefillAnswer
 from brproxy.proxy.incoming import Incoming
-from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.legs.handover import Handover, NotPrefilledError
 from brproxy.proxy.service import Service
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
 from brproxy.relay.request import body_length
 from brproxy.roster import Member
-from brproxy.types import BrproxyError
-
-
-class NotPrefilledError(BrproxyError):
-    """No worker that prefills could do it, and one that decodes may do it all; nothing is kept anywhere."""
 
 
 class PrefillLeg(Attempts):

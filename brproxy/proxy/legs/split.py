@@ -11,9 +11,8 @@ from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.decode_first import DecodeFirstLegs
-from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.legs.handover import Handover, NotPrefilledError
 from brproxy.proxy.legs.prefill_first import prefill_then_decode
-from brproxy.proxy.legs.prefill_leg import NotPrefilledError
 from brproxy.proxy.legs.together import PairedLegs
 from brproxy.proxy.service import GroupService, Service
 from brproxy.types import PendingRequest

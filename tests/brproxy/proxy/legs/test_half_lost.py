@@ -64,8 +64,9 @@ def start_decoder(start_worker):
 def start_halves(start_proxy, client):
     """Return a function that starts a proxy before workers; it returns that, and how a client asks it."""
 
-    async def start(prefills, decodes, **tables):
-        workers = [{"url": url, "role": "prefill"} for url in prefills]
+    async def start(prefills, decodes, more=(), **tables):
+        workers = [*more]
+        workers += [{"url": url, "role": "prefill"} for url in prefills]
         workers += [{"url": url, "role": "decode"} for url in decodes]
         proxy = await start_proxy([], workers=workers, **tables)
 
@@ -79,8 +80,12 @@ def start_halves(start_proxy, client):
     return start
 
 
+def handover(proxy):
+    return proxy.running.service.groups["default"].handover
+
+
 def counts(proxy):
-    return proxy.running.service.groups["default"].handover.counts
+    return handover(proxy).counts
 
 
 @pytest.mark.parametrize("names_status", [True, False])
@@ -185,3 +190,21 @@ async def test_whose_decode_worker_knows_of_it_has_it_freed_by_that(
     await asyncio.gather(asking, return_exceptions=True)
     await proxy.idle()
     assert len(decode.requests) == (1 if known_after_s == 0 else 2)
+
+
+async def test_who_waits_for_a_prefill_that_nobody_will_do_goes_on_without(
+    start_worker, start_decoder, start_halves, silence, until
+):
+    prefill, decode = await start_worker(silence), await start_decoder(0)
+    worker = {"url": prefill.url, "role": "prefill", "slots": 1}
+    proxy, ask = await start_halves([], [decode.url], more=[worker])
+    side = handover(proxy).group.group
+    asking = [asyncio.create_task(ask()) for _ in range(3)]
+    await until(lambda: len(side.dispatcher.waiting) == 2)
+    side.drain(side.roster.members[0].key)
+    await until(lambda: sum(task.done() for task in asking) == 2)
+    assert {(await task)[0] for task in asking if task.done()} == {200}
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    await proxy.idle()
