@@ -7,7 +7,12 @@ from tests.real_engines.asking import CHAT, COMPLETIONS, answer, chat
 from tests.real_engines.texts import text_of
 
 APART_MAX = 0.05
-"""How far the books may be from the engine's own gauge, as a share of it."""
+"""How far the books may be from the engine's own gauge, as a share of it.
+
+The books have a prompt from when it is sent, the engine from when it prefills it: what has no first token yet
+may be in the gauge or not, so that the books are a range. It is a fifth of them on a machine that is busy
+with other things, where a prefill takes as long as ten tokens.
+"""
 KINDS = ["english", "code", "chinese", "tokens", "mixed"]
 USERS = 6
 TEACH, MEASURED = 12, 36
@@ -60,7 +65,10 @@ async def hold_to_the_gauge(kind, engine, proxy, session):
                 looks.append(await look(engine, proxy))
     found = [found for found in looks if found is not None]
     booked, new, held = (sum(column) / len(found) for column in zip(*found, strict=True))
-    apart = f"{100 * (booked / held - 1):+.1f} %, {100 * new / held:.1f} % have no token yet"
-    print(f"{kind}: booked {booked:.0f}, held {held:.0f} KV tokens: {apart}, {len(found)} looks")
-    assert abs(booked - held) <= APART_MAX * held
+    apart, begun = (f"{100 * (tokens / held - 1):+.1f} %" for tokens in (booked, booked - new))
+    print(
+        f"{kind}: booked {booked:.0f}, held {held:.0f} KV tokens: {apart}; {begun} without prefills", end=""
+    )
+    print(f", {len(found)} looks")
+    assert (booked - new) * (1 - APART_MAX) <= held <= booked * (1 + APART_MAX)
     assert proxy.booked() == 0

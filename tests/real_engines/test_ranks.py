@@ -1,4 +1,4 @@
-"""Two DP ranks behind one URL are two workers: a request runs where it is booked, and both have as much to do.
+"""Two DP ranks behind one URL are two workers: a request runs where it is booked, and shares are equal.
 
 ``pytest tests/real_engines --real-ranks http://127.0.0.1:8101``, of a vLLM with ``--data-parallel-size 2``.
 """
