@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 _TAKES_ALONG = frozenset({Event.REFUSED, Event.CUT, Event.DIED, Event.OUT})
 """What ends a decode leg whose worker may have fetched what was prefilled, or had it freed."""
 
+FETCHED_S = 5.0
+"""After that what was sent for has been fetched, or never will be: who answers in one piece, and has all to
+decode first, does not say (seconds)."""
+
 _FREED_BYTES_MAX = 1 << 16
 """Read of an answer that nobody wants (bytes)."""
 
@@ -138,7 +142,7 @@ class Prefilled:
         if self._held is None:
             return body
         # From here on the two workers keep it alive between them.
-        self._held.stop_waiting()
+        self._held.wait(self._service.watch.loop, FETCHED_S, None)
         self._sent_s = self._service.clock.now_s()
         return self._handover.transfer.decode_body(self._incoming.path, body, self._held.handoff)
 
@@ -242,8 +246,11 @@ class _Held:
         """Whether its lease runs."""
         return self._timer is not None
 
-    def wait(self, loop: asyncio.AbstractEventLoop, lease_s: float, on_end: Callable[[], None]) -> None:
-        """Let go of it in ``lease_s`` seconds, and tell so."""
+    def wait(
+        self, loop: asyncio.AbstractEventLoop, lease_s: float, on_end: Callable[[], None] | None
+    ) -> None:
+        """Let go of it in ``lease_s`` seconds, whatever was before, and tell so."""
+        self.stop_waiting()
         self.on_end = on_end
         self._timer = loop.call_later(lease_s, self._ended)
 
