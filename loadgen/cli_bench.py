@@ -13,7 +13,7 @@ from loadgen.commands.bars import Bars
 from loadgen.commands.bench import CASES as BENCH_CASES
 from loadgen.commands.bench import bench as run_bench
 from loadgen.commands.bench import bench_table
-from loadgen.commands.bench_proxy import DIRECT, OWN, BenchSettings, bench_proxies, parse_port
+from loadgen.commands.bench_proxy import DIRECT, OWN, SPLIT, BenchSettings, bench_proxies, parse_port
 from loadgen.dataplane.loads import parse_phase
 from loadgen.dataplane.proxies import parse_proxy
 from loadgen.options import Out, Seed, listed
@@ -43,6 +43,10 @@ def bench_proxy(
         ),
     ] = None,
     own: Annotated[bool, typer.Option(help="Measure this brproxy, before the others.")] = True,
+    prefill_decode: Annotated[
+        bool,
+        typer.Option("--prefill-decode", help="Measure it with prefill and decode apart as well, after it."),
+    ] = False,
     direct: Annotated[
         bool, typer.Option("--direct", help="Measure the load without a proxy, after them.")
     ] = False,
@@ -59,7 +63,12 @@ def bench_proxy(
 ) -> None:
     """Compare what proxies cost under the same loads: CPU time for each request and event. Linux only."""
     settings = BenchSettings(
-        proxies=(*([OWN] * own), *map(parse_proxy, proxy or ()), *([DIRECT] * direct)),
+        proxies=(
+            *([OWN] * own),
+            *([SPLIT] * prefill_decode),
+            *map(parse_proxy, proxy or ()),
+            *([DIRECT] * direct),
+        ),
         phases=tuple(parse_phase(name, seconds) for name in listed(phases)),
         port=port,
         worker_ports=tuple(map(parse_port, listed(worker_ports))),

@@ -30,16 +30,18 @@ class JsonObject:
     def __init__(self, body: bytes, start: int, found: list[Member]) -> None:
         self._body = body
         self._start = start + 1
-        self._found = [(_name(member.key), member) for member in found]
+        self._found = [
+            (member.key if b"\\" not in member.key else _name(member.key), member) for member in found
+        ]
         self._last = dict(self._found)
 
     def __contains__(self, name: str) -> bool:
         """Tell whether a member has this name."""
-        return name in self._last
+        return name.encode() in self._last
 
     def value(self, name: str) -> bytes | None:
         """Return the value of a member as it is written, None where there is no such member."""
-        member = self._last.get(name)
+        member = self._last.get(name.encode())
         return None if member is None else self._body[member.start : member.end]
 
     def edited(self, values: Mapping[str, bytes], without: Collection[str] = ()) -> bytes:
@@ -50,13 +52,15 @@ class JsonObject:
         """
         pieces: list[bytes | memoryview] = []
         body = memoryview(self._body)
+        written = [(name.encode(), value) for name, value in values.items()]
         pieces.append(body[: self._start])
-        pieces.append(b",".join(b'"%b":%b' % (name.encode(), value) for name, value in values.items()))
+        pieces.append(b",".join([b'"%b":%b' % item for item in written]))
+        dropped = {name for name, _ in written}.union([name.encode() for name in without])
         is_first = not values
         end = self._start
         for name, member in self._found:
             start, end = end, member.end
-            if name in values or name in without:
+            if name in dropped:
                 continue
             if start == self._start:
                 # Only the first member of all has no comma before it.
@@ -77,14 +81,12 @@ def read_object(body: bytes) -> JsonObject | None:
     return JsonObject(body, start, found)
 
 
-def _name(key: bytes) -> str:
-    """Return what a key says; "" for one that is none of those that are asked for."""
+def _name(key: bytes) -> bytes:
+    """Return what a key with escapes says; nothing for one that is none of those that are asked for."""
     if len(key) > _ESCAPED_BYTES_MAX * NAME_CHARACTERS_MAX:
-        return ""
-    if b"\\" not in key:
-        return key.decode("utf-8", "replace")
+        return b""
     name = parsed(b'"' + key + b'"')
-    return name if type(name) is str else ""
+    return name.encode("utf-8", "replace") if type(name) is str else b""
 
 
 def elements(value: bytes, most: int) -> int | None:

@@ -24,6 +24,23 @@ TOKENS_BYTES_MAX = 1 << 13
 """Bodies to which tokens are looked at one by one: whatever is in them, that takes a millisecond at most."""
 
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|\[[^\[\]{}"\\]*+\]|[\[\]{}:,]', re.DOTALL)
+
+
+def _nested(depth: int) -> str:
+    """Return a pattern of what is between two brackets, with brackets in it to that depth."""
+    inside = rf"|[\[{{]{_nested(depth - 1)}[\]}}]" if depth else ""
+    return rf"(?:[^\[\]{{}}\"]++|{_STRING}{inside})*+"
+
+
+_STRING: Final = r'"(?:[^"\\]++|\\.)*+"'
+_DEPTH_MAX: Final = 6
+_MEMBER = re.compile(
+    rf"[ \t\r\n]*+({_STRING})[ \t\r\n]*+:[ \t\r\n]*+"
+    rf"({_STRING}|[\[{{]{_nested(_DEPTH_MAX)}[\]}}]|[^ \t\r\n,:\[\]{{}}\"]++)[ \t\r\n]*+([,}}])".encode(),
+    re.DOTALL,
+)
+"""A whole member of ordinary JSON. Nothing is tried twice, so that it costs what its length costs."""
+
 _OPENING: Final = b"[{"
 _CLOSING: Final = b"]}"
 _SEPARATING: Final = b":,"
@@ -111,6 +128,12 @@ def members(body: bytes) -> list[Member] | None:
     opening = object_start(body)
     if opening is None:
         return None
+    found = _ordinary(body, opening + 1) if len(body) - opening <= TOKENS_BYTES_MAX else None
+    return _scanned(body, opening) if found is None else found
+
+
+def _scanned(body: bytes, opening: int) -> list[Member] | None:
+    """See members: whatever the body may be."""
     found: list[Member] = []
     key_start, colon = opening + 1, -1
     for position, character in top_level(body, opening):
@@ -129,6 +152,22 @@ def members(body: bytes) -> list[Member] | None:
             return found
         key_start, colon = position + 1, -1
     return None
+
+
+def _ordinary(body: bytes, start: int) -> list[Member] | None:
+    """Return the members from ``start`` on, the first one's; None for what only the scan can tell."""
+    found: list[Member] = []
+    separator = b","
+    while separator == b",":
+        member = _MEMBER.match(body, start)
+        if member is None:
+            return None
+        key_start, key_end = member.span(1)
+        found.append(Member(body[key_start + 1 : key_end - 1], *member.span(2)))
+        if len(found) == MEMBERS_MAX:
+            break
+        separator, start = member[3], member.end()
+    return found
 
 
 def object_start(body: bytes) -> int | None:

@@ -207,7 +207,8 @@ def one_sequence(path: str, body: bytes, kinds: Collection[str] = _GENERATES) ->
 
 
 def _nested(document: JsonObject, name: str) -> bytes | None:
-    sampling = read_object(document.value(_NESTED) or b"")
+    value = document.value(_NESTED)
+    sampling = None if value is None else read_object(value)
     return None if sampling is None else sampling.value(name)
 
 

@@ -30,6 +30,9 @@ from loadgen.dataplane.proxies import Proxy, RunningProxy, fill_in, running
 from loadgen.report.proxies import ProxyLoad, ProxyReport
 
 OWN = Proxy("brproxy", (sys.executable, "-m", "brproxy", "serve", "--config", "{config}"))
+SPLIT = Proxy("2 legs", OWN.command)
+"""The same with prefill and decode apart: each request goes to the first worker, and then to another."""
+
 DIRECT = Proxy("direct")
 """No proxy: the CPU time that is counted is the load's own, workers and client together."""
 
@@ -73,6 +76,8 @@ class BenchSettings:
             raise InvalidInputError(f"each proxy needs a name of its own, got {', '.join(names)}")
         if not self.phases or not self.worker_ports:
             raise InvalidInputError("at least one phase and one worker port are needed")
+        if SPLIT in self.proxies and len(self.worker_ports) < 2:
+            raise InvalidInputError("prefill and decode apart need a worker port each")
 
     @property
     def worker_urls(self) -> list[str]:
@@ -108,7 +113,9 @@ async def bench_proxies(settings: BenchSettings, say: Callable[[str], None]) -> 
     _allow_open_files(max(phase.connections for phase in settings.phases))
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadgen-")))
-        (folder / "brproxy.toml").write_text(own_config(settings), encoding="utf-8")
+        for proxy in (OWN, SPLIT):
+            text = own_config(settings, split=proxy == SPLIT)
+            _config_file(folder, proxy).write_text(text, encoding="utf-8")
         session = await stack.enter_async_context(aiohttp.ClientSession(raise_for_status=True))
         cores = choose_cores(pin=settings.pin)
         pids = []
@@ -124,11 +131,19 @@ async def bench_proxies(settings: BenchSettings, say: Callable[[str], None]) -> 
     return bench.report
 
 
-def own_config(settings: BenchSettings) -> str:
-    """Return brproxy's configuration: everything on that is on in production."""
+def _config_file(folder: Path, proxy: Proxy) -> Path:
+    return folder / ("split.toml" if proxy == SPLIT else "brproxy.toml")
+
+
+def own_config(settings: BenchSettings, *, split: bool = False) -> str:
+    """Return brproxy's configuration: everything on that is on in production.
+
+    ``split``: the first worker prefills, the others decode.
+    """
+    roles = ['role = "prefill"\n', *['role = "decode"\n'] * (len(settings.worker_ports) - 1)]
     workers = "".join(
-        f'\n[[worker]]\nurl = "{url}"\nmodel = "{worker.MODEL}"\nslots = {OWN_SLOTS}\n'
-        for url in settings.worker_urls
+        f'\n[[worker]]\nurl = "{url}"\nmodel = "{worker.MODEL}"\nslots = {OWN_SLOTS}\n{role * split}'
+        for url, role in zip(settings.worker_urls, roles, strict=True)
     )
     return f'[listen]\nport = {settings.port}\n\n[routing]\npolicy = "br-h"\n{workers}'
 
@@ -167,7 +182,7 @@ class _Bench:
             if proxy == DIRECT:
                 await self._loads(proxy, number, None)
                 return
-            config = self.folder / "brproxy.toml"
+            config = _config_file(self.folder, proxy)
             command = fill_in(proxy.command, self.settings.port, self.settings.worker_urls, config)
             log = self.folder / f"log-{self.settings.proxies.index(proxy)}-{number}"
             async with running(proxy, command, self.settings.port, log, self.cores.proxy) as process:

@@ -24,6 +24,8 @@ import uvloop
 
 from loadgen.dataplane.message import Message, MessageError
 from loadgen.dataplane.tokens import TokenStream, number, stamp
+from loadgen.emulator.handover_wire import PARAMS, params_of, reply_params
+from loadgen.emulator.settings import Transfer
 from loadgen.emulator.wire import Answer, GenerationRequest, RequestError, error_body, read_request
 
 READY = "mock worker {pid} listens on port {port}"
@@ -31,6 +33,9 @@ MODEL = "mock-model"
 BACKLOG = 4096
 BATCH_STREAMS = 32
 """Tokens that are sent in one go. The time they carry is taken once for them: it is exact to about 0.2 ms."""
+
+_NOWHERE = ("127.0.0.1", 9)
+"""Where a decode worker would fetch KV, if one did."""
 
 _MODELS = orjson.dumps(
     {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 1760000000, "owned_by": "vllm"}]}
@@ -40,6 +45,14 @@ _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ndate: Mon, 06 Oct 2025 00:00:00 GMT\r\nserver: uvicorn\r\n"
     b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 )
+
+
+def _handles(request: GenerationRequest, request_id: str) -> dict[str, object]:
+    """Return what the answer to a prefill leg (nixl) says besides; nothing is kept."""
+    if not params_of(request.handles).get("do_remote_decode"):
+        return {}
+    params = reply_params(Transfer.NIXL, _NOWHERE, "mock", request_id, request.prompt_tokens)
+    return {PARAMS: params}
 
 
 class Stream:
@@ -226,7 +239,9 @@ class Connection(asyncio.Protocol):
             self._send(400, error_body(400, "BadRequestError", str(error), error.param))
             return
         if not request.stream:
-            self._send(200, Answer(request, uuid.uuid4().hex, int(time.time())).complete())
+            request_id = uuid.uuid4().hex
+            answer = Answer(request, request_id, int(time.time()))
+            self._send(200, answer.complete(_handles(request, request_id)))
             return
         self._stream = stream = Stream(request, self._transport.write, self._ended)
         self._engine.add(stream)

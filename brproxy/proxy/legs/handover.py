@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlencode
 
@@ -49,6 +50,11 @@ class HandoverLimits:
     finish_s: float
     metaserver_url: str
     health_checks: bool
+
+
+@lru_cache(maxsize=1024)
+def _host(url: str) -> str:
+    return read_worker_url(url).origin.host
 
 
 class Handover:
@@ -137,7 +143,7 @@ class Handover:
         if prefill is None:
             return handoff
         return handoff._replace(
-            prefill_host=read_worker_url(prefill.origin).origin.host,
+            prefill_host=_host(prefill.origin),
             bootstrap_port=self._bootstrap_ports.get(prefill.origin),
             prefill_rank=line_number(prefill.lines),
             prefill_ranks=len(self.group.behind(self.group.endpoint(prefill.index))),

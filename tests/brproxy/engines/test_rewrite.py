@@ -75,6 +75,20 @@ def test_tokens_and_blocks_show_the_same(body):
         assert list(rewrite._by_tokens(body, opening)) == list(rewrite._by_blocks(body, opening))
 
 
+@given(body=ANYTHING | documents().map(lambda document: document[0]))
+def test_ordinary_members_are_what_the_scan_finds(body):
+    opening = rewrite.object_start(body)
+    found = None if opening is None else rewrite._ordinary(body, opening + 1)
+    if found is not None:
+        assert found == rewrite._scanned(body, opening)
+
+
+@given(depth=st.integers(0, 12))
+def test_deep_members_are_found_too(depth):
+    body = b'{"a":' + b"[" * depth + b"1" + b"]" * depth + b',"model":"m"}'
+    assert [member.key for member in members(body)] == [b"a", b"model"]
+
+
 @given(body=st.binary(max_size=80) | st.text('{}[]",:\\ a\n1', max_size=40).map(str.encode))
 def test_whatever_comes_is_read_without_an_error(body):
     for member in members(body) or []:
