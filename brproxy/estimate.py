@@ -21,7 +21,7 @@ _WEIGHT_MAX = 1024
 """What a report counts at most: tokens of a prompt, or chunks of a stream."""
 
 _EXPECTED = 0.01
-"""An estimate that is so little off, relative to the report, was as good as any; and one that rounds to it."""
+"""An estimate that is so little off, relative to the report, was as good as any, or rounds to it."""
 
 _ROUNDED = 0.5
 
