@@ -225,19 +225,21 @@ def compare(
         cluster = _cluster(
             workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
         )
-        prefill = PrefillServers(
-            prefill_workers,
-            transfer or Transfer.NIXL,
-            prefill_slots,
-            prefill_kv_capacity_tokens,
-            transfer_ms_per_ktoken,
-        )
+        prefill = None
+        if prefill_workers:
+            prefill = PrefillServers(
+                prefill_workers,
+                transfer or Transfer.NIXL,
+                prefill_slots,
+                prefill_kv_capacity_tokens,
+                transfer_ms_per_ktoken,
+            )
         scenario = Scenario(
             WorkloadChoice(workload, trace, _requests(requests, trace)),
             Arrivals(requests_per_s, rate, cv, trace_speed),
             cluster,
             seed,
-            prefill if prefill_workers else None,
+            prefill,
         )
     report = _compare(scenario, ComparisonSettings(names, speed))
     _write(report, out)

@@ -14,6 +14,7 @@ from loadgen.commands import bench_proxy
 from loadgen.commands.bench_proxy import (
     DIRECT,
     OWN,
+    SPLIT,
     BenchSettings,
     PlatformError,
     bench_proxies,
@@ -75,6 +76,16 @@ async def test_no_proxy_at_all_costs_what_the_load_costs(unused_tcp_port, pin):
     assert said == [f"round 1: direct, req: {load.cpu_us_per_unit:.1f} CPU µs/request"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_prefill_and_decode_apart(unused_tcp_port_factory):
+    port, *workers = (unused_tcp_port_factory() for _ in range(3))
+    settings = BenchSettings((SPLIT,), PHASES, port=port, worker_ports=tuple(workers), rounds=1)
+    report = await bench_proxies(settings, lambda _: None)
+    assert report.errors == {}
+    assert report.loads[0].failures == {}, report.loads[0].first_failure
+    assert report.loads[0].units > 0
+
+
 async def test_mistakes_are_one_line_and_exit_code_2():
     code, out, err = await run("--no-own")
     assert (code, out) == (2, "")
@@ -86,6 +97,8 @@ def test_settings_that_make_no_sense():
         BenchSettings((OWN, OWN), PHASES)
     with pytest.raises(InvalidInputError, match="at least one phase and one worker port"):
         BenchSettings((OWN,), ())
+    with pytest.raises(InvalidInputError, match="apart need a worker port each"):
+        BenchSettings((SPLIT,), PHASES, worker_ports=(1,))
     for text in ("0", "65536", "-1"):
         with pytest.raises(InvalidInputError, match="a port is a number"):
             parse_port(text)
@@ -103,6 +116,9 @@ def test_our_own_configuration():
     assert config.listen.port == 1234
     assert config.routing.policy == "br-h"
     assert [worker.url for worker in config.worker] == ["http://127.0.0.1:5", "http://127.0.0.1:6"]
+    text = own_config(BenchSettings((SPLIT,), PHASES, worker_ports=(5, 6, 7)), split=True)
+    roles = [worker.role for worker in parse_config(tomllib.loads(text), "own").worker]
+    assert roles == ["prefill", "decode", "decode"]
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(monkeypatch):

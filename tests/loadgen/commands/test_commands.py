@@ -15,6 +15,7 @@ from loadgen.commands import demo
 from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.processes import ProcessError, running_process
 from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
+from loadgen.commands.scenario_file import load_scenario
 from loadgen.report.schema import PolicyResult, Report
 
 SMALL = ("--workers", "3", "--slots", "4", "--speed", "20", "--requests", "40")
@@ -88,6 +89,46 @@ async def test_compare_with_kv_capacity_and_prefill(tmp_path):
     assert "br-h" in out
 
 
+APART = """
+policies = ["least-kv", "br-0"]
+[workload]
+name = "short"
+requests_per_worker = 20
+[cluster]
+workers = 2
+slots = 4
+prefill_us_per_token = 10
+[prefill]
+workers = 2
+transfer = "{}"
+kv_capacity_tokens = 40000
+"""
+
+
+@pytest.mark.parametrize("transfer", ["nixl", "sglang"])
+async def test_compare_with_prefill_workers(transfer, tmp_path):
+    file, out_file = tmp_path / "apart.toml", tmp_path / "out.json"
+    file.write_text(APART.format(transfer), encoding="utf-8")
+    code, out, err = await run(
+        *("compare", "--scenario", str(file), "--policies", "br-0", "--speed", "20"),
+        *("--out", str(out_file)),
+    )
+    assert code == 0, err
+    assert "prefill side" in out
+    report = Report.model_validate(json.loads(out_file.read_text(encoding="utf-8")))
+    (result,) = report.policies
+    assert (result.policy, result.requests, result.lost) == ("br-0", 40, 0)
+    assert (report.scenario["prefill_workers"], report.scenario["transfer"]) == (2, transfer)
+    prompts = sum(
+        request.prompt_tokens
+        for request in load_scenario(file).scenario(tmp_path, 0, None, None).draw()[0].requests
+    )
+    assert sum(result.prefill.prefill_tokens) >= prompts
+    assert 1 <= result.prefill.unevenness <= 2
+    assert len(result.prefill.held_tokens_max) == 2
+    assert 0 < max(result.prefill.held_tokens_max) <= 40000
+
+
 async def test_run_against_an_emulator(tmp_path):
     process, urls = await emulating("--workers", "1", "--speed", "20")
     out_file = tmp_path / "out.json"
@@ -129,6 +170,19 @@ async def test_run_counts_what_it_lost(unused_tcp_port):
         (("emulate", "--role", "prefill"), "loadgen: workers with the role prefill need a transfer: nixl,"),
         (("compare", "--policies", "br-9"), "loadgen: unknown policy 'br-9'; allowed: br-0, br-h,"),
         (("compare", "--workload", "tall"), "loadgen: unknown workload 'tall'; allowed: proprietary,"),
+        (
+            ("compare", "--scenario", "x.toml", "--slots", "3", "--seed", "1"),
+            "loadgen: --slots: the scenario file says that; change it there",
+        ),
+        (
+            ("compare", "--prefill-workers", "1", "--transfer", "ascend-layerwise"),
+            "loadgen: the transfer ascend-layerwise cannot be compared",
+        ),
+        (
+            ("compare", "--prefill-workers", "1", "--prefill-kv-capacity-tokens", "9"),
+            "loadgen: request 1 of 'short' grows to",
+        ),
+        (("emulate", "--deployments", "0"), "loadgen: there are 1 to 64 deployments, got 0"),
         (("compare", "--workers", "0"), "loadgen: workers and slots must be at least 1, got 0 and 64"),
         (
             ("run", "--target", "http://127.0.0.1:1"),

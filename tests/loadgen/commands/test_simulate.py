@@ -47,7 +47,11 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["simulate", *map(str, arguments)], terminal_width=120)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.name)
+APART = FOLDER / "4p1d.toml"
+"""Prefill and decode apart, which only ``loadgen compare`` takes."""
+
+
+@pytest.mark.parametrize("path", sorted({*FOLDER.glob("*.toml")} - {APART}), ids=lambda path: path.name)
 def test_every_shipped_scenario_is_valid(path):
     plan = plan_simulation(path, None, None, None, None, None)
     assert plan.policies
@@ -56,6 +60,11 @@ def test_every_shipped_scenario_is_valid(path):
     assert paper <= {*plan.policies, BEST_BASELINE}
     drawn = plan.scenario(1)
     assert len(drawn.draw()[0].requests) == 1500 * drawn.cluster.workers
+
+
+def test_prefill_workers_are_not_simulated():
+    with pytest.raises(InvalidInputError, match=r"4p1d.toml: \[prefill\] is for loadgen compare"):
+        plan_simulation(APART, None, None, None, None, None)
 
 
 def test_a_run_prints_a_table_and_writes_the_document(scenario, tmp_path):

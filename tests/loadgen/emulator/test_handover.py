@@ -37,7 +37,7 @@ operations = st.lists(
 
 @given(operations)
 def test_all_room_that_is_taken_is_given_back_once(operations):
-    room, now_s, held = Counter(), 0.0, 0
+    room, now_s, held, most = Counter(), 0.0, 0, 0
 
     def reserve(worker, tokens):
         room[worker] += tokens
@@ -55,8 +55,10 @@ def test_all_room_that_is_taken_is_given_back_once(operations):
             assert holdings.fetched(*arguments, now_s) == was_there
         else:
             holdings.free(arguments[0], now_s, ahead=arguments[1])
+        most = max(most, sum(room.values()))
         stats = holdings.stats(now_s)
         assert sum(room.values()) == stats["held_tokens"]
+        assert stats["held_tokens_max"] == most
         assert min(room.values(), default=0) >= 0
         assert holdings.next_expiry_s is None or holdings.next_expiry_s > now_s
     holdings.expire(now_s + 1000)
