@@ -16,9 +16,9 @@ NO_DATA = EventFacts()
 class Account:
     """Reads one worker's response to one request and keeps its lease up to date; never changes a byte.
 
-    ``usage_was_added``: the proxy asked for usage and the client did not. ``plain`` is what the ordinary
-    event of this stream looks like, once one has been seen. What has come since the last booking is booked
-    together, before anybody looks at the load.
+    ``usage_was_added``: the proxy asked for usage and the client did not. ``reports_error``: an event was an
+    error. ``plain`` is what the ordinary event of this stream looks like, once one has been seen. What has
+    come since the last booking is booked together, before anybody looks at the load.
     """
 
     __slots__ = (
@@ -36,6 +36,7 @@ class Account:
         "dialect",
         "done",
         "plain",
+        "reports_error",
         "usage_was_added",
     )
 
@@ -62,6 +63,7 @@ class Account:
         self._has_begun = False
         self._plain_differs = False
         self.done = False
+        self.reports_error = False
         self.plain: PlainEvent | None = None
 
     def expect_stream(self) -> None:
@@ -90,6 +92,8 @@ class Account:
             self._settle(self._of_all(facts.usage, facts.sequence))
         elif facts.done:
             self.done = True
+        elif facts.error:
+            self.reports_error = True
         elif facts.answer_id and self._facts.session.is_named_by_answer:
             self._lease.remember_as(answer_key(self._facts.model, facts.answer_id))
         return facts

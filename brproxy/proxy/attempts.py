@@ -34,12 +34,12 @@ _BEGUN, _FINISHED = Event.BEGUN, Event.FINISHED
 class Attempts:
     """One request's attempts on workers, one after another.
 
-    ``ASKS_USAGE``: a stream is asked for usage where its client has said nothing about it. ``ACCOUNT`` is
-    what books an answer.
+    ``ASKS_USAGE``: a stream is asked for usage where its client has said nothing about it. ``ANSWER`` is
+    what takes an answer.
     """
 
     ASKS_USAGE: ClassVar[bool] = True
-    ACCOUNT: ClassVar[type[Account]] = Account
+    ANSWER: ClassVar[type[WorkerAnswer]] = WorkerAnswer
 
     __slots__ = (
         "_error",
@@ -152,9 +152,9 @@ class Attempts:
             service.watch.discard(answer)
             answer.close()
 
-    def _account(self) -> Account:
+    def _account(self, kind: type[Account] = Account) -> Account:
         """Return what books an answer."""
-        return self.ACCOUNT(
+        return kind(
             self._lease,
             self._group.dialect,
             self._incoming.facts,
@@ -164,7 +164,7 @@ class Attempts:
 
     def _answer_of(self, member: Member) -> WorkerAnswer:
         """Return what takes the answer of this worker."""
-        return WorkerAnswer(
+        return self.ANSWER(
             self,
             self._sink,
             self._account(),

@@ -164,6 +164,24 @@ class DecodeAnswer(WorkerAnswer):
         super().head(head)
 
 
+class PairedAnswer(WorkerAnswer):
+    """The answer of a worker that decodes what another prefills beside it."""
+
+    __slots__ = ("_is_error",)
+
+    _is_error: bool
+
+    @property
+    def tells_failure(self) -> bool:
+        """Whether it says, by its status or in an event so far, that the worker does not decode."""
+        return self._is_error or self.account.reports_error
+
+    def head(self, head: ResponseHead) -> None:
+        """See Exchange.head."""
+        self._is_error = head.status >= HTTPStatus.BAD_REQUEST
+        super().head(head)
+
+
 class DecodeAccount(Account):
     """Books the answer of a worker that decodes: its first event may be all that tells of a failed fetch."""
 

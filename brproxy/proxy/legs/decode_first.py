@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from http import HTTPStatus
+from typing import Final, NamedTuple
 
 from brproxy.engines.transfer import Handoff
-from brproxy.journey import Action
-from brproxy.proxy.asking import collected
+from brproxy.journey import RERUNS_MAX, Action
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -25,11 +25,25 @@ from brproxy.relay.request import body_length
 from brproxy.roster import Member
 from brproxy.types import BrproxyError, WorkerIndex
 
+_ENDED: Final = "the request has ended"
+"""What a worker is told that asks for a prefill which nobody needs any more."""
+
+
+class _Said(NamedTuple):
+    """Why a worker has not prefilled, "" if it has.
+
+    ``moves``: another may. ``ran``: it may have worked on it, and died of it.
+    """
+
+    why: str
+    moves: bool = True
+    ran: bool = False
+
 
 class DecodeFirstLegs(Attempts):
     """A request's attempts on workers that decode, each of which asks for a prefill when it likes."""
 
-    __slots__ = ("_asked", "_decode_body", "_handoff", "_handover", "_metaserver", "_prefill")
+    __slots__ = ("_asked", "_decode_body", "_handoff", "_handover", "_metaserver", "_prefill", "_reruns_left")
 
     _handoff: Handoff
 
@@ -49,6 +63,7 @@ class DecodeFirstLegs(Attempts):
             lease.entry.request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None
         )
         self._prefill: asyncio.Task[str] | None = None
+        self._reruns_left = RERUNS_MAX
         self._decode_body = b""
 
     async def prefill(self, params: bytes) -> str:
@@ -58,7 +73,10 @@ class DecodeFirstLegs(Attempts):
         """
         if self._prefill is None:
             self._prefill = self._service.watch.loop.create_task(self._prefilled(params))
-        return await asyncio.shield(self._prefill)
+        prefill = self._prefill
+        # Whoever asks may leave, and others wait for the same; it is cancelled with the leg that it is for.
+        await asyncio.wait((prefill,))
+        return _ENDED if prefill.cancelled() else prefill.result()
 
     async def _send(self, *, afresh: bool) -> Action:
         handover = self._handover
@@ -81,42 +99,44 @@ class DecodeFirstLegs(Attempts):
 
     async def _prefilled(self, params: bytes) -> str:
         failed: frozenset[WorkerIndex] = frozenset()
-        handover, why = self._handover, "no worker prefills"
+        handover, said = self._handover, _Said("no worker prefills")
         for _ in range(self._service.limits.retries_max + 1):
             if not handover.has_others(failed):
                 break
             try:
                 with handover.group.driver.admit(self._asked, avoid=failed) as lease:
                     worker = await lease.worker_soon()
-                    why = await self._ask(worker, params)
-                    if not why:
+                    said = await self._ask(worker, params)
+                    if not said.why:
                         return ""
                     lease.fail()
             except BrproxyError as error:
                 # It has waited for long enough, or never will be prefilled.
                 return str(error)
             failed |= {worker}
-        return why
+            if not said.moves or (said.ran and not self._reruns_left):
+                break
+            self._reruns_left -= said.ran
+        return said.why
 
-    async def _ask(self, worker: WorkerIndex, params: bytes) -> str:
-        """Have ``worker`` prefill; return "" or why it has not."""
+    async def _ask(self, worker: WorkerIndex, params: bytes) -> _Said:
+        """Have ``worker`` prefill; return what came of it."""
         member, endpoint = self._handover.group.reach(worker)
         incoming = self._incoming
         handoff = self._handoff._replace(params=params)
         body = self._handover.transfer.prefill_body(incoming.path, incoming.upload.beginning or b"", handoff)
         request = self._head(member, endpoint, body_length("POST", body), is_read=True) + body
         try:
-            reply = await collected(
-                endpoint,
-                request,
-                bytes_max=self._service.relay_limits.response_parse_bytes_max,
-                wants_body=False,
-            )
+            bytes_max = self._service.relay_limits.response_parse_bytes_max
+            reply = await self._handover.collected(worker, request, bytes_max=bytes_max, wants_body=False)
         except WorkerFailedError as error:
-            self._handover.unreachable(endpoint, error)
-            return str(error)
+            return _Said(str(error), moves=True, ran=not error.unreachable)
         status = reply.head.status
-        return "" if status < HTTPStatus.BAD_REQUEST else f"{member.key} answered {status}"
+        if status < HTTPStatus.BAD_REQUEST:
+            return _Said("")
+        refused = self._group.dialect.is_refusal(status)
+        moves = refused or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        return _Said(f"{member.key} answered {status}", moves=moves, ran=not refused)
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:
         framing = body_length("POST", self._decode_body)

@@ -13,12 +13,13 @@ from urllib.parse import urlencode
 
 from brproxy.engines.transfer import Handoff, Order, Transfer
 from brproxy.origins import read_worker_url
-from brproxy.proxy.asking import Question, ask
+from brproxy.proxy.asking import Question, ask, collected
+from brproxy.proxy.exchange.collect import Reply
 from brproxy.proxy.legs.metaserver import NAME, PATH
 from brproxy.ranks import line_number
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ShortageError, WorkerFailedError
-from brproxy.roster import Change, Member
+from brproxy.roster import Change, Member, MemberState
 from brproxy.types import BrproxyError, WorkerIndex
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Handover:
         self._pages: dict[WorkerIndex, bytes] = {}
         group.group.roster.observe(self._member_changed)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Timeout, Member] = {}
 
     def routable(self) -> Sequence[bool]:
         """Return which of the workers that prefill may be chosen, by index."""
@@ -114,7 +116,34 @@ class Handover:
         """Ask again who a worker is that prefills: it may be another by now."""
         self._pages.pop(worker, None)
 
-    def unreachable(self, endpoint: Endpoint, error: WorkerFailedError) -> None:
+    def is_out(self, worker: WorkerIndex) -> bool:
+        """Tell whether a worker was taken out: what it has prefilled is not to be had."""
+        member = self.group.member(worker)
+        return member.state is MemberState.ACTIVE and not self.routable()[worker]
+
+    async def collected(
+        self, worker: WorkerIndex, request: bytes, *, bytes_max: int, wants_body: bool
+    ) -> Reply:
+        """Return what a worker answers to a prefill that goes beside a decode leg; raises WorkerFailedError.
+
+        That ends it also where checks take the worker out.
+        """
+        member, endpoint = self.group.reach(worker)
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._running[scope] = member
+                try:
+                    return await collected(endpoint, request, bytes_max=bytes_max, wants_body=wants_body)
+                finally:
+                    del self._running[scope]
+        except TimeoutError as error:
+            msg = f"{member.key} is unhealthy: {member.health.reason}"
+            raise WorkerFailedError(msg) from error
+        except WorkerFailedError as error:
+            self._unreachable(endpoint, error)
+            raise
+
+    def _unreachable(self, endpoint: Endpoint, error: WorkerFailedError) -> None:
         """Take note that no connection could be opened to a worker that prefills, if that is what failed."""
         if error.unreachable and self.limits.health_checks and not isinstance(error, ShortageError):
             now_s = self.group.driver.clock.now_s()
@@ -171,6 +200,10 @@ class Handover:
         if is_sequential and self.transfer.DECODES_ALONE and not any(self.routable()):
             # As those that come now, they are not split.
             self.group.driver.give_up(NotPrefilledError("no worker that prefills is left"))
+        if change is Change.UNHEALTHY and self.is_out(member.index):
+            for scope, other in self._running.items():
+                if other is member and not scope.expired():
+                    scope.reschedule(asyncio.get_running_loop().time())
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from http import HTTPStatus
 
 from brproxy.engines.transfer import Handoff
 from brproxy.journey import Action, Event
 from brproxy.lifecycle import Event as LifeEvent
-from brproxy.proxy.asking import collected
+from brproxy.proxy.accounting import Account
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.errors import workers_failed
@@ -28,10 +26,11 @@ from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.exchange.handles import DecodeAccount, DecodeAnswer, PrefillAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.legs.held import Freeing, Held
 from brproxy.proxy.legs.prefill_leg import PrefillLeg
 from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.endpoint import Endpoint
-from brproxy.relay.request import body_length, request_head
+from brproxy.relay.request import body_length
 from brproxy.roster import Member
 from brproxy.types import PendingRequest
 
@@ -39,13 +38,6 @@ log = logging.getLogger(__name__)
 
 _TAKES_ALONG = frozenset({Event.REFUSED, Event.CUT, Event.DIED, Event.OUT})
 """What ends a decode leg whose worker may have fetched what was prefilled, or had it freed."""
-
-FETCHED_S = 5.0
-"""After that what was sent for has been fetched, or never will be: who answers in one piece, and has all to
-decode first, does not say (seconds)."""
-
-_FREED_BYTES_MAX = 1 << 16
-"""Read of an answer that nobody wants (bytes)."""
 
 
 async def prefill_then_decode(
@@ -89,7 +81,7 @@ class Prefilled:
         self._handover = handover
         self._incoming = incoming
         self._sink = sink
-        self._held: _Held | None = None
+        self._held: Held | None = None
         self._sent_s: float | None = None
         self._is_lost = False
         self.request = request
@@ -134,15 +126,18 @@ class Prefilled:
         """
         if alone:
             return self._handover.transfer.alone_body(self._incoming.upload.beginning or b"")
+        if self._held is not None and self._handover.is_out(self._held.worker):
+            # Who takes a request to a worker that is gone gets an error for it.
+            self.lost()
         if self._is_lost:
             self._handover.counts["again"] += 1
             if not await self.prefill():
                 return None
         body = self._incoming.upload.beginning or b""
         if self._held is None:
-            return body
+            return self._handover.transfer.alone_body(body)
         # From here on the two workers keep it alive between them.
-        self._held.wait(self._service.watch.loop, FETCHED_S, None)
+        self._held.sent()
         self._sent_s = self._service.clock.now_s()
         return self._handover.transfer.decode_body(self._incoming.path, body, self._held.handoff)
 
@@ -151,6 +146,12 @@ class Prefilled:
         held, self._held = self._held, None
         if held is not None:
             held.let_go()
+
+    def wait_again(self) -> None:
+        """Note that the worker that decodes never had it: its lease runs on."""
+        self._sent_s = None
+        if self._held is not None:
+            self._held.wait(self._ended)
 
     def lost(self) -> None:
         """Note that it is not to be had any more, although it may still be kept: have it freed."""
@@ -161,7 +162,7 @@ class Prefilled:
         handover = self._handover
         handover.counts["stranded"] += 1
         if handover.may_free():
-            leg = _Freeing(self._group, handover, self._incoming, held)
+            leg = Freeing(self._group, handover, self._incoming, held)
             handover.in_background(self._service.watch.loop.create_task(leg.run()))
         elif held.waits:
             # Its lease ends as it would have, and its booking with it.
@@ -217,98 +218,18 @@ class Prefilled:
                 lease.finish(LifeEvent.CANCEL)
         if handoff is not None:
             self._handover.counts["stranded"] += 1
-            await _Freeing(self._group, self._handover, self._incoming, _Held(lease, handoff)).run()
+            await Freeing(self._group, self._handover, self._incoming, Held(lease, handoff)).run()
 
     def _hold(self, lease: Lease, handoff: Handoff) -> None:
-        self._held = held = _Held(lease, handoff)
+        lease_s, loop = self._handover.limits.lease_s, self._service.watch.loop
+        self._held = held = Held(lease, handoff, None if lease_s is None else loop.time() + lease_s)
         self._sent_s = None
-        lease_s = self._handover.limits.lease_s
-        if lease_s is not None:
-            held.wait(self._service.watch.loop, lease_s, self._ended)
+        held.wait(self._ended)
 
     def _ended(self) -> None:
         """Take note that nobody came for it before its lease ended."""
         self._handover.counts["expired"] += 1
         self._held, self._is_lost = None, True
-
-
-class _Held:
-    """KV that a prefill worker keeps, with its booking; ``on_end`` is told when the lease ends."""
-
-    def __init__(self, lease: Lease, handoff: Handoff) -> None:
-        self._lease = lease
-        self._timer: asyncio.TimerHandle | None = None
-        self.handoff = handoff
-        self.on_end: Callable[[], None] | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether its lease runs."""
-        return self._timer is not None
-
-    def wait(
-        self, loop: asyncio.AbstractEventLoop, lease_s: float, on_end: Callable[[], None] | None
-    ) -> None:
-        """Let go of it in ``lease_s`` seconds, whatever was before, and tell so."""
-        self.stop_waiting()
-        self.on_end = on_end
-        self._timer = loop.call_later(lease_s, self._ended)
-
-    def stop_waiting(self) -> None:
-        """Keep it for as long as it takes."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def let_go(self) -> None:
-        """End its booking."""
-        self.stop_waiting()
-        self.on_end = None
-        self._lease.finish()
-
-    def _ended(self) -> None:
-        tell = self.on_end
-        self.let_go()
-        if tell is not None:
-            tell()
-
-
-class _Freeing:
-    """A decode leg that asks for nothing but the KV, so that who keeps it frees it; booked until then."""
-
-    def __init__(self, group: GroupService, handover: Handover, incoming: Incoming, held: _Held) -> None:
-        # Taken out: what refers to the request keeps all of it.
-        self._group = group
-        self._handover = handover
-        self._path, self._target, self._lines = incoming.path, incoming.target, incoming.lines
-        self._body = handover.transfer.free_body(
-            incoming.path, incoming.upload.beginning or b"", held.handoff
-        )
-        self._held = held
-
-    async def run(self) -> None:
-        """Take ``free_timeout_s`` at most; raises WorkerFailedError."""
-        try:
-            async with asyncio.timeout(self._handover.limits.free_timeout_s):
-                await self._send()
-        except TimeoutError:
-            # It may be freed all the same; else the lease ends.
-            return
-        finally:
-            self._held.let_go()
-
-    async def _send(self) -> None:
-        # It takes no slot and is sent at once, whoever waits: it makes room.
-        with self._group.driver.admit(PendingRequest(0, sequences=0)) as lease:
-            worker = lease.worker_now()
-            if worker is None:
-                return
-            member, endpoint = self._group.reach(worker)
-            target, lines = endpoint.adapted(self._target, self._lines)
-            lines += member.lines + body_length("POST", self._body)
-            request = request_head("POST", target, endpoint.host_field, lines) + self._body
-            reply = await collected(endpoint, request, bytes_max=_FREED_BYTES_MAX, wants_body=False)
-            self._handover.counts["freed"] += reply.head.status < HTTPStatus.BAD_REQUEST
 
 
 class DecodeLeg(Attempts):
@@ -319,7 +240,6 @@ class DecodeLeg(Attempts):
 
     __slots__ = ("_answer", "_body", "_fetches", "_handover", "_is_alone", "_prefilled")
 
-    ACCOUNT = DecodeAccount
     _answer: DecodeAnswer
 
     def __init__(
@@ -367,6 +287,10 @@ class DecodeLeg(Attempts):
             return Action.SEND_AFRESH
         return super()._after(event, error)
 
+    async def _move(self) -> None:
+        self._prefilled.wait_again()
+        await super()._move()
+
     async def _send(self, *, afresh: bool) -> Action:
         body = await self._prefilled.body(alone=self._is_alone)
         self._fetches, self._is_alone = self._prefilled.is_held, False
@@ -380,7 +304,8 @@ class DecodeLeg(Attempts):
         self._answer = DecodeAnswer(
             self,
             self._sink,
-            self._account(),
+            # Whatever fails where nothing is to be fetched is the request's or the engine's own.
+            self._account(DecodeAccount if self.may_serve_alone(Event.DIED) else Account),
             self._service.relay_limits,
             path=self._incoming.path,
             member=member,

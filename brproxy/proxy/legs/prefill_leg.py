@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from brproxy.engines.transfer import Handoff
-from brproxy.journey import RERUNS_MAX, RULES, Action, Event
+from brproxy.journey import RERUNS_MAX, RULES, Action, Event, State
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -57,7 +57,9 @@ class PrefillLeg(Attempts):
 
     def adopts(self, answer: PrefillAnswer) -> bool:
         """See PrefillAttempt.adopts."""
-        if answer.has_begun or not self._handover.may_free():
+        # Who refused is left as well, and has nothing.
+        moves_on = self._journey.state is State.WAITING
+        if answer.has_begun or moves_on or not self._handover.may_free():
             return False
         self.orphan = answer
         return True

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from http import HTTPStatus
+from typing import cast
 
 from brproxy.engines.transfer import Handoff
-from brproxy.journey import Action, Event
+from brproxy.journey import RERUNS_MAX, Action, Event
 from brproxy.proxy import errors
-from brproxy.proxy.asking import collected
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.collect import Reply
 from brproxy.proxy.exchange.deciding import WorkerAnswer
+from brproxy.proxy.exchange.handles import PairedAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.handover import Handover
 from brproxy.proxy.service import GroupService, Service
@@ -35,17 +36,22 @@ class PairedLegs(Attempts):
     """A request's attempts on workers that decode, each with one that prefills beside it."""
 
     __slots__ = (
+        "_answer",
         "_asked",
         "_decode_body",
         "_failed",
         "_handoff",
         "_handover",
+        "_has_met",
         "_other",
         "_prefill",
         "_prefill_body",
+        "_reruns_left",
         "_trouble",
     )
 
+    ANSWER = PairedAnswer
+    _answer: PairedAnswer
     _handoff: Handoff
     _other: Lease
 
@@ -67,10 +73,14 @@ class PairedLegs(Attempts):
         self._trouble: Reply | Exception | None = None
         self._prefill: asyncio.Task[Reply] | None = None
         self._prefill_body = self._decode_body = b""
+        self._has_met = False
+        self._reruns_left = RERUNS_MAX
 
     def begun(self, *, is_long: bool) -> None:
         """See deciding.Attempt.begun."""
-        # It has all that was prefilled.
+        # It has all that was prefilled, or it never will.
+        if self._answer.tells_failure:
+            self._handover.forget(self._other.entry.worker)
         self._other.finish()
         self._prefill_body = self._decode_body = b""
         super().begun(is_long=is_long)
@@ -92,8 +102,10 @@ class PairedLegs(Attempts):
                 return Action.NOTHING
             handover.forget(worker)
             self._failed |= {worker}
-            if not handover.has_others(self._failed):
+            ran = self._may_have_run(trouble)
+            if not handover.has_others(self._failed) or (ran and not self._reruns_left):
                 break
+            self._reruns_left -= ran
         raise errors.workers_failed(f"No worker prefilled the request: {_reason(trouble)}.")
 
     def _trouble_now(self) -> Reply | Exception | None:
@@ -102,6 +114,7 @@ class PairedLegs(Attempts):
 
     async def _send_both(self, worker: WorkerIndex, *, afresh: bool) -> Action:
         member, _ = self._handover.group.reach(worker)
+        self._has_met = False
         try:
             self._handoff = await self._handover.meeting(
                 self._incoming.request_id, member, self._group.member(self._worker)
@@ -109,6 +122,7 @@ class PairedLegs(Attempts):
         except WorkerFailedError as error:
             self._trouble = error
             return Action.NOTHING
+        self._has_met = True
         incoming, transfer = self._incoming, self._handover.transfer
         path, body = incoming.path, incoming.upload.beginning or b""
         # Before there are connections: it can fail.
@@ -126,22 +140,15 @@ class PairedLegs(Attempts):
         # The worker that decodes can be reached: now the other leg goes out beside its own.
         self._prefill = self._service.watch.loop.create_task(self._prefill_leg())
         self._prefill.add_done_callback(self._prefilled)
-        return super()._answer_of(member)
+        self._answer = cast(PairedAnswer, super()._answer_of(member))
+        return self._answer
 
     async def _prefill_leg(self) -> Reply:
-        member, endpoint = self._handover.group.reach(self._other.entry.worker)
+        worker = self._other.entry.worker
         framing = body_length("POST", self._prefill_body)
-        request = self._head(member, endpoint, framing, is_read=True) + self._prefill_body
-        try:
-            return await collected(
-                endpoint,
-                request,
-                bytes_max=self._service.relay_limits.response_parse_bytes_max,
-                wants_body=True,
-            )
-        except WorkerFailedError as error:
-            self._handover.unreachable(endpoint, error)
-            raise
+        request = self._head(*self._handover.group.reach(worker), framing, is_read=True) + self._prefill_body
+        bytes_max = self._service.relay_limits.response_parse_bytes_max
+        return await self._handover.collected(worker, request, bytes_max=bytes_max, wants_body=True)
 
     def _prefilled(self, prefill: asyncio.Task[Reply]) -> None:
         """Take the end of the leg that prefills: where that failed, the other one is waiting for nothing."""
@@ -168,6 +175,13 @@ class PairedLegs(Attempts):
         status = reply.head.status
         return status >= HTTPStatus.INTERNAL_SERVER_ERROR or self._group.dialect.is_refusal(status)
 
+    def _may_have_run(self, trouble: Reply | Exception) -> bool:
+        """Tell whether the worker that prefills may have worked on the request, and died of it."""
+        if isinstance(trouble, Reply):
+            return not self._group.dialect.is_refusal(trouble.head.status)
+        # Who does not say at its page which engine it is has not been sent anything.
+        return self._has_met and not (isinstance(trouble, WorkerFailedError) and trouble.unreachable)
+
     def _pass_on(self, reply: Reply) -> None:
         """Answer the client with what the worker that prefills has against the request."""
         sink = self._sink
@@ -175,7 +189,7 @@ class PairedLegs(Attempts):
             raise errors.workers_failed(f"No worker prefilled the request: {_reason(reply)}.")
         framing = choose_framing(reply.head, http10=sink.client.is_http10, bodiless=False, rewritten=False)
         self._lease.fail()
-        self.begun(is_long=False)
+        super().begun(is_long=False)
         sink.begin(reply.head, framing, is_stream=False)
         sink.pass_on(reply.body)
         sink.finish(b"")
