@@ -10,6 +10,10 @@ else that would differ from run to run). What is not: handlers, relay, pools, le
 checks and aiohttp's server are the real ones, started by ``app.running_proxy``. ``world`` runs one scenario,
 ``checks`` looks into the proxy, ``shrink`` makes scripts short.
 
+``--parted`` has other workers prefill than decode (``parted_scenario``): ``leg_workers``, of which
+``prefill_workers`` and ``decode_workers`` are, speak the five transfers with what they say to the
+``metaserver``, ``kv`` is who keeps what for whom, and ``leg_checks`` looks at what becomes of both legs.
+
 Promises, with the check that holds each. Behind every event of the loop:
 
 * ``books``: columns are of equal length, what is booked on the rows of a worker is its load, in tokens and
@@ -42,6 +46,19 @@ By clients and workers, whenever something has come:
 * ``moves-on``: what a worker that is out has not even read goes to another (Members.stuck).
 * ``runs``: what a worker may have worked on goes to one more at most (World._count_deliveries).
 * ``retries``: whoever is refused is tried elsewhere, and nobody is tried for ever (World._count_deliveries).
+
+Where prefill and decode are apart:
+
+* ``own-leg``: either leg is what it must be: a prefill makes one token and no stream, and what was prefilled
+  is fetched (PrefillWorker._see_leg, DecodeWorker._see_handles). Apart from that both are what the client
+  sent, under one id, and without its own handles (``same-request``).
+* ``own-answer``: what a prefill gives is nobody's answer, but for an error (Client._attempt).
+* ``lease``: nothing is to be fetched when its lease has ended long since (DecodeWorker._see_handles).
+* ``both-end``: nobody works on for who has left (LegChecks.look_at_work).
+* ``freed``: what a request leaves behind is freed, and not only at the end of its lease (LegChecks.look).
+* ``answered``: posts to the metaserver are, each with the status that it deserves (Posts._post).
+* ``deliveries``, ``runs``: of each leg (LegChecks.count); ``nothing-left``: no name that is waited for, and
+  nothing to be freed (LegChecks.idle).
 
 Once all trouble is over:
 

@@ -1,4 +1,4 @@
-"""The command: ``python -m tests.simulation --seed N [--seeds K | --hours H] [--only FAULTS]``."""
+"""The command: ``python -m tests.simulation --seed N [--seeds K | --hours H] [--only FAULTS] [--parted]``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 
+from tests.simulation.parted_scenario import PARTED_FAULTS
 from tests.simulation.runs import explain, reports
 from tests.simulation.scenario import FAULTS
 
@@ -19,11 +20,13 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many, one after another")
     parser.add_argument("--hours", type=float, help="instead: until so many hours have been simulated")
     parser.add_argument("--only", help="the faults that may be drawn, by commas; without: all")
+    parser.add_argument("--parted", action="store_true", help="with prefill and decode apart")
     parser.add_argument("--no-shrink", action="store_true", help="only say which seeds break what")
     arguments = parser.parse_args()
-    allowed = FAULTS if arguments.only is None else frozenset(arguments.only.split(","))
-    if allowed - FAULTS:
-        parser.error(f"there are no faults {sorted(allowed - FAULTS)}; allowed: {', '.join(sorted(FAULTS))}")
+    allowed = None if arguments.only is None else frozenset(arguments.only.split(","))
+    known = PARTED_FAULTS if arguments.parted else FAULTS
+    if allowed is not None and allowed - known:
+        parser.error(f"there are no faults {sorted(allowed - known)}; allowed: {', '.join(sorted(known))}")
     started_s = time.monotonic()
     done = Counter()
     broken: list[int] = []
@@ -31,7 +34,7 @@ def main() -> int:
         seeds = iter(range(arguments.seed, arguments.seed + arguments.seeds))
     else:
         seeds = itertools.count(arguments.seed)
-    for seed, report in reports(seeds, allowed):
+    for seed, report in reports(seeds, allowed, parted=arguments.parted):
         done.update(seeds=1, events=report.events, requests=report.requests)
         done["seconds"] += report.seconds
         if report.violation is not None:
@@ -40,7 +43,7 @@ def main() -> int:
         if arguments.hours is not None and done["seconds"] >= arguments.hours * 3600:
             break
     if broken and not arguments.no_shrink:
-        print(explain(broken[0], allowed))
+        print(explain(broken[0], allowed, parted=arguments.parted))
     print(
         f"{done['seeds']} seeds, {len(broken)} broken: {done['requests']} requests, {done['events']} events, "
         f"{done['seconds'] / 3600:.2f} simulated hours in {time.monotonic() - started_s:.0f} s"

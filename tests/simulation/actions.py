@@ -18,11 +18,13 @@ class Answer:
     ``kind``: "answer" (as asked: a stream, or a reply), "refusal" (503), "refusal-event" (200, and an event
     that says 503), "error" (500), "garbage" (no HTTP), "garbage-body" (chunks that are none).
     ``framing``: "chunked", "length" or "close". ``usage``: what it reports of prompt and output, if it does.
-    A token is ``padding`` bytes longer than it need be. ``late_s`` before the first byte, ``gap_s`` between
-    pieces. After ``stop_at`` bytes (None: all of them) comes ``ending``: "keep" (the connection stays),
-    "close", "reset", "hang" (nothing, for ever), "stale" (it stays for a moment). ``length_said`` is a
-    Content-Length that is far too large, or no number. ``extra``: bytes that nobody asked for follow.
-    ``early``: it does not wait for the request's body.
+    Of workers that are apart there are "bad-request" (400), "no-params" (a prefill that keeps nothing), and
+    "error-event" (200, and an event that says 500). ``fails_in_event``: where its KV does not come it says so
+    in an event, and not by a status. A token is ``padding`` bytes longer than it need be. ``late_s`` before
+    the first byte, ``gap_s`` between pieces. After ``stop_at`` bytes (None: all of them) comes ``ending``:
+    "keep" (the connection stays), "close", "reset", "hang" (nothing, for ever), "stale" (it stays for a
+    moment). ``length_said`` is a Content-Length that is far too large, or no number. ``extra``: bytes that
+    nobody asked for follow. ``early``: it does not wait for the request's body.
     """
 
     kind: str = "answer"
@@ -39,6 +41,7 @@ class Answer:
     length_said: int | None = None
     extra: bool = False
     padding: int = 0
+    fails_in_event: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Ask:
 
     ``kind``: "chat", "completion", "embedding", "upload", "upgrade", "page" (the proxy's own), "bad" (no
     HTTP). ``prompt`` is its length: characters, or tokens where ``token_ids``.
+
+    Where prefill and decode are apart ``answers`` are those of workers that decode, ``prefills`` the others'.
+    ``own_handles``: its client says itself where its KV is. ``unsplit``: the member that makes it a request
+    for one worker. ``request_id``: its client's X-Request-Id. ``posts``: what a decode worker posts to the
+    metaserver besides its own: "unknown", "twice", "late", "no-json", "no-length", "long".
     """
 
     id: int
@@ -63,6 +71,11 @@ class Ask:
     closes: bool = False
     chunked: bool = False
     answers: tuple[Answer, ...] = (Answer(),)
+    prefills: tuple[Answer, ...] = (Answer(),)
+    own_handles: bool = False
+    unsplit: str = ""
+    request_id: str = ""
+    posts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,8 @@ class Trouble:
     "health-never", "health-endless", "health-error", "out-of-files", "clock-jump" (by ``lasts_s``),
     "policy-raises", "predictor-raises", "shutdown" (of the proxy: nothing comes after it),
     "member-leaves" (and comes back), "member-joins" (a new one, in the same group), "member-drains" (and is
-    resumed), "limits-fall" and "limits-rise" (of a member, and are as before again).
+    resumed), "page-fails" (the page at its bootstrap port), "limits-fall" and "limits-rise" (of a member, and
+    are as before again).
     """
 
     at_s: float
@@ -115,16 +129,34 @@ Action = Visit | Trouble
 
 
 @dataclass(frozen=True)
+class Parted:
+    """Prefill and decode apart: the role of each worker, the transfer of each group.
+
+    A prefill worker keeps KV for ``lease_s``, moving it takes ``transfer_s``, and workers wait for each other
+    for ``wait_s``. ``drops_query``: what decode workers post to the metaserver comes without its URL's query.
+    """
+
+    roles: tuple[str, ...]
+    transfers: tuple[tuple[str, str], ...]
+    lease_s: float
+    transfer_s: float
+    wait_s: float
+    drops_query: bool = False
+
+
+@dataclass(frozen=True)
 class Scenario:
     """A world and what happens in it. ``settings`` is a configuration but for its workers.
 
     ``workers``: slots, KV capacity (None: unknown), group of each, and ranks behind it (0: it has none).
+    ``parted``: how prefill and decode are apart, None where each worker does both.
     """
 
     seed: int
     settings: dict[str, dict[str, object]]
     workers: tuple[tuple[int, int | None, str, int], ...]
     actions: tuple[Action, ...] = field(default=())
+    parted: Parted | None = None
 
     @property
     def ends_s(self) -> float:

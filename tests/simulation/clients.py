@@ -202,7 +202,10 @@ class Client:
         if int(number) != ask.id:
             self._wrong("own-answer", f"request {ask.id} is answered what request {int(number)} should be")
         attempts = self._records[int(number)].attempts
-        return next(one for one in attempts if one.number == int(attempt))
+        found = next(one for one in attempts if one.number == int(attempt))
+        if found.is_prefill and answer.status < 400:
+            self._wrong("own-answer", f"request {ask.id} is answered what only its prefill was")
+        return found
 
     def _judge_own(self, ask: Ask, answer: Received) -> None:
         if answer.status not in self._own_status:
@@ -298,7 +301,9 @@ class Client:
         body = answer.body
         while body.startswith(COMMENT):
             body = body.removeprefix(COMMENT)
-        attempts = self._records[ask.id].attempts
+        attempts = [
+            one for one in self._records[ask.id].attempts if not one.is_prefill or one.response.status >= 400
+        ]
         bodies = [one for attempt in attempts for one in attempt.response.bodies]
         if is_whole and answer.framing != "close":
             # Where only the connection's end or [DONE] shows the end, that is enough.

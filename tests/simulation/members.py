@@ -12,10 +12,14 @@ from tests.simulation.workers import Worker
 
 
 class Members:
-    """The members of ``groups`` and the ``workers`` that they stand for; ``start`` starts one more worker."""
+    """The members of ``groups`` and their ``workers``; ``start`` starts one more of a group."""
 
     def __init__(
-        self, loop: VirtualLoop, groups: tuple[Group, ...], workers: list[Worker], start: Callable[[], Worker]
+        self,
+        loop: VirtualLoop,
+        groups: tuple[Group, ...],
+        workers: list[Worker],
+        start: Callable[[Group], Worker],
     ) -> None:
         self._loop = loop
         self._groups = groups
@@ -69,7 +73,7 @@ class Members:
     def join(self, group: Group) -> None:
         """Add a new worker."""
         like = group.roster.members[0]
-        worker = self._start()
+        worker = self._start(group)
         group.add(worker.key, self._usual.get(like, like.limits), worker.url)
 
     def join_like(self, worker: Worker) -> None:
@@ -128,6 +132,9 @@ class Members:
                 if self._out_s[worker] < 2 or not others:
                     continue
                 for record in worker.unanswered():
+                    if record.has_ended:
+                        # Nobody waits for it: its KV is to be freed.
+                        continue
                     if record.ask.kind in {"chat", "completion"} and len(record.attempts) < retries_max:
                         return f"request {record.ask.id} stays with {worker.host}"
         return None

@@ -32,6 +32,10 @@ BAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 7\r\n\r\n[1, 2}]",
     b'POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 13\r\n\r\n{"model": 17}',
 )
+_STATUS = {"refusal": 503, "error": 500, "bad-request": 400, "error-event": 500}
+OTHERS = "of another"
+"""The engine and the host that clients name which say themselves where their KV is."""
+
 _CHUNK_BYTES = 65_536
 
 
@@ -63,7 +67,18 @@ def request_body(ask: Ask) -> bytes:
         document["max_tokens"] = ask.max_tokens
     if ask.choices is not None:
         document["n"] = ask.choices
-    return json.dumps(document).encode()
+    return json.dumps(document | _of_legs(ask)).encode()
+
+
+def _of_legs(ask: Ask) -> dict[str, object]:
+    """Return what a request says that is about prefill and decode apart."""
+    said: dict[str, object] = {}
+    if ask.own_handles:
+        said["kv_transfer_params"] = {"do_remote_prefill": True, "remote_engine_id": OTHERS}
+        said["bootstrap_host"] = OTHERS
+    if ask.unsplit:
+        said |= {ask.unsplit: 1} | ({"logprobs": 1} if ask.unsplit == "echo" else {})
+    return said
 
 
 def path(ask: Ask) -> str:
@@ -77,6 +92,8 @@ def request(ask: Ask) -> bytes:
     body = request_body(ask)
     lines = [f"{ask.method} {path(ask)} HTTP/{'1.0' if ask.http10 else '1.1'}", "Host: proxy"]
     lines.append(f"{NAME.decode()}: {ask.id}")
+    if ask.request_id:
+        lines.append(f"X-Request-Id: {ask.request_id}")
     if ask.id % 3 == 0:
         lines.append("X-Data-Parallel-Rank: 0")
     if ask.kind == "upgrade":
@@ -118,21 +135,26 @@ class Response:
     closes: bool = False
 
 
-def respond(ask: Ask, answer: Answer, attempt: int, *, asked_usage: bool) -> Response:
-    """Return what ``answer`` is for this attempt; ``asked_usage``: the request asked for a usage event."""
+def respond(
+    ask: Ask, answer: Answer, attempt: int, *, asked_usage: bool, handles: bytes | None = None
+) -> Response:
+    """Return what ``answer`` is for this attempt; ``asked_usage``: the request asked for a usage event.
+
+    ``handles``: what a reply says of how its KV is fetched.
+    """
     if answer.kind == "garbage":
         rng = random.Random(ask.id * 1000 + attempt)
         return Response(0, (rng.randbytes(rng.choice((1, 50, 5000))),), (b"",), is_http=False, closes=True)
     if ask.kind == "upgrade" and answer.kind == "answer":
         head = b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n%b: %d.%d\r\n\r\n"
         return Response(101, (head % (NAME, ask.id, attempt), b"hello "), (b"hello ",), closes=True)
-    is_stream = ask.stream and answer.kind in {"answer", "refusal-event", "garbage-body"}
+    is_stream = ask.stream and answer.kind in {"answer", "refusal-event", "error-event", "garbage-body"}
     if is_stream:
         events = _events(ask, answer, attempt, asked_usage=asked_usage)
         status, media_type = 200, b"text/event-stream"
     else:
-        events = [_reply(ask, answer, attempt)]
-        status = {"refusal": 503, "error": 500}.get(answer.kind, 200)
+        events = [_reply(ask, answer, attempt, handles)]
+        status = _STATUS.get(answer.kind, 200)
         media_type = b"application/json"
     bodies = [b"".join(events)]
     if is_stream and asked_usage and not ask.own_usage:
@@ -183,8 +205,9 @@ def _framed(ask: Ask, answer: Answer, parts: list[bytes]) -> tuple[list[bytes], 
 
 
 def _events(ask: Ask, answer: Answer, attempt: int, *, asked_usage: bool) -> list[bytes]:
-    if answer.kind == "refusal-event":
-        return [b'data: {"error":{"message":"full","code":503}}\n\n', b"data: [DONE]\n\n"]
+    if answer.kind in {"refusal-event", "error-event"}:
+        code = 503 if answer.kind == "refusal-event" else 500
+        return [b'data: {"error":{"message":"full","code":%d}}\n\n' % code, b"data: [DONE]\n\n"]
     key = b'"delta":{"content":"%b"}' if ask.kind == "chat" else b'"text":"%b"'
     event = b'data: {"id":"%d.%d","choices":[{"index":0,%b}]}\n\n'
     padding = b"-" * answer.padding
@@ -199,10 +222,11 @@ def _events(ask: Ask, answer: Answer, attempt: int, *, asked_usage: bool) -> lis
     return events
 
 
-def _reply(ask: Ask, answer: Answer, attempt: int) -> bytes:
+def _reply(ask: Ask, answer: Answer, attempt: int, handles: bytes | None) -> bytes:
     usage = b',"usage":' + _usage(answer) if answer.usage is not None else b""
     text = (b"%d.%d " % (ask.id, attempt) + b"-" * answer.padding) * answer.tokens
-    return b'{"object":"answer","text":"%b"%b}' % (text, usage)
+    more = b"" if handles is None else b',"kv_transfer_params":' + handles
+    return b'{"object":"answer","text":"%b"%b%b}' % (text, usage, more)
 
 
 def _usage(answer: Answer) -> bytes:

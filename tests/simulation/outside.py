@@ -46,6 +46,7 @@ def cut_off(loop: VirtualLoop, seed: int) -> Iterator[ErrorLog]:
         with ExitStack() as stack:
             for change in (
                 patch.object(secrets, "token_hex", lambda size: rng.randbytes(size).hex()),
+                patch.object(secrets, "randbelow", rng.randrange),
                 patch.object(time, "perf_counter", loop.time),
                 patch.object(web_response, "rfc822_formatted_time", lambda: "Thu, 01 Jan 1970 00:00:00 GMT"),
             ):

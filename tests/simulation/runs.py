@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tests.simulation.actions import Scenario, describe
+from tests.simulation.parted_scenario import PARTED_FAULTS, draw_parted
 from tests.simulation.scenario import FAULTS, draw
 from tests.simulation.shrink import shrink
 from tests.simulation.world import Report, World
@@ -34,16 +35,25 @@ def run(scenario: Scenario) -> Report:
     return report
 
 
-def reports(seeds: Iterable[int], allowed: frozenset[str] = FAULTS) -> Iterator[tuple[int, Report]]:
+def drawn(seed: int, allowed: frozenset[str] | None = None, *, parted: bool = False) -> Scenario:
+    """Return the scenario of ``seed``, of faults that are ``allowed`` (None: all); ``parted``: see Parted."""
+    if parted:
+        return draw_parted(seed, PARTED_FAULTS if allowed is None else allowed)
+    return draw(seed, FAULTS if allowed is None else allowed)
+
+
+def reports(
+    seeds: Iterable[int], allowed: frozenset[str] | None = None, *, parted: bool = False
+) -> Iterator[tuple[int, Report]]:
     """Run the scenarios of ``seeds``, in which only faults that are ``allowed`` are drawn."""
     with still_memory():
         for seed in seeds:
-            yield seed, run(draw(seed, allowed))
+            yield seed, run(drawn(seed, allowed, parted=parted))
 
 
-def explain(seed: int, allowed: frozenset[str] = FAULTS) -> str:
+def explain(seed: int, allowed: frozenset[str] | None = None, *, parted: bool = False) -> str:
     """Return what broke in the run of ``seed``, the shortest script that breaks it, and how to repeat it."""
-    scenario = draw(seed, allowed)
+    scenario = drawn(seed, allowed, parted=parted)
     violation = run(scenario).violation
     assert violation is not None
     promise = violation.promise
@@ -56,6 +66,8 @@ def explain(seed: int, allowed: frozenset[str] = FAULTS) -> str:
     said = [f"seed {seed} breaks {violation}", f"shrunk, {run(shrunk).violation}:"]
     said += [f"  {describe(action)}" for action in shrunk.actions]
     said += [f"  workers {shrunk.workers}, {shrunk.settings}"]
-    only = f" --only {','.join(sorted(allowed))}" if allowed != FAULTS else ""
-    said.append(f"again: python -m tests.simulation --seed {seed}{only}")
+    said += [f"  {shrunk.parted}"] if parted else []
+    options = " --parted" if parted else ""
+    options += f" --only {','.join(sorted(allowed))}" if allowed is not None else ""
+    said.append(f"again: python -m tests.simulation --seed {seed}{options}")
     return "\n".join(said)

@@ -41,11 +41,11 @@ NUMBERS = (0, 1, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2*
 
 
 class Draw:
-    """Draws a scenario of the kinds of faults in ``allowed``."""
+    """Draws a scenario of the kinds of faults in ``allowed``; ``name`` is what its randomness comes from."""
 
-    def __init__(self, seed: int, allowed: frozenset[str] = FAULTS) -> None:
+    def __init__(self, seed: int, allowed: frozenset[str] = FAULTS, name: str = "") -> None:
         self._seed = seed
-        self._rng = rng = random.Random(f"scenario {seed}")
+        self._rng = rng = random.Random(name or f"scenario {seed}")
         share = rng.choice((0.0, 0.1, 0.25, 0.25, 0.5, 1.0))
         # Sorted: the order of a set is another in every process. Drawn for all: what is allowed changes
         # nothing about the others.

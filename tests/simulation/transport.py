@@ -56,7 +56,7 @@ class Link:
 
 
 class MemoryTransport(asyncio.Transport):
-    """One end of a connection."""
+    """One end of a connection; ``taken_bytes`` were told to its protocol, ``written_bytes`` sent."""
 
     def __init__(self, link: Link, name: str) -> None:
         super().__init__()
@@ -66,6 +66,7 @@ class MemoryTransport(asyncio.Transport):
         self._loop = link.loop
         self._protocol: asyncio.Protocol | None = None
         self._incoming = bytearray()
+        self.taken_bytes = self.written_bytes = 0
         self._eof_comes = self._reset_comes = self._eof_told = False
         self._paused = self._closing = self._closed = self._eof_written = False
         self._protocol_paused = False
@@ -154,6 +155,7 @@ class MemoryTransport(asyncio.Transport):
             self._read_soon()
         else:
             self.peer._incoming += data
+            self.written_bytes += len(data)
             self.peer._read_soon()
             self._maybe_pause()
             if self.is_clients and self.is_proxys:
@@ -234,6 +236,7 @@ class MemoryTransport(asyncio.Transport):
             size = self._link.piece(len(self._incoming))
             data = bytes(self._incoming[:size])
             del self._incoming[:size]
+            self.taken_bytes += size
             if self.peer._protocol_paused or (self.peer._closing and not self.peer._closed):
                 self._loop.call_soon(self.peer._taken)
             self._link.network.note(self.name, "read", data)

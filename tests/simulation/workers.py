@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.simulation.actions import KEEP, Answer, Ask
+from tests.simulation.kv import Kept
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.messages import NAME, RANK, Response, chunk, request_body, respond
 from tests.simulation.wire import Wire
@@ -40,6 +41,7 @@ class Attempt:
 
     ``number``: how many of that request had come before, to any worker; its answer names it.
     ``has_ended``: all was sent, and nobody had left before that could be seen by the connection's end.
+    ``is_prefill``: of a worker that only prefills. ``was_run``: its KV has come, if it was to come.
     """
 
     number: int
@@ -49,6 +51,8 @@ class Attempt:
     wire: Wire
     sent_bytes: int = 0
     has_ended: bool = False
+    is_prefill: bool = False
+    was_run: bool = True
 
     @property
     def sent_all(self) -> bool:
@@ -58,6 +62,14 @@ class Attempt:
             return False
         needed = self.response.pieces[:-1] if self.answer.extra else self.response.pieces
         return self.sent_bytes >= sum(map(len, needed))
+
+    @property
+    def broke(self) -> bool:
+        """Whether it was the worker that ended it, before its end."""
+        answer = self.answer
+        ends = answer.stop_at is not None and answer.ending in {"close", "reset"}
+        is_garbage = not self.response.is_http
+        return self.wire.is_killed or (self.sent_bytes >= (answer.stop_at or 1) and (ends or is_garbage))
 
     @property
     def may_be_lost(self) -> bool:
@@ -74,12 +86,21 @@ class Record:
     """What workers have seen of one request, which ``came`` to them so many times.
 
     ``attempts`` are those whose body has come too. ``was_refused``: its client got a refusal of theirs.
+    ``has_ended``: its client waits no more. ``ids`` are the request's ids that workers were told, ``kept`` is
+    the KV of its last prefill.
     """
 
     ask: Ask
     attempts: list[Attempt] = field(default_factory=list)
     came: int = 0
     was_refused: bool = False
+    has_ended: bool = False
+    ids: set[bytes] = field(default_factory=set)
+    kept: Kept | None = None
+
+    def made(self, *, prefill: bool) -> list[Attempt]:
+        """Return the attempts at one of the legs."""
+        return [attempt for attempt in self.attempts if attempt.is_prefill == prefill]
 
 
 class Worker:
@@ -185,6 +206,12 @@ class Worker:
         record = self._records[int(known[NAME])]
         number = record.came
         record.came += 1
+        return await self._serve_attempt(wire, known, record, number)
+
+    async def _serve_attempt(
+        self, wire: Wire, known: dict[bytes, bytes], record: Record, number: int
+    ) -> bool:
+        """Answer a client's request, whose head has come; return whether to wait for another."""
         answer = record.ask.answers[min(number, len(record.ask.answers) - 1)]
         body = None if answer.early else await self._body(wire, known)
         asked_usage = record.ask.own_usage or (body is not None and b'"include_usage":true' in body)

@@ -7,6 +7,7 @@ import gc
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -14,13 +15,18 @@ from aiohttp import web
 from brproxy.app import RunningProxy, running_proxy
 from brproxy.config import Config, parse_config
 from brproxy.config_sections import Listen
+from brproxy.fleet import Group
 from brproxy.learning import Learner
 from tests.simulation.actions import Ask, Scenario, Trouble, Visit
 from tests.simulation.checks import Checks, Violation
 from tests.simulation.clients import OWN_STATUS, Client
+from tests.simulation.decode_workers import DecodeWorker
+from tests.simulation.kv import Cluster
+from tests.simulation.leg_checks import CANCELLED_S, FREED_S, LegChecks
 from tests.simulation.loop import START_S, DeadlockError, SpinningError, VirtualLoop
 from tests.simulation.members import Members
 from tests.simulation.outside import ON_PURPOSE, cut_off
+from tests.simulation.prefill_workers import BOOTSTRAP_PORT, PrefillWorker
 from tests.simulation.transport import PROXY
 from tests.simulation.workers import KV_CAPACITY_TOKENS, Record, Worker
 
@@ -66,7 +72,12 @@ class World:
         self._raising: set[str] = set()
         self._checks: Checks
         self._workers: list[Worker] = []
+        parted = scenario.parted
+        self._transfers = {} if parted is None else dict(parted.transfers)
+        self._cluster = None if parted is None else Cluster(self._loop, parted)
+        self._bootstrap_ports: dict[str, int] = {}
         self._members: Members
+        self._legs: LegChecks | None = None
         self._requests = 0
         self._is_stopped = False
 
@@ -76,6 +87,8 @@ class World:
         try:
             with cut_off(loop, self._scenario.seed) as errors:
                 self._checks = Checks(loop, errors)
+                if self._cluster is not None:
+                    self._legs = LegChecks(self._scenario, self._cluster, self._records, self._checks.wrong)
                 loop.after_event = self._checks.check
                 violation = self._run()
                 seconds = loop.time() - START_S
@@ -97,8 +110,9 @@ class World:
 
     async def _main(self) -> None:
         loop, scenario = self._loop, self._scenario
-        for _, capacity, *_, ranks in scenario.workers:
-            self._start_worker(ranks).kv_capacity_tokens = capacity or KV_CAPACITY_TOKENS
+        for i, (_, capacity, group, ranks) in enumerate(scenario.workers):
+            worker = self._start_worker(group, ranks, prefills=self._role(i) == "prefill")
+            worker.kv_capacity_tokens = capacity or KV_CAPACITY_TOKENS
         clock = LoopClock(loop)
         async with running_proxy(self._config(), clock=clock, listening=_listen) as proxy:
             self._follow(proxy)
@@ -119,6 +133,7 @@ class World:
             | ({"kv_capacity_tokens": capacity} if capacity else {})
             | ({"model": group} if group else {})
             | ({"ranks": f"{i}-{i + ranks - 1}", "rank_base": i} if ranks else {})
+            | ({"role": self._role(i), "transfer": self._transfers[group]} if self._transfers else {})
             for i, (slots, capacity, group, ranks) in enumerate(self._scenario.workers)
         ]
         return parse_config({**settings, "worker": workers}, "simulation")
@@ -133,13 +148,30 @@ class World:
             for ended in dispatcher.happenings._ended:
                 if isinstance(ended.__self__, Learner):
                     ended.__self__.predictor = predictor
-        self._members = Members(self._loop, proxy.service.fleet.groups, self._workers, self._start_worker)
+        self._members = Members(self._loop, proxy.service.fleet.groups, self._workers, self._join)
+        self._bootstrap_ports = proxy.service.bootstrap_ports
         self._checks.follow(proxy)
 
-    def _start_worker(self, ranks: int = 0) -> Worker:
-        worker = Worker(self._loop, len(self._workers), self._records, self._checks.wrong, ranks)
+    def _start_worker(self, group: str, ranks: int = 0, *, prefills: bool = False) -> Worker:
+        parts = self._loop, len(self._workers), self._records, self._checks.wrong, ranks
+        if self._cluster is None:
+            worker = Worker(*parts)
+        else:
+            kind = PrefillWorker if prefills else DecodeWorker
+            worker = kind(*parts, self._cluster, self._transfers[group])
         self._workers.append(worker)
         return worker
+
+    def _join(self, group: Group) -> Worker:
+        """Start a worker that joins ``group``."""
+        name = group.name.removesuffix("/prefill")
+        worker = self._start_worker("" if name == "all" else name, prefills=group.prefills)
+        self._bootstrap_ports[worker.url] = BOOTSTRAP_PORT
+        return worker
+
+    def _role(self, worker: int) -> str:
+        """Return what a worker of the scenario does of a request."""
+        return "both" if self._scenario.parted is None else self._scenario.parted.roles[worker]
 
     def _look(self, retries_max: int) -> None:
         """Once a second: see that nobody stays with a worker that is out."""
@@ -170,7 +202,17 @@ class World:
             self._records[ask.id] = Record(ask)
             self._requests += 1
         client = Client(self._loop, visit, self._records, self._checks.wrong, self._own_status())
-        return self._loop.create_task(client.run())
+        task = self._loop.create_task(client.run())
+        task.add_done_callback(partial(self._visited, visit))
+        return task
+
+    def _visited(self, visit: Visit, _task: asyncio.Task[None]) -> None:
+        for ask in visit.asks:
+            self._records[ask.id].has_ended = True
+        if self._legs is not None and not self._is_stopped:
+            ids = [ask.id for ask in visit.asks]
+            self._loop.call_later(CANCELLED_S, self._legs.look_at_work, ids, self._workers)
+            self._loop.call_later(FREED_S, self._legs.look, ids)
 
     def _own_status(self) -> frozenset[int]:
         """Return what the proxy may answer itself: 500 only where it was made to fail."""
@@ -194,6 +236,9 @@ class World:
             later(trouble.lasts_s, setattr, worker, "health", "well")
         elif kind.startswith(("member-", "limits-")):
             self._members.happen(kind, worker, trouble.lasts_s)
+        elif kind == "page-fails":
+            worker.page = ("silent", "error", "garbage", "empty")[int(trouble.at_s * 10) % 4]
+            later(trouble.lasts_s, setattr, worker, "page", "well")
         elif kind.startswith("load-"):
             worker.load = kind
             later(trouble.lasts_s, setattr, worker, "load", "none")
@@ -224,11 +269,13 @@ class World:
         """See that all comes to an end and that all is then as if nothing had been."""
         await self._all_end(visits)
         self._count_deliveries(proxy)
-        await asyncio.sleep(SETTLE_S)
-        self._checks.idle()
-        await self._probe()
-        await asyncio.sleep(SETTLE_S / 2)
-        self._checks.idle()
+        for probe in (self._probe, None):
+            await asyncio.sleep(SETTLE_S)
+            self._checks.idle()
+            if self._legs is not None:
+                self._legs.idle(proxy.service)
+            if probe is not None:
+                await probe()
 
     def _count_deliveries(self, proxy: RunningProxy) -> None:
         """See that no request came to workers more often than it may, nor a refused one too rarely."""
@@ -238,6 +285,9 @@ class World:
         for record in self._records.values():
             if record.ask.kind == "page":
                 # The proxy's own: of their models it asks all.
+                continue
+            if self._legs is not None:
+                self._legs.count(record, retries)
                 continue
             if len(record.attempts) > most:
                 where = [attempt.worker for attempt in record.attempts]
@@ -269,7 +319,7 @@ class World:
             self._records[ask.id] = Record(ask)
             client = Client(self._loop, visit, self._records, self._checks.wrong)
             await asyncio.wait_for(client.run(), PATIENCE_S)
-            attempts = self._records[ask.id].attempts
+            attempts = self._records[ask.id].made(prefill=False)
             if client.answered != 1 or len(attempts) != 1:
                 self._checks.wrong("serves-again", f"group {group!r} does not serve when all is well again")
 

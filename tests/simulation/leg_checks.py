@@ -1,0 +1,95 @@
+"""The promises about requests in two legs: what is left behind, and how often which leg comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from brproxy.proxy.service import Service
+from tests.simulation.actions import Scenario, Trouble
+from tests.simulation.kv import FREED_BY_DECODE, Cluster
+from tests.simulation.leg_workers import LegWorker
+from tests.simulation.workers import Record
+
+CANCELLED_S = 1.0
+"""Within which a leg ends whose client has left (seconds)."""
+
+FREED_S = 4.0
+"""Within which what a request has left behind is freed: longer than a prefill is waited for (seconds)."""
+
+RUNS_MAX = 3
+"""Prefills that may end without an answer for each time that one is wanted: one, one more as that broke off,
+and one on a connection that was closed already."""
+
+
+class LegChecks:
+    """Looks at what becomes of the two legs of ``scenario``; ``wrong`` is told what should not be."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        cluster: Cluster,
+        records: dict[int, Record],
+        wrong: Callable[[str, str], None],
+    ) -> None:
+        self._cluster = cluster
+        self._records = records
+        self._wrong = wrong
+        self._transfers = dict(cluster.parted.transfers)
+        troubles = {action.kind for action in scenario.actions if isinstance(action, Trouble)}
+        self._is_calm = not troubles
+        if troubles:
+            # Connecting may take a second; who stands still reads late.
+            cluster.late_s = None if troubles & {"freeze", "clock-jump"} else 1.5
+        limits = scenario.settings.get("prefill_decode", {})
+        self._frees_all = limits.get("free_at_once_max", 64) == 64
+
+    def look(self, ids: Iterable[int]) -> None:
+        """See that what requests have left behind was freed, and not only when its lease ends.
+
+        Where nobody was in trouble, and the proxy has been told how to have it freed.
+        """
+        if not (self._is_calm and self._frees_all):
+            return
+        for ask_id in ids:
+            transfer = self._transfers.get(self._records[ask_id].ask.model)
+            if transfer not in FREED_BY_DECODE:
+                continue
+            for key, kept in self._cluster.left(ask_id):
+                if kept.is_told:
+                    self._wrong("freed", f"{key} of request {ask_id} is kept although nobody will fetch it")
+
+    def look_at_work(self, ids: Iterable[int], workers: Iterable[LegWorker]) -> None:
+        """See that nobody works for those who have left, where nobody was in trouble.
+
+        A prefill that was begun is waited for, where its KV can be freed then.
+        """
+        if not self._is_calm:
+            return
+        gone = set(ids)
+        for worker in workers:
+            for record, attempt in worker.running.values():
+                is_adopted = attempt.is_prefill and self._transfers.get(record.ask.model) in FREED_BY_DECODE
+                if record.ask.id in gone and not attempt.wire.ended and not is_adopted:
+                    self._wrong("both-end", f"{worker.host} still works on request {record.ask.id}")
+
+    def count(self, record: Record, retries_max: int) -> None:
+        """See that neither leg of a request came to workers too often."""
+        ask, most = record.ask, (retries_max + 2) * (retries_max + 1)
+        decodes, prefills = record.made(prefill=False), record.made(prefill=True)
+        if len(decodes) > most or len(prefills) > most * (retries_max + 1):
+            self._wrong("deliveries", f"request {ask.id}: {len(prefills)} prefills, {len(decodes)} decodes")
+        ran = [attempt.worker for attempt in decodes if attempt.was_run and not attempt.response.is_refusal]
+        if len(ran) > RUNS_MAX:
+            self._wrong("runs", f"request {ask.id} may have run on workers {ran}")
+        is_first = self._transfers.get(ask.model) in FREED_BY_DECODE
+        lost = [one.worker for one in prefills if one.broke]
+        if len(lost) > RUNS_MAX * (max(1, len(decodes)) if is_first else 1):
+            self._wrong("runs", f"request {ask.id} was lost with its prefill workers {lost}")
+
+    def idle(self, service: Service) -> None:
+        """See that nothing of a request is left where the two legs meet."""
+        tasks = [len(one.handover._tasks) for one in service.groups.values() if one.handover]
+        if len(service.metaserver) or any(tasks):
+            self._wrong(
+                "nothing-left", f"{len(service.metaserver)} names are waited for, {tasks} tasks free KV"
+            )
