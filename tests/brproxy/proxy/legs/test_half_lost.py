@@ -6,7 +6,7 @@ import json
 import pytest
 
 from brproxy.engines.transfers.nixl import NixlTransfer
-from brproxy.proxy.legs import prefill_first
+from brproxy.proxy.legs import held
 
 PARAMS = {"do_remote_prefill": True, "remote_block_ids": [1, 2], "remote_engine_id": "p", "remote_port": 1}
 TEXT = "one two"
@@ -214,7 +214,7 @@ async def test_who_waits_for_a_prefill_that_nobody_will_do_goes_on_without(
 async def test_a_reply_in_one_piece_does_not_keep_its_prefill_booked(
     start_worker, start_halves, answer, silence, until, monkeypatch
 ):
-    monkeypatch.setattr(prefill_first, "FETCHED_S", 0.01)
+    monkeypatch.setattr(held, "FETCHED_S", 0.01)
     prefill, decode = await start_worker(answer(PREFILLED)), await start_worker(silence)
     proxy, ask = await start_halves([prefill.url], [decode.url])
     asking = asyncio.create_task(ask())
