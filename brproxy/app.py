@@ -28,6 +28,7 @@ from brproxy.open_files import clients_for_open_files, file_number_max, raise_op
 from brproxy.proxy.asking import Prober, ProbeSettings
 from brproxy.proxy.errors import of_status
 from brproxy.proxy.handlers import Handlers
+from brproxy.proxy.in_band import InBand
 from brproxy.proxy.polling import Poller, PollSettings
 from brproxy.proxy.service import Service
 from brproxy.relay.server import ClientLimits, RelayServer
@@ -170,6 +171,12 @@ def _poller(config: Config, service: Service, returning: Returning) -> Poller:
         for name, each in service.groups.items()
         if telemetry.enabled
     ]
+    for each, signals in groups:
+        # What is booked where prefill is apart is with its engine no more once it is done.
+        if not each.group.prefills:
+            each.signals = signals
+            if telemetry.in_band and each.dialect.LOAD_IN_BAND:
+                each.in_band = InBand(signals, clock)
     service.metrics.also(EngineMetrics([signals for _, signals in groups], clock))
     handovers = {name: each.handover.counts for name, each in service.groups.items() if each.handover}
     service.metrics.also(HandoverMetrics(handovers))

@@ -138,6 +138,7 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
         relay_limits=RelayLimits(
             first_byte_s=timeouts.first_byte_s,
             stall_s=timeouts.stall_s,
+            paused_s_max=timeouts.paused_s_max,
             event_bytes_max=limits.event_bytes_max,
             response_parse_bytes_max=limits.response_parse_bytes_max,
         ),

@@ -79,6 +79,11 @@ class TelemetryPolls(Section):
         description="Between two questions to a worker (seconds).",
     )
     timeout_s: Seconds = Field(default=2.0, description="For one answer (seconds).")
+    in_band: bool = Field(
+        default=False,
+        description="Ask vLLM for its load with each request too (endpoint-load-metrics-format): it tells it "
+        "with answers that are no streams, and logs a line for each.",
+    )
     lag_s: float = Field(
         default=6.0,
         ge=0,

@@ -211,6 +211,15 @@ class Timeouts(Section):
         default=600.0, description="For a worker's response to begin, prefill included (seconds)."
     )
     stall_s: Seconds = Field(default=120.0, description="Between two reads of a response (seconds).")
+    paused_s_max: float = Field(
+        default=600.0,
+        ge=0,
+        le=86_400,
+        strict=False,
+        description="How long beyond first_byte_s or stall_s a silent response is kept while the worker's "
+        "telemetry says that its engine has the request (waiting, preempted or paused); 0: not at all "
+        "(seconds).",
+    )
     gone_s: Seconds = Field(
         default=5.0,
         description="Silence on its connections that makes a worker that refuses new ones gone (seconds).",

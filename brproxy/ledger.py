@@ -65,7 +65,6 @@ class Ledger:
         self._is_here: list[bool] = []
         self._kv_tokens: list[int] = []
         self._requests: list[int] = []
-        # Sequences of each worker: they take its slots, and each is a request in the engine.
         self._sequences: list[int] = []
         # Prompts that are booked and have not been prefilled, as far as first tokens tell.
         self._prefill_tokens: list[int] = []
@@ -130,6 +129,11 @@ class Ledger:
         return tuple(self._requests)
 
     @property
+    def sequences(self) -> tuple[int, ...]:
+        """Sequences of each worker: they take its slots, and each is a request in the engine."""
+        return tuple(self._sequences)
+
+    @property
     def slots_total(self) -> int:
         """Slots of all workers that are there together."""
         return self._slots_total
@@ -168,10 +172,6 @@ class Ledger:
             certain=columns[_CERTAIN].astype(bool),
             sequences=sequences,
         )
-
-    def output_tokens(self, request_id: RequestId) -> int:
-        """Return the output tokens booked for a bound request."""
-        return self._cells[self.entry(request_id).row * _WIDTH + _OUTPUT_TOKENS]
 
     def row_sequences(self, row: int) -> int:
         """Return the sequences of the request in ``row``, in the order of ``active``."""

@@ -98,7 +98,7 @@ class Entry:
     """What is kept of one request until it ends. Times are the caller's clock in seconds; None: not yet.
 
     ``waiting_since_s`` is when it last began to wait: on arrival, or when a worker failed it. While it is
-    bound, ``output_tokens`` is kept by the ledger (Ledger.output_tokens). ``home`` is the worker that
+    bound, ``output_tokens`` is kept by the ledger. ``home`` is the worker that
     probably has ``cached_tokens`` of its prompt, as of its arrival.
     """
 

@@ -7,14 +7,17 @@ is missing, renamed, or contradicts the configuration is said once for each work
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from brproxy.engines.load import LoadReading, LoadReport, matched
+from brproxy.engines.load_field import FieldLoad
 from brproxy.ledger import Ledger
 from brproxy.logs import SparingLog
 from brproxy.offsets import Offset, OffsetSettings
 from brproxy.roster import Change, Member
+from brproxy.silences import Tally, put_off_s
 from brproxy.types import TOKENS_MAX
 
 log = logging.getLogger(__name__)
@@ -24,6 +27,10 @@ CONTRADICTS = 0.1
 
 SLOTS_SEEN_MAX = 1 << 14
 """Most slots that are taken up from what a worker was seen to run (requests): more is no engine's."""
+
+IN_BAND_S = 0.25
+"""Least time between two reports of a worker that come with responses (seconds): each costs a look at all
+that is bound, and two that are believed must not be one and the same."""
 
 _STAND_IN = {
     "kv_used_tokens": "the booked load alone stands in",
@@ -42,10 +49,11 @@ class WorkerSignals:
     ``missing`` and ``renamed`` are figures of the report, see LoadReading. ``filed_tokens`` is the KV
     capacity that the configuration says, None where it leaves it to the engine; ``found_tokens`` is the
     engine's. ``assumed_slots`` are those that were assumed first, None where somebody says them. ``said`` is
-    what was logged already.
+    what was logged already. ``engines``: how many its last page was of.
     """
 
     offset: Offset
+    tally: Tally
     filed_tokens: int | None
     found_tokens: int | None = None
     assumed_slots: int | None = None
@@ -57,12 +65,15 @@ class WorkerSignals:
     missing: frozenset[str] = frozenset()
     renamed: frozenset[str] = frozenset()
     said: set[str] = field(default_factory=set)
+    engines: int = 0
+    in_band_s: float = float("-inf")
 
 
 class GroupSignals:
     """The signals of each member of the group that ``ledger`` is of, as they come and go.
 
-    ``restarted`` is told of a member whose engine has started anew.
+    ``restarted`` is told of a member whose engine has started anew. ``silences_kept`` and ``in_band`` count
+    time-outs that were put off, and reports that came with responses ("taken", "bad").
     """
 
     def __init__(
@@ -78,6 +89,9 @@ class GroupSignals:
         self._roster = ledger.roster
         self._settings = settings
         self._workers: dict[Member, WorkerSignals] = {}
+        self.silences_kept = 0
+        self.in_band: Counter[str] = Counter(taken=0, bad=0)
+        self._silences = SparingLog(log)
         for member in self._roster.members:
             self._member_changed(member, Change.ADDED)
         self._roster.observe(self._member_changed)
@@ -93,8 +107,13 @@ class GroupSignals:
     def asked(self, members: Sequence[Member], now_s: float) -> None:
         """Note what is booked on ``members`` while they are asked."""
         kv_tokens, begun = self._ledger.kv_tokens, self._ledger.begun()
+        requests, sequences = self._ledger.requests, self._ledger.sequences
         for member, signals in self._there(members):
-            signals.offset.booked(now_s, kv_tokens[member.index], begun[member.index])
+            index = member.index
+            signals.offset.booked(now_s, kv_tokens[index], begun[index])
+            # Of a request with several sequences some may have ended, and one with none may be in no engine.
+            few, many = sorted((requests[index], sequences[index]))
+            signals.tally.bound(now_s, few, few if few == many else few + many)
 
     def told(self, members: Sequence[Member], reading: LoadReading, now_s: float) -> None:
         """Take in what the page of ``members``, all behind one endpoint, says; ``asked`` has just been."""
@@ -102,12 +121,57 @@ class GroupSignals:
         for member, report in zip(members, reports, strict=True):
             signals = self._workers.get(member)
             if signals is not None:
+                signals.engines = len(reading.reports)
                 self._take_in(member, signals, reading, report or LoadReport(), now_s)
+
+    def told_in_band(self, member: Member, load: FieldLoad, now_s: float) -> None:
+        """Take in what a response of ``member`` says of its load, which its page has told of before.
+
+        Nothing of a member behind which several engines are: whose load it is is not said.
+        """
+        self.in_band["bad"] += load.is_bad
+        signals = self._workers.get(member)
+        if signals is None or signals.report is None or signals.engines != 1:
+            return
+        if now_s < signals.in_band_s + IN_BAND_S or load == FieldLoad(is_bad=load.is_bad):
+            return
+        self.in_band["taken"] += 1
+        signals.in_band_s = signals.read_s = now_s
+        report, capacity = signals.report, signals.report.kv_capacity_tokens
+        if load.waiting is not None:
+            report = replace(report, waiting=load.waiting)
+        if load.usage is not None and capacity is not None:
+            report = replace(report, kv_used_tokens=round(load.usage * capacity))
+            self.asked((member,), now_s)
+            signals.offset.told(now_s, report.kv_used_tokens or 0, report.waiting)
+        signals.report = report
+        self.settle((member,), now_s)
+
+    def put_off_s(
+        self, member: Member, bound_s: float, now_s: float, kept_s: float, limits: tuple[float, float]
+    ) -> float:
+        """Return how long a request that is silent is kept beyond its time-out, 0 where it is to be cut.
+
+        It was bound to ``member`` at ``bound_s`` and has been kept for ``kept_s``. ``limits`` are after how
+        long it is looked at again, and how long it is kept at most (seconds).
+        """
+        signals = self._workers.get(member)
+        more_s = put_off_s(kept_s, *limits)
+        if not more_s or signals is None or not signals.tally.has(bound_s, now_s, self._settings.stale_s):
+            return 0.0
+        if not kept_s:
+            self.silences_kept += 1
+            report = signals.report or LoadReport()
+            text = "worker %s is silent on a request that its engine has still (%s run, %s wait): it is kept"
+            self._silences.log(logging.INFO, text, member.key, report.running, report.waiting)
+        return more_s
 
     def silent(self, members: Sequence[Member], wanted: Sequence[str], reason: str) -> None:
         """Note that ``members`` tell nothing of their load, for ``reason``, and say so once for each."""
         for member, signals in self._there(members):
             signals.report = None
+            signals.engines = 0
+            signals.tally.forget()
             signals.missing, signals.renamed = frozenset(wanted), frozenset()
             if _PAGE not in signals.said:
                 signals.said.add(_PAGE)
@@ -131,12 +195,16 @@ class GroupSignals:
         if signals.report is not None and report.started_anew(signals.report):
             signals.restarts.log(logging.INFO, "the engine of worker %s started anew", member.key)
             signals.offset.forget()
+            signals.tally.started_anew(now_s)
             signals.said.clear()
             self._restarted(member)
             self._forget_slots(member, signals)
         elif signals.report is not None:
             self._ran(member, signals, report, signals.report)
         says_nothing = report == LoadReport()
+        running, waiting = report.running, report.waiting
+        held = None if running is None or waiting is None else running + waiting
+        signals.tally.told(now_s, held, is_news=report != signals.report)
         signals.report = None if says_nothing else report
         signals.missing = reading.missing(report)
         signals.renamed = frozenset(reading.renamed) - signals.missing
@@ -208,7 +276,9 @@ class GroupSignals:
     def _member_changed(self, member: Member, change: Change) -> None:
         if change is Change.ADDED:
             offset = Offset(self._settings)
-            self._workers[member] = WorkerSignals(offset, _filed(member), assumed_slots=_assumed(member))
+            tally = Tally(self._settings.lag_s)
+            filed, assumed = _filed(member), _assumed(member)
+            self._workers[member] = WorkerSignals(offset, tally, filed, assumed_slots=assumed)
         elif change is Change.GONE:
             self._workers.pop(member, None)
         elif change is Change.LIMITS and member in self._workers:

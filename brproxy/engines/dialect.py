@@ -94,6 +94,8 @@ class Dialect(ABC):
     MODELS_PATH: ClassVar[str] = "/v1/models"
     LOAD_PATH: ClassVar[str] = ""
     """Where the engine tells its load, to be asked with GET; empty: nowhere."""
+    LOAD_IN_BAND: ClassVar[bool] = False
+    """Whether it tells its load with responses, asked by a header field (see ``load_field.py``)."""
     USAGE_TAKES_FINGERPRINT: ClassVar[bool] = False
     """Whether asking for usage moves ``system_fingerprint`` from a sequence's last event to usage's own."""
 

@@ -20,6 +20,9 @@ RANKS_MAX = 1024
 FIGURE_MAX = 1 << 62
 """Largest sum or counter that is taken in; what is larger counts as this."""
 
+FULL_MAX = 1.01
+"""Largest usage of a KV cache that is read as full; what is more is in another unit, and says nothing."""
+
 MOMENTS = 6
 """Numbers of SGLang's ``decode_moments``: n, Σb, Σt_us, Σb², Σb·t, Σgenerated."""
 

@@ -12,6 +12,7 @@ import orjson
 from brproxy.engines.exposition import Sample, samples
 from brproxy.engines.load import (
     FIGURE_MAX,
+    FULL_MAX,
     RANKS_MAX,
     LoadReading,
     LoadReport,
@@ -39,9 +40,6 @@ _OLDER = {
     "vllm:num_preemptions_total": "vllm:num_preemptions",
     "vllm:prompt_tokens_total": "vllm:prompt_tokens",
 }
-
-_FULL_MAX = 1.01
-"""Largest usage that is read as full; what is more is in another unit, and says nothing."""
 
 _LOADS = {
     "kv_used_tokens": ("num_used_tokens", TOKENS_MAX),
@@ -103,7 +101,7 @@ def _vllm_usage(found: dict[str, Sample], renamed: dict[str, str]) -> float | No
     if sample is None and _OLD_USAGE in found:
         sample = found[_OLD_USAGE]
         renamed["kv_used_tokens"] = _OLD_USAGE
-    return min(sample.value, 1.0) if sample is not None and 0 <= sample.value <= _FULL_MAX else None
+    return min(sample.value, 1.0) if sample is not None and 0 <= sample.value <= FULL_MAX else None
 
 
 def _vllm_capacity(labels: dict[str, str], renamed: dict[str, str]) -> int | None:

@@ -95,6 +95,15 @@ class Attempts:
         """See deciding.Attempt.may_move."""
         return self._journey.may_move(event, repeatable=self._is_repeatable, others=self._lease.has_others())
 
+    def put_off_s(self, member: Member, kept_s: float) -> float:
+        """See deciding.Attempt.put_off_s."""
+        signals, bound_s = self._group.signals, self._lease.entry.bound_s
+        if signals is None or bound_s is None:
+            return 0.0
+        limits = self._service.relay_limits
+        now_s = self._service.clock.now_s()
+        return signals.put_off_s(member, bound_s, now_s, kept_s, (limits.stall_s, limits.paused_s_max))
+
     def begun(self, *, is_long: bool) -> None:
         """See deciding.Attempt.begun."""
         self._journey.happened(_BEGUN)
@@ -141,6 +150,8 @@ class Attempts:
                 return self._not_connected(endpoint, error)
         self._outcome = service.watch.loop.create_future()
         answer = self._answer_of(member)
+        if self._group.in_band is not None:
+            answer.load_taker = self._group.in_band.taker(self._incoming.lines)
         # Put together there and not kept: the frame stays as long as the stream.
         answer.send(connection, self._request(member, endpoint), whole=upload.is_whole)
         service.watch.add(answer)
@@ -188,6 +199,8 @@ class Attempts:
         target, lines = incoming.target, incoming.lines
         if not endpoint.is_plain:
             target, lines = endpoint.adapted(target, lines)
+        if self._group.in_band is not None:
+            lines = self._group.in_band.asking(lines)
         lines += member.lines + framing
         if incoming.accept_encoding:
             lines += _IDENTITY if is_read else b"Accept-Encoding: %b\r\n" % incoming.accept_encoding

@@ -18,10 +18,12 @@ from brproxy.relay.endpoint import Endpoint, Reach
 from brproxy.relay.hops import Hops
 from brproxy.relay.watch import Watch
 from brproxy.roster import Change, Member, RosterError
+from brproxy.signals import GroupSignals
 from brproxy.telemetry.metrics import Metrics
 from brproxy.types import WorkerIndex
 
 if TYPE_CHECKING:
+    from brproxy.proxy.in_band import InBand
     from brproxy.proxy.legs.handover import Handover
     from brproxy.proxy.legs.metaserver import Metaserver
 
@@ -32,6 +34,8 @@ class GroupService:
     ``connect`` makes what connects to a member. Members with the same origin are ranks behind one server:
     they share their connections, and what is told of the server counts for each of them. ``handover``: who
     prefills for it, None where its own members do. ``adapters``: which of its members has which.
+    ``signals``: what their engines say of their load, None where nobody asks; ``in_band``: asks for it with
+    requests, where that is on.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class GroupService:
         self.driver = driver
         self.dialect = dialect
         self.handover: Handover | None = None
+        self.signals: GroupSignals | None = None
+        self.in_band: InBand | None = None
         self.adapters = Adapters(group.roster)
         self._connect = connect
         self._shared: dict[str, Endpoint] = {}
@@ -143,10 +149,14 @@ class BodyLimits:
 
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
-    """Limits of one response: seconds of silence, bytes of an event looked into and of a reply kept."""
+    """Limits of one response: seconds of silence, bytes of an event looked into and of a reply kept.
+
+    ``paused_s_max``: seconds of silence beyond these while its engine says that it has the request.
+    """
 
     first_byte_s: float
     stall_s: float
+    paused_s_max: float
     event_bytes_max: int
     response_parse_bytes_max: int
 

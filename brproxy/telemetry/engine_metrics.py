@@ -50,6 +50,19 @@ class EngineMetrics(Collector):
         yield preemptions
         yield from self._drift()
         yield from self._quality()
+        kept = CounterMetricFamily(
+            "brproxy_silences_kept",
+            "Responses not cut when they were silent for too long, as the engine has their request still",
+            labels=["group"],
+        )
+        in_band = CounterMetricFamily(
+            "brproxy_engine_in_band", "Reports of load that came with responses", labels=["group", "result"]
+        )
+        for group in self._groups:
+            kept.add_metric([group.name], group.silences_kept)
+            for result, count in group.in_band.items():
+                in_band.add_metric([group.name, result], count)
+        yield from (kept, in_band)
 
     def _drift(self) -> Iterator[Metric]:
         offset = GaugeMetricFamily(

@@ -251,7 +251,34 @@ def test_metrics_have_a_series_for_what_was_said_and_none_for_what_was_not():
         ("engine_signal_age_seconds", "0", "g"): 3.0,
         ("engine_signal_age_seconds", "1", "g"): 3.0,
         ("engine_signal_renamed", "1", "g", "kv_capacity_tokens"): 1,
+        ("silences_kept_total", "g"): 0,
+        ("engine_in_band_total", "bad", "g"): 0,
+        ("engine_in_band_total", "g", "taken"): 0,
         ("worker_offset_kv_tokens", "0", "g"): 0,
         ("worker_offset_kv_tokens", "1", "g"): 0,
         **{("engine_signal_missing", rank, "g", name): 1 for rank in "01" for name in missing[rank]},
     }
+
+
+@pytest.mark.parametrize(("running", "waiting", "is_kept"), [(3, 1, True), (1, 1, True), (1, 0, False)])
+def test_a_request_of_several_sequences_is_kept_while_any_may_be_in_the_engine(running, waiting, is_kept):
+    group = Group()
+    for number, sequences in enumerate((3, 1)):
+        entry = entry_of(RequestId(number), PendingRequest(9, sequences=sequences), 0.0, 10**9)
+        group.ledger.bind(entry, WorkerIndex(0), 0.0)
+    group.poll(runs(running, waiting), 20)
+    member = group.roster.member(0)
+    put_off_s = group.signals.put_off_s(member, 0.5, group.now_s, 0.0, (120.0, 600.0))
+    assert put_off_s == (120.0 if is_kept else 0.0)
+    assert group.signals.silences_kept == is_kept
+
+
+def test_a_restarted_engine_has_no_request_of_before():
+    group = Group()
+    group.bind(99)
+    group.poll(runs(1, 0, preemptions=5), 20)
+    group.poll(runs(1, 0, preemptions=0), 20)
+    limits = 120.0, 600.0
+    member = group.roster.member(0)
+    assert group.signals.put_off_s(member, 0.5, group.now_s, 0.0, limits) == 0
+    assert group.signals.put_off_s(member, group.now_s - 9, group.now_s, 0.0, limits) == 120

@@ -105,6 +105,8 @@ class Draw:
                 "connect_s": 1.0,
                 "first_byte_s": 6.0,
                 "stall_s": 4.0,
+                # Engines here count what never came through the proxy: what they have lost may be kept.
+                "paused_s_max": 3.0,
                 "keepalive_s": rng.choice((1.0, 3.0)),
                 "client_keepalive_s": 5.0,
                 "drain_s": 5.0,

@@ -20,6 +20,7 @@ from brproxy.proxy.exchange.late_reply import LateReply
 from brproxy.proxy.exchange.reply import Reply
 from brproxy.proxy.exchange.stream import Stream
 from brproxy.proxy.exchange.tunnel import Tunnel
+from brproxy.proxy.in_band import LoadTaker
 from brproxy.proxy.service import RelayLimits
 from brproxy.relay.connection import Exchange, WorkerConnection
 from brproxy.relay.errors import BrokenResponseError, ClientGoneError, StaleConnectionError, WorkerFailedError
@@ -46,6 +47,12 @@ class Attempt(Protocol):
     def may_move(self, event: Event) -> bool:
         """Tell whether another worker would get the request after ``event``."""
 
+    def put_off_s(self, member: Member, kept_s: float) -> float:
+        """Return how long ``member`` may go on being silent, 0 if no longer (seconds).
+
+        It has been for ``kept_s`` beyond its time-out.
+        """
+
     def settle(self, event: Event, error: Exception | None) -> None:
         """Take the end of this attempt; only the first counts."""
 
@@ -60,18 +67,22 @@ class WorkerAnswer(Exchange):
     """One request to one worker, and that worker's answer on its way to the client.
 
     ``has_begun``: the client has had some of this answer. ``member`` is the worker that was asked.
+    ``load_taker`` takes what the head says of the worker's load, where that was asked for.
     """
 
     __slots__ = (
         "_attempt",
         "_connection",
         "_is_over",
+        "_kept_s",
+        "_kept_until_s",
         "_kind",
         "account",
         "deadline_s",
         "has_begun",
         "limit_s",
         "limits",
+        "load_taker",
         "member",
         "path",
         "progressed",
@@ -104,6 +115,9 @@ class WorkerAnswer(Exchange):
         self.progressed = False
         self.limit_s = limits.first_byte_s
         self.deadline_s = 0.0
+        self.load_taker: LoadTaker | None = None
+        # How much of the silence is beyond its time-out; both are of a deadline that progress moves.
+        self._kept_s = self._kept_until_s = 0.0
 
     def send(self, connection: WorkerConnection, request: bytes, *, whole: bool) -> None:
         """Put the request on ``connection``."""
@@ -131,6 +145,8 @@ class WorkerAnswer(Exchange):
     def head(self, head: ResponseHead) -> None:
         """See Exchange.head."""
         self.progressed = True
+        if self.load_taker is not None:
+            head = self.load_taker.take(head, self.member)
         known = head.known
         if b"location" in known or b"content-location" in known:
             head = head.relative_to(self._connection.origin)
@@ -212,21 +228,22 @@ class WorkerAnswer(Exchange):
 
     def timed_out(self) -> None:
         """See Watched.timed_out."""
-        if self._is_over:
+        if self._is_over or self._is_put_off():
             return
+        silent_s = self.limit_s + self._beyond_s
         self._abandon()
         if self.sink.client.is_paused:
             self.sink.client.abort()
             reason = f"the client has not read anything for {self.limit_s:g} s"
             self._attempt.settle(Event.LEFT, ClientGoneError(reason))
         elif self.has_begun:
-            self.break_off(worker_silent(self.limit_s))
+            self.break_off(worker_silent(silent_s))
         else:
-            self._attempt.settle(Event.SILENT, worker_silent(self.limit_s))
+            self._attempt.settle(Event.SILENT, worker_silent(silent_s))
 
     def silent_s(self, now_s: float) -> float:
         """Return how long nothing has come, in seconds of the loop's time, as the last look knew."""
-        return 0.0 if self.progressed else now_s - (self.deadline_s - self.limit_s)
+        return 0.0 if self.progressed else now_s - (self.deadline_s - self.limit_s) + self._beyond_s
 
     def worker_out(self, reason: str) -> None:
         """Note that the worker may no longer be chosen: a request that it has not answered moves on."""
@@ -312,6 +329,24 @@ class WorkerAnswer(Exchange):
         ):
             return ErrorBody(self, head)
         return Reply(self, head, is_read=media_type == b"application/json" and head.status < 300)
+
+    @property
+    def _beyond_s(self) -> float:
+        """How long this is kept beyond its time-out; nothing has come since (seconds)."""
+        return self._kept_s if self.deadline_s == self._kept_until_s else 0.0
+
+    def _is_put_off(self) -> bool:
+        """Look whether the engine has the request still; then it has more time."""
+        if self.sink.client.is_paused or isinstance(self._kind, Tunnel):
+            return False
+        kept_s = self._beyond_s
+        more_s = self._attempt.put_off_s(self.member, kept_s)
+        if not more_s:
+            return False
+        self._kept_s = kept_s + more_s
+        self.deadline_s += more_s
+        self._kept_until_s = self.deadline_s
+        return True
 
     def _abandon(self) -> None:
         if not self._is_over:
