@@ -22,11 +22,13 @@ from brproxy.config_sections import Listen
 from brproxy.config_workers import Worker
 from brproxy.deployment import Deployment
 from brproxy.discovery import fill_in
+from brproxy.fault_tolerance import RecoverySettings
 from brproxy.listening import start_listening, urls_of
 from brproxy.offsets import OffsetSettings
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
 from brproxy.proxy.asking import Prober, ProbeSettings
 from brproxy.proxy.errors import of_status
+from brproxy.proxy.fault_watch import FaultWatch, WatchSettings
 from brproxy.proxy.handlers import Handlers
 from brproxy.proxy.in_band import InBand
 from brproxy.proxy.polling import Poller, PollSettings
@@ -38,6 +40,7 @@ from brproxy.returning import Returning
 from brproxy.signals import GroupSignals
 from brproxy.state_file import save_state
 from brproxy.telemetry.engine_metrics import EngineMetrics
+from brproxy.telemetry.fault_metrics import FaultMetrics
 from brproxy.telemetry.handover_metrics import HandoverMetrics
 
 log = logging.getLogger(__name__)
@@ -95,6 +98,7 @@ async def running_proxy(
     prober = Prober(list(service.groups.values()), service.clock, settings)
     returning = Returning(service.fleet.groups, deployment)
     poller = _poller(config, service, returning)
+    faults = _fault_watch(config, service)
     server = RelayServer(
         service.cors.around(handlers.handle),
         config.limits.body_bytes_max,
@@ -124,6 +128,7 @@ async def running_proxy(
         async with running_admin(config.admin, service, deployment, reloading) as admin_port:
             port = await listening(runner, config.listen)
             poller.start()
+            faults.start()
             if config.telemetry.enabled:
                 handlers.adapters.start()
             if resolved is not None:
@@ -139,11 +144,8 @@ async def running_proxy(
             for group in service.groups.values():
                 if group.handover is not None:
                     await group.handover.close()
-            await prober.stop()
-            await poller.stop()
-            await returning.stop()
-            await resolving.stop()
-            await handlers.adapters.stop()
+            for part in (prober, poller, faults, returning, resolving, handlers.adapters):
+                await part.stop()
         finally:
             # Also by a second signal, which ends the waiting above.
             keeping.cancel()
@@ -182,6 +184,16 @@ def _poller(config: Config, service: Service, returning: Returning) -> Poller:
     service.metrics.also(HandoverMetrics(handovers))
     polls = PollSettings(telemetry.interval_s, telemetry.timeout_s, config.limits.control_bytes_max)
     return Poller(groups, clock, polls)
+
+
+def _fault_watch(config: Config, service: Service) -> FaultWatch:
+    """Return what watches for failed ranks, of no group where that is off; metrics show what comes of it."""
+    own = config.fault_tolerance
+    recovery = RecoverySettings(own.recovery_s, own.retries_max, own.retry_wait_s)
+    settings = WatchSettings(own.interval_s, own.timeout_s, recovery)
+    watch = FaultWatch(service.groups.values() if own.enabled else (), service.clock, settings)
+    service.metrics.also(FaultMetrics(watch.recoveries))
+    return watch
 
 
 async def _keep_state(config: Config, service: Service) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, create_model, field_validator
 
 from brproxy.config_affinity import Affinity
-from brproxy.config_asking import Discovery, HealthChecks, TelemetryPolls
+from brproxy.config_asking import Discovery, FaultTolerance, HealthChecks, TelemetryPolls
 from brproxy.config_sections import (
     Admin,
     Estimate,
@@ -99,6 +99,7 @@ class Config(Section):
     prefill_decode: PrefillDecode = Field(default_factory=PrefillDecode)
     discovery: Discovery = Field(default_factory=Discovery)
     telemetry: TelemetryPolls = Field(default_factory=TelemetryPolls)
+    fault_tolerance: FaultTolerance = Field(default_factory=FaultTolerance)
     estimate: Estimate = Field(default_factory=Estimate)
     affinity: Affinity = Field(default_factory=Affinity)
     log: Log = Field(default_factory=Log)

@@ -98,3 +98,39 @@ class TelemetryPolls(Section):
     half_life_s: Seconds = Field(
         default=10.0, description="In which what an old answer said fades by half (seconds)."
     )
+
+
+class FaultTolerance(Section):
+    """What is done when a rank of vLLM fails whose peers wait to be told (--enable-fault-tolerance)."""
+
+    enabled: bool = Field(
+        default=False,
+        description="Be the controller that vLLM's fault tolerance waits for: ask each server of a group how "
+        "it stands, and tell those that wait to retry once nobody is healthy.",
+    )
+    interval_s: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=3600,
+        strict=False,
+        description="Between two looks at a group (seconds).",
+    )
+    timeout_s: Seconds = Field(default=2.0, description="For one answer (seconds).")
+    recovery_s: Seconds = Field(
+        default=120.0,
+        description="From the first sign of a fault until it is given up; vLLM's servers stop after 120, or "
+        "engine_recovery_timeout_sec (seconds).",
+    )
+    retries_max: int = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="Retries until the group has been well for recovery_s (retries).",
+    )
+    retry_wait_s: float = Field(
+        default=2.0,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="After a retry has ended, before the next (seconds).",
+    )

@@ -294,9 +294,21 @@ class Roster:
             member.refuses_since_s = now_s
         changed = member.health.record(ok=ok, reason=reason, now_s=now_s)
         if changed:
-            self._routable = self._mask()
-            self._tell(member, Change.HEALTHY if member.health.state is Health.HEALTHY else Change.UNHEALTHY)
+            self._health_changed(member)
         return changed
+
+    def accuse(self, member: Member, reason: str, now_s: float) -> bool:
+        """Take a member out for what it says of itself, until ``reason`` is ""; return as ``record``."""
+        if member.state is MemberState.GONE:
+            return False
+        changed = member.health.accuse(reason, now_s)
+        if changed:
+            self._health_changed(member)
+        return changed
+
+    def _health_changed(self, member: Member) -> None:
+        self._routable = self._mask()
+        self._tell(member, Change.HEALTHY if member.health.state is Health.HEALTHY else Change.UNHEALTHY)
 
     def _changed(self, member: Member, change: Change) -> None:
         self.version += 1

@@ -51,7 +51,7 @@ ALLOWED = {
     | STATES
     | {"ledger", "happenings", "learning", "foresight", "sessions", "routing", "prediction"},
     "fleet": BASE | {"dispatcher", "roster"},
-    "telemetry": CORE | {"engines", "signals"},
+    "telemetry": CORE | {"engines", "signals", "fault_tolerance"},
     "validation": {"types"},
     "state_file": {"prediction"},
     "config_sections": {"validation"},
@@ -63,11 +63,13 @@ ALLOWED = {
     | BASE,
     "config_reference": {"config", "config_workers", "validation"},
     "journey": {"types", "transitions"},
+    "fault_tolerance": {"types", "transitions", "engines"},
     "origins": {"types"},
     "ranks": {"types"},
     "relay": {"types", "transitions", "origins", "logs"},
     "proxy": CORE
-    | {"adapters", "engines", "telemetry", "relay", "journey", "logs", "ranks", "signals", "origins"},
+    | {"adapters", "engines", "telemetry", "relay", "journey", "logs", "ranks", "signals", "origins"}
+    | {"fault_tolerance"},
     "listening": {"types", "config_sections"},
     "findings": {"config_workers", "engines"},
     "first_file": {"config_workers", "engines", "findings"},
@@ -97,7 +99,7 @@ ALLOWED = {
         "returning",
         "resolving",
     }
-    | {"offsets", "signals", "telemetry"},
+    | {"offsets", "signals", "telemetry", "fault_tolerance"},
     "cli": CORE
     | {
         "engines",
@@ -150,6 +152,7 @@ PURE = (
     "origins",
     "ranks",
     "deployment",
+    "fault_tolerance",
 )
 NOT_PURE = {"asyncio", "socket", "aiohttp", "time", "random", "threading", "os", "uvloop", "subprocess"}
 

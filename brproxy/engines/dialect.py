@@ -96,6 +96,8 @@ class Dialect(ABC):
     """Where the engine tells its load, to be asked with GET; empty: nowhere."""
     LOAD_IN_BAND: ClassVar[bool] = False
     """Whether it tells its load with responses, asked by a header field (see ``load_field.py``)."""
+    TELLS_FAULTS: ClassVar[bool] = False
+    """Whether it can say that a rank has failed, and be told to go on (``fault_pages.py``)."""
     USAGE_TAKES_FINGERPRINT: ClassVar[bool] = False
     """Whether asking for usage moves ``system_fingerprint`` from a sequence's last event to usage's own."""
 

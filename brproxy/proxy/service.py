@@ -95,6 +95,11 @@ class GroupService:
             if roster.record(member, ok=ok, reason=reason, now_s=now_s, refused=refused)
         ]
 
+    def accuse(self, endpoint: Endpoint, reason: str, now_s: float) -> list[Member]:
+        """Take a server out for what it says of itself, until ``reason`` is ""; return as ``record``."""
+        roster = self.group.roster
+        return [each for each in tuple(self.behind(endpoint)) if roster.accuse(each, reason, now_s)]
+
     def _member_changed(self, member: Member, change: Change) -> None:
         if change is Change.ADDED:
             self._added(member)

@@ -30,6 +30,7 @@ class VllmDialect(OpenAIDialect):
     HEALTH_PATH: ClassVar[str] = "/health"
     LOAD_PATH: ClassVar[str] = "/metrics"
     LOAD_IN_BAND: ClassVar[bool] = True
+    TELLS_FAULTS: ClassVar[bool] = True
     USAGE_TAKES_FINGERPRINT: ClassVar[bool] = True
 
     def read_load(self, body: bytes) -> LoadReading:
