@@ -127,6 +127,9 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
             control_bytes_max=limits.control_bytes_max,
             models_kept_s=limits.models_kept_s,
             comments_s=timeouts.keepalive_comments_s,
+            failovers_max=limits.failovers_max,
+            recomputed_max=config.prefill_decode.recomputed_max,
+            kept_text_bytes_max=limits.kept_text_bytes_max,
         ),
         body_limits=BodyLimits(
             bytes_max=limits.body_bytes_max,

@@ -157,6 +157,18 @@ class Limits(Section):
         le=64,
         description="Other workers tried when one fails before its first byte (workers).",
     )
+    failovers_max: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Times that a stream of /v1/completions goes on at another worker if one dies after its "
+        "first byte, where that is exact (failovers); 0: such a stream ends with an error.",
+    )
+    kept_text_bytes_max: int = Field(
+        default=MIB,
+        ge=1024,
+        description="Text of a stream that may go on at another worker; a longer one does not (bytes).",
+    )
     body_bytes_max: int = Field(default=64 * MIB, ge=1024, description="Request body; beyond: 413 (bytes).")
     bodies_bytes_max: int = Field(
         default=1024 * MIB,
@@ -293,6 +305,13 @@ class PrefillDecode(Section):
         strict=False,
         description="How long a prefill worker keeps what it has prefilled: a request that has waited longer "
         "for a worker is prefilled again (seconds); 0: as the transfer says, 25 for vLLM's NIXL.",
+    )
+    recomputed_max: int = Field(
+        default=8,
+        ge=0,
+        le=64,
+        description="Times that a request is prefilled again because its decode worker ran out of KV cache "
+        '(vllm-ascend\'s "recomputed"); beyond: an error (times).',
     )
     free_at_once_max: int = Field(
         default=64,

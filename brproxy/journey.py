@@ -2,7 +2,8 @@
 
 No sockets, no clock, no clients: whoever drives it does the I/O. It promises:
 
-* Nothing is sent again once the client has had a byte of an answer.
+* Nothing is sent again once the client has had a byte of an answer; what goes on from there is another
+  request.
 * What a worker may have worked on (CUT, DIED, OUT) is sent again once at most, and only if it generates:
   computing an answer twice is dear, doing anything else twice is wrong, and a request that kills its worker
   does not kill a third.

@@ -39,6 +39,11 @@ class JsonObject:
         """Tell whether a member has this name."""
         return name.encode() in self._last
 
+    @property
+    def names(self) -> Collection[str]:
+        """What its members are called; "" for a name that is none of those that are asked for."""
+        return [name.decode("utf-8", "replace") for name in self._last]
+
     def value(self, name: str) -> bytes | None:
         """Return the value of a member as it is written, None where there is no such member."""
         member = self._last.get(name.encode())

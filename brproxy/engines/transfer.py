@@ -97,6 +97,8 @@ class Transfer(ABC):
     """Whether decode workers serve a request that has had no prefill leg."""
     BOOTSTRAP_PATH: ClassVar[str] = ""
     """The page on the bootstrap port that tells engine ids, to be asked with GET; empty: none is needed."""
+    ASKS_AGAIN: ClassVar[bool] = False
+    """Whether decode workers may give a request up, which ``asks_again`` tells."""
     NESTED_LIMIT: ClassVar[str] = "max_tokens"
     """How ``sampling_params`` call the limit of tokens."""
 

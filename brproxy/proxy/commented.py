@@ -9,15 +9,16 @@ told to expect, or as an event. The request itself may move on as before.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Self
 
 from brproxy.engines.paths import path_kind
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import WorkerAnswer
+from brproxy.proxy.going_on import FailoverAttempts
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.handover import Handover
-from brproxy.proxy.legs.split import run_split
 from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.framing import choose_framing
 from brproxy.relay.response import ResponseHead
@@ -91,14 +92,30 @@ class CommentedAttempts(Attempts):
             await super().run()
 
 
-async def run_split_commented(
-    service: Service,
-    group: GroupService,
-    handover: Handover,
-    request: PendingRequest,
-    incoming: Incoming,
-    sink: ClientSink,
-) -> None:
-    """See run_split: with comments while the client waits."""
-    with Comments(service, incoming, sink):
-        await run_split(service, group, handover, request, incoming, sink)
+class CommentedFailoverAttempts(CommentedAttempts, FailoverAttempts):
+    """The same, and with another worker that goes on where one dies."""
+
+    __slots__ = ()
+
+
+Split = Callable[
+    [Service, GroupService, Handover, PendingRequest, Incoming, ClientSink], Coroutine[None, None, None]
+]
+"""Has two workers answer a request, as run_split does."""
+
+
+def commented(split: Split) -> Split:
+    """Return ``split`` with comments while the client waits."""
+
+    async def run(
+        service: Service,
+        group: GroupService,
+        handover: Handover,
+        request: PendingRequest,
+        incoming: Incoming,
+        sink: ClientSink,
+    ) -> None:
+        with Comments(service, incoming, sink):
+            await split(service, group, handover, request, incoming, sink)
+
+    return run

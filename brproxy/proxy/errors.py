@@ -160,6 +160,15 @@ def stream_broke_off() -> ProxyError:
     )
 
 
+def gave_up() -> ProxyError:
+    """Return 503: the worker ran out of room, and nobody can go on exactly from where it was."""
+    return ProxyError(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "The worker ran out of KV cache and gave the request up (recomputed); it could not go on elsewhere.",
+        "overloaded_error",
+    )
+
+
 def response_not_handled() -> ProxyError:
     """Return 500: a bug of the proxy's own met the worker's response."""
     return ProxyError(

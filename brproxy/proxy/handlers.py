@@ -11,10 +11,11 @@ from brproxy.lifecycle import NOBODY
 from brproxy.proxy import errors
 from brproxy.proxy.adapter_watch import PATHS, AdapterWatch
 from brproxy.proxy.attempts import Attempts
-from brproxy.proxy.commented import CommentedAttempts, run_split_commented
+from brproxy.proxy.commented import CommentedAttempts, CommentedFailoverAttempts, Split, commented
 from brproxy.proxy.driver import DecisionFailedError, NoWorkerError, WaitExpiredError
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.client_sink import ClientSink
+from brproxy.proxy.going_on import FailoverAttempts, run_split_in_parts
 from brproxy.proxy.incoming import Reader
 from brproxy.proxy.legs.split import run_split
 from brproxy.proxy.pages import MODELS_PATH, Page, Pages
@@ -34,8 +35,7 @@ class Handlers:
         dialect: Dialect = make_dialect("openai")
         self._reader = Reader(service, dialect)
         self._requests = 0
-        self._attempts = CommentedAttempts if service.limits.comments_s else Attempts
-        self._split = run_split_commented if service.limits.comments_s else run_split
+        self._attempts, self._split = _ways(service)
         self.pages = Pages(service)
         self.adapters = AdapterWatch(service)
         self.pages.by_path |= dict.fromkeys(PATHS, Page(frozenset({"POST"}), self.adapters.page))
@@ -135,6 +135,17 @@ class Handlers:
             # What is left of the body is no request.
             response.force_close()
         return response
+
+
+def _ways(service: Service) -> tuple[type[Attempts], Split]:
+    """Return what has workers answer, alone and in two legs: what nobody has asked for is no part of it."""
+    limits, handovers = service.limits, [group.handover for group in service.groups.values()]
+    attempts = FailoverAttempts if limits.failovers_max else Attempts
+    may_go_on = limits.failovers_max or any(side and side.transfer.ASKS_AGAIN for side in handovers)
+    split: Split = run_split_in_parts if may_go_on else run_split
+    if not limits.comments_s:
+        return attempts, split
+    return CommentedFailoverAttempts if limits.failovers_max else CommentedAttempts, commented(split)
 
 
 def _model_in_path(path: str) -> str:

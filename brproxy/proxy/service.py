@@ -136,6 +136,9 @@ class ServiceLimits:
     control_bytes_max: int
     models_kept_s: float
     comments_s: float
+    failovers_max: int
+    recomputed_max: int
+    kept_text_bytes_max: int
 
 
 @dataclass(frozen=True, slots=True)

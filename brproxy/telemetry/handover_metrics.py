@@ -11,6 +11,7 @@ _FAMILIES = {
     "split": "Requests that one worker prefills and another decodes",
     "alone": "Requests that one worker does as a whole although others only prefill",
     "again": "Prefills that were repeated, as what there was had been lost",
+    "recomputed": "Requests that a decode worker gave up for want of KV cache, and that were served again",
     "expired": "Prefills that nobody fetched before their lease ended",
     "unfetched": "Prefills that the worker which decodes did not get, and did by itself",
     "stranded": "Prefills that no worker will fetch, as the client left or the one that decodes was lost",

@@ -38,6 +38,7 @@ class AscendLayerwiseTransfer(Transfer):
     """
 
     ORDER: ClassVar[Order] = Order.DECODE_FIRST
+    ASKS_AGAIN: ClassVar[bool] = True
 
     def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
         """See Transfer.prefill_body."""

@@ -30,10 +30,11 @@ log = logging.getLogger(__name__)
 ROOMS: Final = 1 << 62
 _PAGE_BYTES_MAX = 1 << 20
 
-WHAT = ("split", "alone", "again", "expired", "unfetched", "stranded", "freed")
+WHAT = ("split", "alone", "again", "recomputed", "expired", "unfetched", "stranded", "freed")
 """What is counted of prefills: requests in two legs, and in one although there are two; prefills that had to
-be repeated, as the worker that decodes was lost, and as the lease ended; those that it could not fetch;
-prompts whose client left them with the worker that prefilled, and how many of these it was told to free."""
+be repeated, as the worker that decodes was lost, as it ran out of room, and as the lease ended; those that it
+could not fetch; prompts whose client left them with the worker that prefilled, and how many of these it was
+told to free."""
 
 
 class NotPrefilledError(BrproxyError):

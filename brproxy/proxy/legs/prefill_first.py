@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import ClassVar
 
 from brproxy.engines.transfer import Handoff
 from brproxy.journey import Action, Event
@@ -40,6 +42,10 @@ _TAKES_ALONG = frozenset({Event.REFUSED, Event.CUT, Event.DIED, Event.OUT})
 """What ends a decode leg whose worker may have fetched what was prefilled, or had it freed."""
 
 
+MakeDecodeLeg = Callable[..., Attempts]
+"""Makes the leg that decodes, from what DecodeLeg is made of."""
+
+
 async def prefill_then_decode(
     service: Service,
     group: GroupService,
@@ -47,6 +53,7 @@ async def prefill_then_decode(
     request: PendingRequest,
     incoming: Incoming,
     sink: ClientSink,
+    make_leg: MakeDecodeLeg,
 ) -> None:
     """Answer the client; as Attempts.run, and raises what GroupDriver.admit does."""
     prefilled = Prefilled(service, group, handover, request, incoming, sink)
@@ -56,7 +63,7 @@ async def prefill_then_decode(
         with group.driver.admit(prefilled.request) as lease:
             # Its time to the first token began before it was prefilled.
             lease.entry.arrived_s = prefilled.arrived_s
-            await DecodeLeg(service, group, lease, incoming, sink, prefilled, handover).run()
+            await make_leg(service, group, lease, incoming, sink, prefilled, handover).run()
     finally:
         prefilled.leave()
 
@@ -240,6 +247,7 @@ class DecodeLeg(Attempts):
 
     __slots__ = ("_answer", "_body", "_fetches", "_handover", "_is_alone", "_prefilled")
 
+    ANSWER: ClassVar[type[DecodeAnswer]] = DecodeAnswer
     _answer: DecodeAnswer
 
     def __init__(
@@ -301,7 +309,7 @@ class DecodeLeg(Attempts):
         return await super()._send(afresh=afresh)
 
     def _answer_of(self, member: Member) -> WorkerAnswer:
-        self._answer = DecodeAnswer(
+        self._answer = self.ANSWER(
             self,
             self._sink,
             # Whatever fails where nothing is to be fetched is the request's or the engine's own.

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPMethod
+from typing import NamedTuple
 
 from brproxy.engines.paths import Work, path_kind
 from brproxy.engines.transfer import Order, TransferError
 from brproxy.proxy.attempts import Attempts
+from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.decode_first import DecodeFirstLegs
 from brproxy.proxy.legs.handover import Handover, NotPrefilledError
-from brproxy.proxy.legs.prefill_first import prefill_then_decode
+from brproxy.proxy.legs.prefill_first import DecodeLeg, MakeDecodeLeg, prefill_then_decode
 from brproxy.proxy.legs.together import PairedLegs
 from brproxy.proxy.service import GroupService, Service
 from brproxy.types import PendingRequest
+
+MakeLegs = Callable[[Service, GroupService, Lease, Incoming, ClientSink, Handover], Attempts]
+"""Makes the leg that decodes, which has the other one with it."""
+
+
+class Kinds(NamedTuple):
+    """What makes the attempts of a request in one leg, and in two of each order."""
+
+    alone: Callable[[Service, GroupService, Lease, Incoming, ClientSink], Attempts] = Attempts
+    prefill_first: MakeDecodeLeg = DecodeLeg
+    together: MakeLegs = PairedLegs
+    decode_first: MakeLegs = DecodeFirstLegs
+
+
+KINDS = Kinds()
 
 
 async def run_split(
@@ -25,12 +43,13 @@ async def run_split(
     request: PendingRequest,
     incoming: Incoming,
     sink: ClientSink,
+    kinds: Kinds = KINDS,
 ) -> None:
     """Answer the client; raises what Attempts.run and GroupDriver.admit do."""
     if _is_split(group, handover, request, incoming, sink):
         handover.counts["split"] += 1
         try:
-            await _split(service, group, handover, request, incoming, sink)
+            await _split(service, group, handover, request, incoming, sink, kinds)
         except (TransferError, NotPrefilledError):
             # Raised before anything was sent, or as nothing came of it.
             handover.counts["split"] -= 1
@@ -44,7 +63,7 @@ async def run_split(
         with suppress(TransferError):
             incoming.upload.beginning = handover.transfer.alone_body(incoming.upload.beginning or b"")
     with group.driver.admit(request) as lease:
-        await Attempts(service, group, lease, incoming, sink).run()
+        await kinds.alone(service, group, lease, incoming, sink).run()
 
 
 async def _split(
@@ -54,11 +73,12 @@ async def _split(
     request: PendingRequest,
     incoming: Incoming,
     sink: ClientSink,
+    kinds: Kinds,
 ) -> None:
     if handover.transfer.ORDER is Order.PREFILL_FIRST:
-        await prefill_then_decode(service, group, handover, request, incoming, sink)
+        await prefill_then_decode(service, group, handover, request, incoming, sink, kinds.prefill_first)
         return
-    legs = PairedLegs if handover.transfer.ORDER is Order.TOGETHER else DecodeFirstLegs
+    legs = kinds.together if handover.transfer.ORDER is Order.TOGETHER else kinds.decode_first
     with group.driver.admit(request) as lease:
         await legs(service, group, lease, incoming, sink, handover).run()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from http import HTTPStatus
-from typing import cast
+from typing import ClassVar, cast
 
 from brproxy.engines.transfer import Handoff
 from brproxy.journey import RERUNS_MAX, Action, Event
@@ -50,7 +50,7 @@ class PairedLegs(Attempts):
         "_trouble",
     )
 
-    ANSWER = PairedAnswer
+    ANSWER: ClassVar[type[PairedAnswer]] = PairedAnswer
     _answer: PairedAnswer
     _handoff: Handoff
     _other: Lease

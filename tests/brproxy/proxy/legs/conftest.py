@@ -2,6 +2,7 @@
 
 import json
 
+import aiohttp
 import pytest
 
 from loadgen.cluster import ClusterSettings
@@ -38,6 +39,21 @@ class Pair:
         body = {"model": "emulated", "prompt": WORDS, "max_tokens": 6} | document
         async with self._client.post(self.proxy.url + path, json=body, headers=headers) as response:
             return response.status, await response.read()
+
+    async def broken(self, path, **document):
+        """Return what comes of a stream that has no clean end."""
+        received = b""
+
+        async def read():
+            nonlocal received
+            body = {"model": "emulated"} | document
+            async with self._client.post(self.proxy.url + path, json=body) as response:
+                async for piece in response.content.iter_any():
+                    received += piece
+
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await read()
+        return received
 
     async def text(self, **document):
         status, body = await self.ask(**document)
