@@ -260,13 +260,20 @@ def test_metrics_have_a_series_for_what_was_said_and_none_for_what_was_not():
     }
 
 
+def steps(group, running, waiting, preemptions):
+    """Have an engine that works tell its load twenty times."""
+    for number in range(20):
+        report = LoadReport(100, 1000, running, waiting, preemptions=preemptions, prefill_tokens=number)
+        group.poll({0: report})
+
+
 @pytest.mark.parametrize(("running", "waiting", "is_kept"), [(3, 1, True), (1, 1, True), (1, 0, False)])
 def test_a_request_of_several_sequences_is_kept_while_any_may_be_in_the_engine(running, waiting, is_kept):
     group = Group()
     for number, sequences in enumerate((3, 1)):
         entry = entry_of(RequestId(number), PendingRequest(9, sequences=sequences), 0.0, 10**9)
         group.ledger.bind(entry, WorkerIndex(0), 0.0)
-    group.poll(runs(running, waiting), 20)
+    steps(group, running, waiting, 0)
     member = group.roster.member(0)
     put_off_s = group.signals.put_off_s(member, 0.5, group.now_s, 0.0, (120.0, 600.0))
     assert put_off_s == (120.0 if is_kept else 0.0)
@@ -276,8 +283,8 @@ def test_a_request_of_several_sequences_is_kept_while_any_may_be_in_the_engine(r
 def test_a_restarted_engine_has_no_request_of_before():
     group = Group()
     group.bind(99)
-    group.poll(runs(1, 0, preemptions=5), 20)
-    group.poll(runs(1, 0, preemptions=0), 20)
+    steps(group, 1, 0, 5)
+    steps(group, 1, 0, 0)
     limits = 120.0, 600.0
     member = group.roster.member(0)
     assert group.signals.put_off_s(member, 0.5, group.now_s, 0.0, limits) == 0
