@@ -215,7 +215,7 @@ async def test_a_reply_in_one_piece_does_not_keep_its_prefill_booked(
     start_worker, start_halves, answer, silence, until, monkeypatch
 ):
     monkeypatch.setattr(held, "FETCHED_S", 0.01)
-    prefill, decode = await start_worker(answer(PREFILLED)), await start_worker(silence)
+    prefill, decode = await start_worker(answer(PREFILLED)), await start_worker(silence())
     proxy, ask = await start_halves([prefill.url], [decode.url])
     asking = asyncio.create_task(ask())
     await until(lambda: decode.requests)
