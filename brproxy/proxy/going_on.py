@@ -211,9 +211,11 @@ async def _in_parts(
     while True:
         try:
             await part(request, avoid)
-        except ProxyError:
+        except ProxyError as error:
             if not keeper.is_cut:
                 raise
+            # It is kept where it was raised, and its frames would wait for the garbage collector.
+            error.__traceback__ = None
         if keeper.is_cut and keeper.member is not None:
             died = keeper.member
             avoid = frozenset({died.index})

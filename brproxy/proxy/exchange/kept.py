@@ -57,6 +57,9 @@ class _Kept(WorkerAnswer):
             if not keeper.can_go_on:
                 keeper.start_over()
             self._flush()
+            if not self.has_begun:
+                # What was prefilled for it has been fetched all the same.
+                self._attempt.begun(is_long=False)
             self._attempt.finished()
         elif self.sink.has_head:
             super().break_off(gave_up())

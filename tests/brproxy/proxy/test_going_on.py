@@ -1,10 +1,14 @@
 """Streams that go on at another worker when theirs dies, over real sockets with scripted workers."""
 
 import asyncio
+import gc
 import json
 
 import aiohttp
 import pytest
+
+from brproxy.proxy.going_on import COMMENT
+from tests.brproxy.proxy.test_garbage import what_only_the_collector_frees
 
 WORDS = [f" w{number}" for number in range(6)]
 ASK = {"model": "m", "prompt": "go", "max_tokens": 6, "stream": True}
@@ -216,6 +220,20 @@ async def test_it_does_not_go_on(start, client, count, running, tables):
     assert "error" in told(received)[-1]
     assert sum(len(engine.asked) for engine in engines) == 1
     await proxy.idle()
+
+
+async def test_it_goes_on_beside_comments_and_leaves_nothing_to_collect(start, client):
+    proxy, engines = await start(timeouts={"keepalive_comments_s": 3600})
+    for _ in range(2):
+        gc.collect()
+        engines[0].dies = engines[1].dies = [(2, None)]
+        _, received, is_whole = await ask(client, proxy)
+        assert is_whole
+        assert text(told(received)) == "".join(WORDS)
+        assert received.count(COMMENT) == 1
+        await proxy.idle()
+    # What a connection leaves that breaks, whoever was on it.
+    assert what_only_the_collector_frees() <= {"ResponseHead", "ResponseParser"}
 
 
 async def test_it_goes_on_as_often_as_it_may(start, client):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from tests.brproxy.proxy.test_going_on import ASK, WORDS, Engine, sse, text
+
 TRANSFERS = ["ascend", "ascend-layerwise"]
 TOKENS = 6
 NEVER_ENOUGH = {"decode_settings": {"recomputed_share": 1.0}}
@@ -69,3 +71,53 @@ async def test_it_is_prefilled_again_only_so_often(start_pair, document):
     assert (status, json.loads(body)["error"]["code"]) == (503, 503)
     assert pair.counts["split"] == 3
     await pair.proxy.idle()
+
+
+HANDLES = {"do_remote_prefill": True, "remote_block_ids": [1], "remote_engine_id": "e"}
+GIVEN_UP = {"index": 0, "text": "", "finish_reason": "stop", "stop_reason": "recomputed"}
+
+
+class GivesUp(Engine):
+    """A decode worker that gives a request up after so many events, which it counts at the end alone."""
+
+    after = None
+
+    def events(self, asked, request_id):
+        left, self.after = self.after, None
+        events = super().events(asked, request_id)
+        if left is None:
+            yield from events
+            return
+        for _ in range(left):
+            yield next(events)
+        yield sse({"id": "cmpl-x", "choices": [GIVEN_UP]})
+        usage = {"prompt_tokens": 1, "completion_tokens": left, "total_tokens": 1 + left}
+        yield sse({"id": "cmpl-x", "choices": [], "usage": usage})
+        yield sse(b"[DONE]")
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("after", [0, 1, 5])
+async def test_a_stream_reads_as_if_nothing_had_happened(
+    start_worker, start_proxy, client, fixed, after, running
+):
+    async def prefill(writer):
+        writer.write(fixed(json.dumps({"choices": [], "kv_transfer_params": HANDLES}).encode()))
+        return True
+
+    prefiller, engine = await start_worker(prefill), GivesUp(start_worker)
+    engine.after, engine.running_usage = after, running
+    common = {"transfer": "ascend", "slots": 8}
+    workers = [common | {"url": prefiller.url, "role": "prefill"}]
+    workers += [common | {"url": (await engine.start()).url, "role": "decode"}]
+    proxy = await start_proxy([], workers=workers)
+    async with client.post(proxy.url + "/v1/completions", json=ASK) as response:
+        received = await response.read()
+        assert "X-Brproxy-Failover" not in response.headers
+    assert received.endswith(b"data: [DONE]\n\n")
+    assert not is_told(received)
+    assert text(documents(received)) == "".join(WORDS)
+    prompts = [json.loads(body)["prompt"] for _, _, body in prefiller.requests]
+    assert prompts == [asked["prompt"] for asked in engine.asked] == ["go", "go" + "".join(WORDS[:after])]
+    assert engine.asked[1]["max_tokens"] == 6 - after
+    await proxy.idle()
