@@ -49,6 +49,7 @@ class Tally:
         "_most",
         "_others",
         "_shortfall",
+        "_since_s",
         "_surplus",
         "_told_s",
     )
@@ -59,7 +60,7 @@ class Tally:
         self._others = _Peak()
         self._anew_s = float("-inf")
         self._told_s: float | None = None
-        self._changed_s = 0.0
+        self._changed_s = self._since_s = 0.0
         self._held = self._fewest = self._most = self._surplus = 0
         self._shortfall = self._believed = _NOTHING_SAID
 
@@ -82,6 +83,7 @@ class Tally:
         most = max((one.most for one in self._bound), default=0)
         if is_news or self._told_s is None:
             self._changed_s, self._fewest, self._most = now_s, fewest, most
+            self._since_s = self._bound[0].at_s if self._bound else now_s
         else:
             self._fewest, self._most = min(self._fewest, fewest), max(self._most, most)
         self._told_s, self._held = now_s, held
@@ -109,7 +111,7 @@ class Tally:
         told_s = self._told_s
         if told_s is None or now_s - told_s > fresh_s or bound_s <= self._anew_s:
             return False
-        if self._changed_s - self._lag_s >= bound_s:
+        if self._since_s > bound_s:
             return self._believed <= 0
         # The range may be without it: then only all of them will do.
         return self._changed_s >= bound_s and self._held >= self._most + self._others.value

@@ -113,6 +113,18 @@ def test_an_idle_engine_that_never_saw_the_request_does_not_have_it():
     assert not worker.has(23.5)
 
 
+@given(steps=st.integers(0, 8), gap_s=st.floats(0, 1, exclude_max=True))
+def test_one_that_is_lost_soon_is_not_there_although_the_page_stands_still_then(steps, gap_s):
+    worker = Worker(0).poll(3)
+    bound_s = worker.now_s + gap_s
+    worker.ours = 1
+    worker.poll(steps)
+    worker.lost = 1
+    worker.poll()
+    worker.poll(30, is_news=False)
+    assert not worker.has(bound_s), "the range at the last change may begin before it came"
+
+
 def test_a_request_within_the_lag_counts_where_all_are_there():
     worker = Worker(0).poll(10)
     worker.ours = 1

@@ -213,7 +213,7 @@ async def test_a_kept_connection_that_closes_at_once_was_closed_before(path, raw
     await proxy.idle()
 
 
-@pytest.mark.parametrize(("path", "runs"), [(CHAT, 2), ("/v1/load_lora_adapter", 1)])
+@pytest.mark.parametrize(("path", "runs"), [(CHAT, 2), ("/reset_prefix_cache", 1)])
 async def test_a_kept_connection_that_closes_later_may_have_worked(path, runs, start_pair, raw):
     async def script(worker, reader, writer):
         await worker.read_request(reader)

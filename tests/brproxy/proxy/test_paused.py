@@ -6,6 +6,7 @@ import aiohttp
 import orjson
 import pytest
 
+from tests.brproxy.conftest import HANG_S
 from tests.brproxy.wire import as_chunk
 
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":null}]}\n\n'
@@ -153,7 +154,9 @@ async def test_it_is_kept_for_so_long_and_no_longer(engine, start, client):
 
 
 async def is_cut(proxy, client):
-    received, is_whole = await stream(client, proxy)
+    # Before it would have been kept for as long as it may.
+    async with asyncio.timeout(HANG_S):
+        received, is_whole = await stream(client, proxy)
     await proxy.idle()
     return not is_whole and b"The worker sent nothing for" in received
 
