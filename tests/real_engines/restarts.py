@@ -1,7 +1,7 @@
 """A real vLLM is killed under load and comes back with another KV cache: is that found, and does all go on?
 
     python -m tests.real_engines.restarts --url http://127.0.0.1:8101 \
-        --first 'run.sh VENV MODEL 8101' --then 'run.sh VENV MODEL 8101 --num-gpu-blocks-override 128'
+        --first 'run.sh VENV MODEL 8101' --then 'run.sh VENV MODEL 8101 --num-gpu-blocks-override 200'
 
 It starts the engine by the first command, a proxy of its own that has been told nothing but the URL (and
 ``--ranks``), and a load; kills the engine with all its processes, and starts it by the second command while
