@@ -81,7 +81,7 @@ async def test_what_does_not_generate_is_not_sent_twice(start, raw):
     proxy, workers = await start(hung, other)
     client = await raw(proxy)
     while not workers[0].requests:
-        client.send(post("/v1/load_lora_adapter", ASK))
+        client.send(post("/reset_prefix_cache", ASK))
         if not hung.has_request.is_set():
             await asyncio.sleep(0.05)
         if not hung.has_request.is_set():

@@ -72,7 +72,7 @@ async def test_a_kept_connection_that_the_worker_has_closed_is_no_failure(
     await proxy.idle()
 
 
-@pytest.mark.parametrize(("path", "tried"), [(CHAT, [0, 0, 1, 1]), ("/v1/load_lora_adapter", [0, 0, 0, 1])])
+@pytest.mark.parametrize(("path", "tried"), [(CHAT, [0, 0, 1, 1]), ("/reset_prefix_cache", [0, 0, 0, 1])])
 async def test_what_workers_may_have_worked_on_runs_twice_at_most_and_only_if_it_generates(
     path, tried, start_worker, start_proxy, client, reset
 ):

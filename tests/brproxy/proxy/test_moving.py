@@ -196,7 +196,7 @@ async def test_a_head_alone_is_no_sign_of_life_and_waits_for_what_it_is_the_head
     await proxy.idle()
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/load_lora_adapter"])
+@pytest.mark.parametrize("path", [CHAT, "/reset_prefix_cache"])
 async def test_a_kept_connection_that_closes_at_once_was_closed_before(path, raw_worker, start_proxy, raw):
     async def script(worker, reader, writer):
         await worker.read_request(reader)
