@@ -193,7 +193,7 @@ async def test_a_start_asks_nobody_where_that_is_off(engine, tmp_path):
     process, _, said = await serving_proxy("--config", path)
     await stop(process)
     # Of its health and its load, as of every worker.
-    assert set(server.asked) <= {"/health", "/v1/loads"}
+    assert set(server.asked) <= {"/health", "/v1/loads", "/v1/models"}, "no more than while it runs"
     assert "SGLang" not in said
 
 
