@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.simulation.actions import KEEP, Ask
-from tests.simulation.kv import FREED_BY_DECODE
+from tests.simulation.kv import FREED_BY_DECODE, MAY_ASK_AGAIN
 from tests.simulation.leg_workers import HANDLES, ID, PARAMS, LegWorker, without
 from tests.simulation.messages import request_body, respond
 from tests.simulation.metaserver import Posts
@@ -81,6 +81,10 @@ class DecodeWorker(LegWorker):
         """See that a decode leg has the client's own parameters."""
         sent = json.loads(request_body(ask))
         of_proxy = {*HANDLES, *(() if ask.own_usage else ("stream_options",))}
+        options = document.get("stream_options")
+        if options and self._transfer in MAY_ASK_AGAIN:
+            # Of a completion that may have to go on elsewhere each event says how far it is.
+            document = document | {"stream_options": without(options, {"continuous_usage_stats"})}
         if without(sent, of_proxy) != without(document, of_proxy):
             self._wrong("same-request", f"request {ask.id} came as {document}, not {sent}")
 
@@ -91,8 +95,11 @@ class DecodeWorker(LegWorker):
         kept, late_s = record.kept, self._cluster.late_s
         if not handles:
             before = record.made(prefill=False)[:-1]
-            failed = bool(before) and before[-1].answer.kind in {"error", "error-event"}
-            # Who has failed may not have been able to fetch it, and does it all.
+            # Who has failed may not have been able to fetch it, and does it all; one that broke off may have
+            # taken it along, with nobody left to prefill it again.
+            failed = bool(before) and (
+                before[-1].answer.kind in {"error", "error-event"} or not before[-1].sent_all
+            )
             if kept is not None and kept.is_told and not failed:
                 self._wrong("own-leg", f"request {record.ask.id} is decoded without its prefill")
             return

@@ -14,6 +14,9 @@ from tests.simulation.wire import Wire
 FREED_BY_DECODE = frozenset({"nixl", "ascend"})
 """Transfers whose KV is freed by a decode leg that asks for nothing else."""
 
+MAY_ASK_AGAIN = frozenset({"ascend", "ascend-layerwise"})
+"""Transfers whose decode workers may give a request up and ask for another prefill."""
+
 TOGETHER = frozenset({"mooncake", "sglang"})
 """Transfers whose legs wait for each other."""
 
