@@ -74,14 +74,15 @@ class LegChecks:
 
     def count(self, record: Record, retries_max: int) -> None:
         """See that neither leg of a request came to workers too often."""
-        ask, most = record.ask, (retries_max + 2) * (retries_max + 1)
+        # One that cannot fetch is asked once more, to prefill by itself.
+        is_first = self._transfers.get(record.ask.model) in FREED_BY_DECODE
+        ask, most = record.ask, (retries_max + 2) * (retries_max + 1) + is_first
         decodes, prefills = record.made(prefill=False), record.made(prefill=True)
         if len(decodes) > most or len(prefills) > most * (retries_max + 1):
             self._wrong("deliveries", f"request {ask.id}: {len(prefills)} prefills, {len(decodes)} decodes")
         ran = [attempt.worker for attempt in decodes if attempt.was_run and not attempt.response.is_refusal]
-        if len(ran) > RUNS_MAX:
+        if len(ran) > RUNS_MAX + is_first:
             self._wrong("runs", f"request {ask.id} may have run on workers {ran}")
-        is_first = self._transfers.get(ask.model) in FREED_BY_DECODE
         lost = [one.worker for one in prefills if one.broke]
         if len(lost) > RUNS_MAX * (max(1, len(decodes)) if is_first else 1):
             self._wrong("runs", f"request {ask.id} was lost with its prefill workers {lost}")

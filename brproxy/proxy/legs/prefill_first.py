@@ -245,7 +245,7 @@ class DecodeLeg(Attempts):
     One that cannot fetch it is asked once more, to prefill by itself: the KV, or who has it, is at fault.
     """
 
-    __slots__ = ("_answer", "_body", "_fetches", "_handover", "_is_alone", "_prefilled")
+    __slots__ = ("_answer", "_body", "_fetches", "_handover", "_is_alone", "_prefilled", "_was_alone")
 
     ANSWER: ClassVar[type[DecodeAnswer]] = DecodeAnswer
     _answer: DecodeAnswer
@@ -264,7 +264,7 @@ class DecodeLeg(Attempts):
         self._prefilled = prefilled
         self._handover = handover
         self._body = b""
-        self._fetches = self._is_alone = False
+        self._fetches = self._is_alone = self._was_alone = False
 
     def may_move(self, event: Event) -> bool:
         """See deciding.Attempt.may_move."""
@@ -272,7 +272,13 @@ class DecodeLeg(Attempts):
 
     def may_serve_alone(self, event: Event) -> bool:
         """See DecodeAttempt.may_serve_alone."""
-        return event is Event.DIED and self._fetches and self._handover.transfer.DECODES_ALONE
+        # Once: a request that is at fault itself would run twice wherever it moves.
+        return (
+            event is Event.DIED
+            and self._fetches
+            and not self._was_alone
+            and self._handover.transfer.DECODES_ALONE
+        )
 
     def begun(self, *, is_long: bool) -> None:
         """See deciding.Attempt.begun."""
@@ -291,7 +297,7 @@ class DecodeLeg(Attempts):
                 "worker %s may not have fetched a prefill: %s", self._group.member(self._worker).key, error
             )
             self._handover.counts["unfetched"] += 1
-            self._is_alone = True
+            self._is_alone = self._was_alone = True
             return Action.SEND_AFRESH
         return super()._after(event, error)
 
