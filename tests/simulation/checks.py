@@ -201,10 +201,10 @@ class Checks:
     def _check_proxy(self, proxy: RunningProxy) -> None:
         for group in self._groups:
             group.check(self._loop)
-        most, services = BUFFERED_BYTES_MAX, proxy.service.groups.values()
-        if any(one.handover is not None and one.handover.limits.recomputed_max for one in services):
+        most, service = BUFFERED_BYTES_MAX, proxy.service
+        if service.limits.recomputed_max and any(one.handover for one in service.groups.values()):
             # A reply that its worker may give up is kept until it is whole, and then written at once.
-            most += proxy.service.relay_limits.response_parse_bytes_max
+            most += service.relay_limits.response_parse_bytes_max
         if self._loop.network.buffered_bytes_most > most:
             raise Violation(
                 "bounded-buffers", f"{self._loop.network.buffered_bytes_most} bytes wait for a client"
