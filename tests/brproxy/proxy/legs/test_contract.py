@@ -52,7 +52,7 @@ async def test_an_error_of_the_engine_is_the_client_s_as_it_is(transfer, start_p
 
 async def test_a_client_that_leaves_leaves_nothing(transfer, start_pair, client, until):
     """Some are in prefill then, some wait, some stream."""
-    pair = await start_pair(transfer, decodes=1, prefill_settings={"lease_s": 30.0})
+    pair = await start_pair(transfer, decodes=1, prefill_settings={"lease_s": 100_000.0})
     asking = [
         asyncio.create_task(pair.ask(stream=i % 2 == 0, max_tokens=200, prompt=WORDS * (1 + i)))
         for i in range(24)
