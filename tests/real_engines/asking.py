@@ -1,6 +1,8 @@
 """What clients ask of an engine, and what its answers say."""
 
+import asyncio
 import re
+import time
 from typing import NamedTuple
 
 import orjson
@@ -19,6 +21,19 @@ async def answer(session, url, path, body):
     async with session.post(url + path, json=body) as response:
         own = await response.read()
         return response.status, response.headers["Content-Type"], OWN.sub(b'"_":0', own)
+
+
+async def leave(session, engine, proxy, path, body):
+    """Have a client leave a request that runs; return how long the engine then took to be idle (ms)."""
+    asking = asyncio.create_task(answer(session, proxy.url, path, body))
+    async with asyncio.timeout(60):
+        while not (await engine.gauges())[1]:
+            await asyncio.sleep(0.01)
+    asking.cancel()
+    left_s = time.monotonic()
+    await asyncio.gather(asking, return_exceptions=True)
+    await engine.idle()
+    return 1000 * (time.monotonic() - left_s)
 
 
 class Said(NamedTuple):

@@ -5,13 +5,12 @@
 
 import asyncio
 import sys
-import time
 
 import orjson
 import pytest
 
 from brproxy.engines.load_pages import read_sglang_loads
-from tests.real_engines.asking import CHAT, COMPLETIONS, GENERATE, answer, chat, said
+from tests.real_engines.asking import CHAT, COMPLETIONS, GENERATE, answer, chat, leave, said
 from tests.real_engines.books import KINDS, hold_to_the_gauge
 from tests.real_engines.conftest import Engine
 
@@ -118,15 +117,7 @@ async def test_a_client_that_leaves_frees_its_slot(path, stream, engine, proxy, 
     else:
         body = generate(stream=stream)
         body["sampling_params"] |= {"max_new_tokens": 3000, "ignore_eos": True}
-    asking = asyncio.create_task(answer(session, proxy.url, path, body))
-    async with asyncio.timeout(60):
-        while not (await engine.gauges())[1]:
-            await asyncio.sleep(0.01)
-    asking.cancel()
-    left_s = time.monotonic()
-    await asyncio.gather(asking, return_exceptions=True)
-    await engine.idle()
-    took_ms = 1000 * (time.monotonic() - left_s)
+    took_ms = await leave(session, engine, proxy, path, body)
     print(f"{path} stream={stream}: the engine was idle {took_ms:.0f} ms after its client left")
     assert proxy.booked() == 0
 

@@ -1,11 +1,8 @@
 """A real vLLM behind the proxy answers as it does without, and the books say what it holds."""
 
-import asyncio
-import time
-
 import pytest
 
-from tests.real_engines.asking import CHAT, answer, chat, said
+from tests.real_engines.asking import CHAT, answer, chat, leave, said
 from tests.real_engines.books import KINDS, hold_to_the_gauge
 
 
@@ -63,15 +60,7 @@ async def test_an_error_is_the_engines_byte_for_byte(path, wrong, engine, proxy,
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_leaves_frees_its_slot(stream, engine, proxy, session):
     body = chat(engine, tokens=3000, stream=stream, ignore_eos=True)
-    asking = asyncio.create_task(answer(session, proxy.url, CHAT, body))
-    async with asyncio.timeout(60):
-        while not (await engine.gauges())[1]:
-            await asyncio.sleep(0.01)
-    asking.cancel()
-    left_s = time.monotonic()
-    await asyncio.gather(asking, return_exceptions=True)
-    await engine.idle()
-    took_ms = 1000 * (time.monotonic() - left_s)
+    took_ms = await leave(session, engine, proxy, CHAT, body)
     print(f"stream={stream}: the engine was idle {took_ms:.0f} ms after its client left")
     assert proxy.booked() == 0
 
