@@ -14,7 +14,7 @@ see: they count *places*, the positions of those who are there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
@@ -193,6 +193,10 @@ class Roster:
     def routable(self) -> tuple[bool, ...]:
         """Return for each index whether that member may be chosen."""
         return self._routable
+
+    def has_others(self, than: Collection[WorkerIndex]) -> bool:
+        """Tell whether a member may be chosen that is none of ``than``."""
+        return any(ok and g not in than for g, ok in enumerate(self._routable))
 
     def observe(self, observer: Observer) -> None:
         """Have ``observer(member, change)`` called after each change, in the order of asking."""

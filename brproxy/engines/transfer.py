@@ -63,11 +63,10 @@ class Handoff(NamedTuple):
     """What the two legs of one request share; a transfer uses what it needs of it.
 
     ``transfer_id``: printable ASCII, unique for each try. ``room``: a random number in ``[0, 2**62)``.
-    ``prefill_host``: of the prefill worker, without a port, IPv6 without brackets. ``prefill_rank`` and
-    ``decode_rank``: what is sent as ``X-data-parallel-rank``, None for a server that is one worker;
-    ``prefill_ranks``: how many the prefill server has. ``engine_id``: from read_bootstrap. ``params``: JSON
-    of ``kv_transfer_params``, from read_reply or read_post. ``metaserver``: the URL that decode workers post
-    to.
+    ``prefill_host``: of the prefill worker, without a port, IPv6 without brackets. ``prefill_rank``: what is
+    sent to it as ``X-data-parallel-rank``, None for a server that is one worker; ``prefill_ranks``: how many
+    it has. ``engine_id``: from read_bootstrap. ``params``: JSON of ``kv_transfer_params``, from read_reply or
+    read_post. ``metaserver``: the URL that decode workers post to.
     """
 
     transfer_id: str
@@ -76,7 +75,6 @@ class Handoff(NamedTuple):
     bootstrap_port: int | None = None
     prefill_rank: int | None = None
     prefill_ranks: int = 1
-    decode_rank: int | None = None
     engine_id: str = ""
     params: bytes = b""
     metaserver: str = ""

@@ -17,7 +17,7 @@ from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ClientGoneError, ShortageError, WorkerFailedError
-from brproxy.relay.request import request_head
+from brproxy.relay.request import body_length, request_head
 from brproxy.roster import Member
 from brproxy.types import WorkerIndex
 
@@ -192,6 +192,11 @@ class Attempts:
         # What the proxy asked for must be found in the stream, to be taken out again.
         head = self._head(member, endpoint, framing, is_read=self._usage_was_added)
         return head + upload.framed_beginning()
+
+    def _leg(self, member: Member, endpoint: Endpoint, body: bytes, *, is_read: bool) -> bytes:
+        """Return the request with ``body`` in place of the client's; ``is_read``: see _head."""
+        framing = body_length(self._sink.client.method, body)
+        return self._head(member, endpoint, framing, is_read=is_read) + body
 
     def _head(self, member: Member, endpoint: Endpoint, framing: bytes, *, is_read: bool) -> bytes:
         """Return the head of the request; ``is_read``: what answers it is looked into, and is not coded."""

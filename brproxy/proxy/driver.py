@@ -232,8 +232,7 @@ class Lease:
 
     def has_others(self) -> bool:
         """Tell whether a worker may be chosen that has not failed this request; its own has, if it asks."""
-        tried = self.entry.avoid | {self.entry.worker}
-        return any(ok and g not in tried for g, ok in enumerate(self._driver.group.roster.routable()))
+        return self._driver.group.roster.has_others(self.entry.avoid | {self.entry.worker})
 
     def avoid(self, workers: Iterable[WorkerIndex]) -> None:
         """Have the request go to none of ``workers`` until they have come back."""

@@ -130,8 +130,7 @@ class FailoverAttempts(Attempts):
         async def part(request: PendingRequest, avoid: frozenset[WorkerIndex]) -> None:
             lease = first
             if avoid:
-                lacking = group.adapters.lacking(request.model) if group.adapters.names else NOBODY
-                lease = group.driver.admit(request, avoid | lacking)
+                lease = group.driver.admit(request, avoid | group.adapters.lacking(request.model))
             with lease:
                 await make(self._service, group, lease, self._incoming, self._sink).run()
 
@@ -219,7 +218,7 @@ async def _in_parts(
         if keeper.is_cut and keeper.member is not None:
             died = keeper.member
             avoid = frozenset({died.index})
-            if not any(ok and g not in avoid for g, ok in enumerate(group.group.roster.routable())):
+            if not group.group.roster.has_others(avoid):
                 raise stream_broke_off()
             log.warning("worker %s died in mid-stream, and another one goes on from there", died.key)
             sink.pass_on(COMMENT)

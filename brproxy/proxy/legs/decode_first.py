@@ -7,7 +7,6 @@ post is answered once that is done. A prefill worker is chosen only then; where 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from http import HTTPStatus
 from typing import Final, NamedTuple
 
@@ -17,11 +16,10 @@ from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.incoming import Incoming
-from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.legs.handover import Handover, prefill_of
 from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
-from brproxy.relay.request import body_length
 from brproxy.roster import Member
 from brproxy.types import BrproxyError, WorkerIndex
 
@@ -59,9 +57,7 @@ class DecodeFirstLegs(Attempts):
         super().__init__(service, group, lease, incoming, sink)
         self._handover = handover
         self._metaserver = service.metaserver
-        self._asked = replace(
-            lease.entry.request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None
-        )
+        self._asked = prefill_of(lease.entry.request)
         self._prefill: asyncio.Task[str] | None = None
         self._reruns_left = RERUNS_MAX
         self._decode_body = b""
@@ -80,9 +76,8 @@ class DecodeFirstLegs(Attempts):
 
     async def _send(self, *, afresh: bool) -> Action:
         handover = self._handover
-        decode = self._group.member(self._worker)
-        self._handoff = handover.handoff(self._incoming.request_id, None, decode)
         incoming = self._incoming
+        self._handoff = handover.handoff(incoming.request_id, None)
         # Before there is a connection: it can fail.
         self._decode_body = handover.transfer.decode_body(
             incoming.path, incoming.upload.beginning or b"", self._handoff
@@ -125,7 +120,7 @@ class DecodeFirstLegs(Attempts):
         incoming = self._incoming
         handoff = self._handoff._replace(params=params)
         body = self._handover.transfer.prefill_body(incoming.path, incoming.upload.beginning or b"", handoff)
-        request = self._head(member, endpoint, body_length("POST", body), is_read=True) + body
+        request = self._leg(member, endpoint, body, is_read=True)
         try:
             bytes_max = self._service.relay_limits.response_parse_bytes_max
             reply = await self._handover.collected(worker, request, bytes_max=bytes_max, wants_body=False)
@@ -134,10 +129,8 @@ class DecodeFirstLegs(Attempts):
         status = reply.head.status
         if status < HTTPStatus.BAD_REQUEST:
             return _Said("")
-        refused = self._group.dialect.is_refusal(status)
-        moves = refused or status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        return _Said(f"{member.key} answered {status}", moves=moves, ran=not refused)
+        moves, ran = self._handover.moves(status), not self._group.dialect.is_refusal(status)
+        return _Said(f"{member.key} answered {status}", moves=moves, ran=ran)
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:
-        framing = body_length("POST", self._decode_body)
-        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + self._decode_body
+        return self._leg(member, endpoint, self._decode_body, is_read=self._usage_was_added)

@@ -6,8 +6,9 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlencode
 
@@ -20,7 +21,7 @@ from brproxy.ranks import line_number
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ShortageError, WorkerFailedError
 from brproxy.roster import Change, Member, MemberState
-from brproxy.types import BrproxyError, WorkerIndex
+from brproxy.types import BrproxyError, PendingRequest, WorkerIndex
 
 if TYPE_CHECKING:
     from brproxy.proxy.service import GroupService
@@ -52,6 +53,11 @@ class HandoverLimits:
     finish_s: float
     metaserver_url: str
     health_checks: bool
+
+
+def prefill_of(request: PendingRequest) -> PendingRequest:
+    """Return what the prefill of a request is to a worker: its prompt and a token, of which nobody learns."""
+    return replace(request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None)
 
 
 @lru_cache(maxsize=1024)
@@ -93,14 +99,18 @@ class Handover:
 
     def has_others(self, failed: Collection[WorkerIndex]) -> bool:
         """Tell whether a worker that prefills may be chosen which is not one of ``failed``."""
-        return any(ok and g not in failed for g, ok in enumerate(self.routable()))
+        return self.group.group.roster.has_others(failed)
 
-    async def meeting(self, request_id: bytes, prefill: Member, decode: Member) -> Handoff:
+    def moves(self, status: int) -> bool:
+        """Tell whether another worker may prefill what one answered with ``status``, an error."""
+        return status >= HTTPStatus.INTERNAL_SERVER_ERROR or self.group.dialect.is_refusal(status)
+
+    async def meeting(self, request_id: bytes, prefill: Member) -> Handoff:
         """Return what two legs that are sent together share; raises WorkerFailedError.
 
         Where the two workers meet at a page, that is asked first, once until ``forget``.
         """
-        handoff, path = self.handoff(request_id, prefill, decode), self.transfer.BOOTSTRAP_PATH
+        handoff, path = self.handoff(request_id, prefill), self.transfer.BOOTSTRAP_PATH
         if not path:
             return handoff
         page = self._pages.get(prefill.index)
@@ -159,13 +169,12 @@ class Handover:
             endpoint.close()
         return reply.body
 
-    def handoff(self, request_id: bytes, prefill: Member | None, decode: Member | None) -> Handoff:
-        """Return what the legs of a request share, new for each try; None: that worker is not chosen yet."""
+    def handoff(self, request_id: bytes, prefill: Member | None) -> Handoff:
+        """Return what the legs of a request share, new for each try; None: nobody is to prefill yet."""
         room = self._draw(ROOMS)
         handoff = Handoff(
             transfer_id=f"{request_id.decode('latin-1')}-{room:x}",
             room=room,
-            decode_rank=None if decode is None else line_number(decode.lines),
         )
         if self.transfer.ORDER is Order.DECODE_FIRST:
             url = f"{self.limits.metaserver_url}{PATH}?{urlencode({NAME: handoff.transfer_id})}"

@@ -13,7 +13,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import ClassVar
 
 from brproxy.engines.transfer import Handoff
@@ -27,12 +26,11 @@ from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.exchange.handles import DecodeAccount, DecodeAnswer, PrefillAnswer
 from brproxy.proxy.incoming import Incoming
-from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.legs.handover import Handover, prefill_of
 from brproxy.proxy.legs.held import Freeing, Held
 from brproxy.proxy.legs.prefill_leg import PrefillLeg
 from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.endpoint import Endpoint
-from brproxy.relay.request import body_length
 from brproxy.roster import Member
 from brproxy.types import PendingRequest
 
@@ -100,11 +98,8 @@ class Prefilled:
         Raises as Attempts.run and GroupDriver.admit do.
         """
         handover = self._handover
-        asked = replace(
-            self.request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None
-        )
         with ExitStack() as stack:
-            lease = stack.enter_context(handover.group.driver.admit(asked))
+            lease = stack.enter_context(handover.group.driver.admit(prefill_of(self.request)))
             leg = PrefillLeg(self._service, handover, lease, self._incoming, self._sink)
             try:
                 await leg.run()
@@ -327,5 +322,4 @@ class DecodeLeg(Attempts):
         return self._answer
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:
-        framing = body_length(self._sink.client.method, self._body)
-        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + self._body
+        return self._leg(member, endpoint, self._body, is_read=self._usage_was_added)

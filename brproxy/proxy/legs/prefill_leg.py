@@ -14,7 +14,6 @@ from brproxy.proxy.legs.handover import Handover, NotPrefilledError
 from brproxy.proxy.service import Service
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
-from brproxy.relay.request import body_length
 from brproxy.roster import Member
 
 
@@ -87,7 +86,7 @@ class PrefillLeg(Attempts):
     async def _send(self, *, afresh: bool) -> Action:
         """As Attempts._send; raises TransferError for a request that cannot be split."""
         incoming = self._incoming
-        handoff = self._handover.handoff(incoming.request_id, self._group.member(self._worker), None)
+        handoff = self._handover.handoff(incoming.request_id, self._group.member(self._worker))
         body = incoming.upload.beginning or b""
         # Before there is a connection: it can fail.
         self._body = self._handover.transfer.prefill_body(incoming.path, body, handoff)
@@ -95,5 +94,4 @@ class PrefillLeg(Attempts):
         return await super()._send(afresh=afresh)
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:
-        framing = body_length(self._sink.client.method, self._body)
-        return self._head(member, endpoint, framing, is_read=True) + self._body
+        return self._leg(member, endpoint, self._body, is_read=True)

@@ -8,7 +8,6 @@ to two again; a worker that decodes keeps its request while another one is found
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from http import HTTPStatus
 from typing import ClassVar, cast
 
@@ -22,12 +21,11 @@ from brproxy.proxy.exchange.collect import Reply
 from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.exchange.handles import PairedAnswer
 from brproxy.proxy.incoming import Incoming
-from brproxy.proxy.legs.handover import Handover
+from brproxy.proxy.legs.handover import Handover, prefill_of
 from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
 from brproxy.relay.framing import choose_framing
-from brproxy.relay.request import body_length
 from brproxy.roster import Member
 from brproxy.types import WorkerIndex
 
@@ -66,9 +64,7 @@ class PairedLegs(Attempts):
     ) -> None:
         super().__init__(service, group, lease, incoming, sink)
         self._handover = handover
-        self._asked = replace(
-            lease.entry.request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None
-        )
+        self._asked = prefill_of(lease.entry.request)
         self._failed: frozenset[WorkerIndex] = frozenset()
         self._trouble: Reply | Exception | None = None
         self._prefill: asyncio.Task[Reply] | None = None
@@ -97,7 +93,7 @@ class PairedLegs(Attempts):
             trouble = self._trouble_now()
             if trouble is None:
                 return action
-            if isinstance(trouble, Reply) and not self._moves(trouble):
+            if isinstance(trouble, Reply) and not handover.moves(trouble.head.status):
                 self._pass_on(trouble)
                 return Action.NOTHING
             handover.forget(worker)
@@ -116,9 +112,7 @@ class PairedLegs(Attempts):
         member, _ = self._handover.group.reach(worker)
         self._has_met = False
         try:
-            self._handoff = await self._handover.meeting(
-                self._incoming.request_id, member, self._group.member(self._worker)
-            )
+            self._handoff = await self._handover.meeting(self._incoming.request_id, member)
         except WorkerFailedError as error:
             self._trouble = error
             return Action.NOTHING
@@ -145,8 +139,7 @@ class PairedLegs(Attempts):
 
     async def _prefill_leg(self) -> Reply:
         worker = self._other.entry.worker
-        framing = body_length("POST", self._prefill_body)
-        request = self._head(*self._handover.group.reach(worker), framing, is_read=True) + self._prefill_body
+        request = self._leg(*self._handover.group.reach(worker), self._prefill_body, is_read=True)
         bytes_max = self._service.relay_limits.response_parse_bytes_max
         return await self._handover.collected(worker, request, bytes_max=bytes_max, wants_body=True)
 
@@ -167,13 +160,7 @@ class PairedLegs(Attempts):
             self._outcome.set_result(Action.NOTHING)
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:
-        framing = body_length("POST", self._decode_body)
-        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + self._decode_body
-
-    def _moves(self, reply: Reply) -> bool:
-        """Tell whether another worker may do what this one did not, as ``reply`` says."""
-        status = reply.head.status
-        return status >= HTTPStatus.INTERNAL_SERVER_ERROR or self._group.dialect.is_refusal(status)
+        return self._leg(member, endpoint, self._decode_body, is_read=self._usage_was_added)
 
     def _may_have_run(self, trouble: Reply | Exception) -> bool:
         """Tell whether the worker that prefills may have worked on the request, and died of it."""
