@@ -86,11 +86,6 @@ class Transfer(ABC):
     ORDER: ClassVar[Order]
     LEASE_S: ClassVar[float | None] = None
     """How long a prefill worker keeps the KV after its reply, less a margin; None: unknown, or no matter."""
-    KNOWN_AFTER_S: ClassVar[float | None] = None
-    """How long after it was sent a decode worker surely knows of its leg (seconds).
-
-    To end the leg then has it free the KV as it would have after fetching it; None: that frees nothing.
-    """
     DECODES_ALONE: ClassVar[bool] = True
     """Whether decode workers serve a request that has had no prefill leg."""
     BOOTSTRAP_PATH: ClassVar[str] = ""

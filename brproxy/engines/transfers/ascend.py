@@ -20,7 +20,6 @@ class AscendTransfer(NixlTransfer):
     """
 
     LEASE_S: ClassVar[float | None] = 450.0
-    KNOWN_AFTER_S: ClassVar[float | None] = None
     ASKS_AGAIN: ClassVar[bool] = True
     MIN_TOKENS: ClassVar[bytes | None] = b"1"
 

@@ -35,12 +35,12 @@ class NixlTransfer(Transfer):
     The lease is 30 s (``kv_lease_duration``) from the end of prefill until the decode worker's scheduler has
     the request, which then extends it. A decode worker that refuses a request, or whose engine has one that
     is ended before or while it fetches, tells the prefill worker to free the blocks
-    (``pull_scheduler.py:request_finished``).
+    (``pull_scheduler.py:request_finished``). Its frontend drops what is closed before it has read it, and
+    then nobody tells: the blocks were seen to stay for the whole lease.
     """
 
     ORDER: ClassVar[Order] = Order.PREFILL_FIRST
     LEASE_S: ClassVar[float | None] = 25.0
-    KNOWN_AFTER_S: ClassVar[float | None] = 2.0
     MIN_TOKENS: ClassVar[bytes | None] = None
     """What a prefill leg says of ``min_tokens``; None: nothing."""
 

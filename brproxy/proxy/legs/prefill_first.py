@@ -87,7 +87,6 @@ class Prefilled:
         self._incoming = incoming
         self._sink = sink
         self._held: Held | None = None
-        self._sent_s: float | None = None
         self._is_lost = False
         self.request = request
         self.arrived_s = service.clock.now_s()
@@ -140,7 +139,6 @@ class Prefilled:
             return self._handover.transfer.alone_body(body)
         # From here on the two workers keep it alive between them.
         self._held.sent()
-        self._sent_s = self._service.clock.now_s()
         return self._handover.transfer.decode_body(self._incoming.path, body, self._held.handoff)
 
     def taken(self) -> None:
@@ -151,7 +149,6 @@ class Prefilled:
 
     def wait_again(self) -> None:
         """Note that the worker that decodes never had it: its lease runs on."""
-        self._sent_s = None
         if self._held is not None:
             self._held.wait(self._ended)
 
@@ -173,15 +170,13 @@ class Prefilled:
             held.let_go()
 
     def leave(self) -> None:
-        """Have the worker free what nobody has fetched, unless the one that decodes does."""
-        if self._held is None:
-            return
-        known_after_s, sent_s = self._handover.transfer.KNOWN_AFTER_S, self._sent_s
-        # A frontend drops what is closed early: its engine has never heard of it.
-        if known_after_s is None or sent_s is None or self._service.clock.now_s() < sent_s + known_after_s:
+        """Have the worker free what the one that decodes has not begun to answer with.
+
+        That one may have fetched it, or had it freed as its leg was closed. Nothing tells, and to free twice
+        costs one token.
+        """
+        if self._held is not None:
             self.lost()
-        else:
-            self.taken()
 
     def _keep(self, leg: PrefillLeg, lease: Lease) -> bool:
         """Take over what a leg leaves behind, with its booking; return whether there is anything."""
@@ -225,7 +220,6 @@ class Prefilled:
     def _hold(self, lease: Lease, handoff: Handoff) -> None:
         lease_s, loop = self._handover.limits.lease_s, self._service.watch.loop
         self._held = held = Held(lease, handoff, None if lease_s is None else loop.time() + lease_s)
-        self._sent_s = None
         held.wait(self._ended)
 
     def _ended(self) -> None:

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from brproxy.engines.transfers.nixl import NixlTransfer
 from brproxy.proxy.legs import held
 
 PARAMS = {"do_remote_prefill": True, "remote_block_ids": [1, 2], "remote_engine_id": "p", "remote_port": 1}
@@ -169,12 +168,9 @@ async def test_a_client_that_leaves_while_its_worker_fails_leaves_nothing(
     await proxy.idle()
 
 
-@pytest.mark.parametrize("known_after_s", [0.0, 600.0])
-async def test_whose_decode_worker_knows_of_it_has_it_freed_by_that(
-    known_after_s, start_worker, start_halves, answer, until, monkeypatch
+async def test_whose_client_leaves_its_decode_worker_silent_has_its_prefill_freed(
+    start_worker, start_halves, answer, until
 ):
-    monkeypatch.setattr(NixlTransfer, "KNOWN_AFTER_S", known_after_s)
-
     async def script(writer):
         if json.loads(decode.requests[-1][2])["max_tokens"] == 1:
             writer.write(whole(choices("freed")))
@@ -190,7 +186,7 @@ async def test_whose_decode_worker_knows_of_it_has_it_freed_by_that(
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     await proxy.idle()
-    assert len(decode.requests) == (1 if known_after_s == 0 else 2)
+    assert len(decode.requests) == 2
 
 
 async def test_who_waits_for_a_prefill_that_nobody_will_do_goes_on_without(
