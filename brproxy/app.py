@@ -93,10 +93,10 @@ async def running_proxy(
     deployment = Deployment(config, service.fleet, reach)
     resolver = resolver or Resolver(config.discovery.timeout_s)
     resolving = Resolving(resolver, deployment, config.discovery.resolve_interval_s)
-    reloading = Reloading(deployment, path, resolving)
     settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
     prober = Prober(list(service.groups.values()), service.clock, settings)
     returning = Returning(service.fleet.groups, deployment)
+    reloading = Reloading(deployment, path, resolving, returning)
     poller = _poller(config, service, returning)
     faults = _fault_watch(config, service)
     server = RelayServer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 from brproxy.build import endpoint_settings, reach_of
@@ -58,19 +58,18 @@ async def find_out(
     return {finding.url: finding for finding in findings}
 
 
-async def fill_in(config: Config, running: Callable[[], Sequence[Worker]] = list) -> Config:
+async def fill_in(config: Config) -> Config:
     """Return ``config`` with what it leaves out as the engines say it; logs a line for each worker.
 
-    What the file and the engine contradict each other in is a warning; the file holds. Who does not answer
-    keeps what is known of it: ``running`` gives the workers that run when the others have answered.
+    What the file and the engine contradict each other in is a warning; the file holds. Who has said who it
+    is, is not asked again.
     """
-    findings = await find_out(config)
-    before = running()
-    workers = completed(config.worker, findings, before)
-    for worker in workers:
+    asked = [worker for worker in config.worker if worker.heard.said is None]
+    findings = await find_out(config, asked)
+    filled = {worker.url: worker for worker in completed(asked, findings)}
+    for worker in filled.values():
         tell(worker, findings[worker.url])
-    tell_changes(before, findings)
-    return config.model_copy(update={"worker": workers})
+    return config.model_copy(update={"worker": [filled.get(each.url, each) for each in config.worker]})
 
 
 def tell(worker: Worker, finding: Finding) -> None:

@@ -23,7 +23,7 @@ def by_rank(worker: Worker) -> bool:
     return bool(worker.ranks)
 
 
-_FILLED_IN = ("slots", "kv_capacity_tokens")
+FILLED_IN = ("slots", "kv_capacity_tokens")
 """Keys of a worker that its engine fills in, in the order of ``Identity.limits``."""
 
 NOT_ASKED: Mapping[str, Finding] = {}
@@ -36,7 +36,8 @@ def completed(
     """Return ``workers`` with what the file leaves out filled in from ``findings``, by URL.
 
     Of one that is among those ``running``, by name and URL, what is known stays known where its engine does
-    not say it now. What the file itself gave is still told by each worker's ``model_fields_set``.
+    not say it now, and what it last said where nobody has asked it. What the file itself gave is still told
+    by each worker's ``model_fields_set``.
     """
     before = {_place(worker): worker for worker in running}
     return [_completed(worker, findings.get(worker.url), before.get(_place(worker))) for worker in workers]
@@ -54,16 +55,19 @@ def _completed(worker: Worker, finding: Finding | None, before: Worker | None) -
     if now is not None and last is not None and now.engine != last.engine:
         # Another engine at the same place: nothing is known of it but what it says.
         before = None
-    said = (None, None) if now is None else now.limits(by_rank=by_rank(worker))
+    # Who was not asked would say what it said last.
+    says = last if finding is None else now
+    said = (None, None) if says is None else says.limits(by_rank=by_rank(worker))
     values: dict[str, int | None] = {}
     found = set()
-    for key, value in zip(_FILLED_IN, said, strict=True):
+    for key, value in zip(FILLED_IN, said, strict=True):
         if key in worker.model_fields_set:
             continue
-        if value is not None:
+        known = before is not None and key in before.heard.found
+        if value is not None and not (known and finding is None):
             values[key] = value
             found.add(key)
-        elif before is not None and (is_silent or key in before.heard.found):
+        elif before is not None and (is_silent or known):
             values[key] = getattr(before, key)
             found |= {key} & before.heard.found
         else:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from brproxy.config import load_config
 from brproxy.deployment import Deployment, Plan
-from brproxy.discovery import fill_in
 from brproxy.findings import NOT_ASKED, completed
 from brproxy.resolving import Resolving
+from brproxy.returning import Returning
 from brproxy.validation import ConfigError
 
 log = logging.getLogger(__name__)
@@ -19,11 +19,15 @@ log = logging.getLogger(__name__)
 class Reloading:
     """Reloads ``path`` (None: the proxy was started without a file), one at a time.
 
-    ``resolving`` knows the addresses of names.
+    ``resolving`` knows the addresses of names, and ``returning`` asks workers who they are: nobody waits for
+    that, as requests can be routed without.
     """
 
-    def __init__(self, deployment: Deployment, path: Path | None, resolving: Resolving) -> None:
+    def __init__(
+        self, deployment: Deployment, path: Path | None, resolving: Resolving, returning: Returning
+    ) -> None:
         self._deployment = deployment
+        self._returning = returning
         self._resolving = resolving
         self._path = path
         self._one_at_a_time = asyncio.Lock()
@@ -65,12 +69,10 @@ class Reloading:
         file = await asyncio.to_thread(load_config, self._path)
         resolved = await self._resolving.resolved(file)
         config = resolved.config
-        if config.discovery.enabled:
-            # As at start: else what the file leaves out would go back to its defaults.
-            config = await fill_in(config, self._deployment.running)
-        else:
-            workers = completed(config.worker, NOT_ASKED, self._deployment.running())
-            config = config.model_copy(update={"worker": workers})
+        # Else what the file leaves out would go back to its defaults.
+        workers = completed(config.worker, NOT_ASKED, self._deployment.running())
+        config = config.model_copy(update={"worker": workers})
         changes = self._deployment.reload(config, str(self._path))
         self._resolving.follow(resolved)
+        self._returning.reloaded(changes)
         return changes

@@ -13,7 +13,7 @@ from functools import partial
 
 from brproxy.build import endpoint_settings
 from brproxy.config_workers import Worker
-from brproxy.deployment import Deployment
+from brproxy.deployment import Deployment, Kind, Plan
 from brproxy.discovery import find_out, tell, tell_changes
 from brproxy.findings import completed
 from brproxy.fleet import Group
@@ -23,6 +23,9 @@ from brproxy.roster import Change, Member
 from brproxy.validation import ConfigError
 
 log = logging.getLogger(__name__)
+
+ASKED_AGAIN_S = 10.0
+"""Least time between two reloads that have those asked who have never said who they are (seconds)."""
 
 
 class Returning:
@@ -41,6 +44,7 @@ class Returning:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._bugs = SparingLog(log)
+        self._silent_next_s = 0.0
         self._due.update(
             (worker.barrier_group, seat.key)
             for worker in deployment.config.worker
@@ -63,6 +67,25 @@ class Returning:
     def restarted(self, group: str, member: Member) -> None:
         """Note that the engine of a member has started anew: its checks may not have seen that."""
         self._ask(group, member.key)
+
+    def reloaded(self, changes: Plan) -> None:
+        """Note what a reload has changed: workers whose tables did are asked, as are those never heard of.
+
+        The latter not more often than once in ASKED_AGAIN_S, as they may be no engines. Who is new is asked
+        once it is healthy, as whoever comes.
+        """
+        for step in changes.steps:
+            if step.kind is Kind.LIMITS:
+                self._ask(step.worker.barrier_group, step.seat.key)
+        now_s = asyncio.get_running_loop().time()
+        if now_s < self._silent_next_s:
+            return
+        self._silent_next_s = now_s + ASKED_AGAIN_S
+        for worker in self._deployment.config.worker:
+            if worker.heard.said is None:
+                for seat in worker.seats:
+                    if (worker.barrier_group, seat.key) not in self._due:
+                        self._ask(worker.barrier_group, seat.key)
 
     def _member_changed(self, group: str, member: Member, change: Change) -> None:
         name = group, member.key

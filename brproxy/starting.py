@@ -9,7 +9,7 @@ from pathlib import Path
 from brproxy.config import Config, parse_config
 from brproxy.config_workers import Worker
 from brproxy.discovery import find_out
-from brproxy.findings import Finding, rank_words
+from brproxy.findings import FILLED_IN, Finding, completed, rank_words
 from brproxy.first_file import entries, file_text
 from brproxy.types import InvalidInputError
 
@@ -30,17 +30,22 @@ def of_urls(urls: Iterable[str]) -> Config:
 async def found_at(asked: Config) -> Config:
     """Return a configuration of the engines that answer at the URLs of ``asked``; logs a line for each.
 
-    Raises NoEngineError where none does. Nobody has to be asked again.
+    Raises NoEngineError where none does. What they hold is what they say, as with a file that leaves it out.
     """
-    findings = list((await find_out(asked)).values())
+    found = await find_out(asked)
+    findings = list(found.values())
     for finding in findings:
         if finding.identity is None:
             log.warning("left out: %s", finding_line(finding))
         else:
             log.info("%s", finding_line(finding))
     _refuse_if_none(findings)
-    workers = [entry.keys for entry in entries(findings)]
-    return parse_config({"discovery": {"enabled": False}, "worker": workers}, _SOURCE)
+    tables = [
+        {key: value for key, value in entry.keys.items() if key not in FILLED_IN}
+        for entry in entries(findings)
+    ]
+    config = parse_config({"worker": tables}, _SOURCE)
+    return config.model_copy(update={"worker": completed(config.worker, found)})
 
 
 def finding_line(finding: Finding) -> str:

@@ -119,7 +119,7 @@ KEYS = {"slots": 64, "kv_capacity_tokens": None}
 
 @given(st.lists(st.tuples(FILES, ANSWERS), min_size=1, max_size=6))
 def test_what_an_engine_has_said_is_known_whatever_it_answers_later(reloads):
-    running, last, engine = [], {}, None
+    running, last, engine, heard = [], {}, None, None
     for file, answer in reloads:
         asked = config(**file)
         identity = answer if isinstance(answer, Identity) else None
@@ -128,15 +128,21 @@ def test_what_an_engine_has_said_is_known_whatever_it_answers_later(reloads):
         if identity is not None:
             if engine not in {None, identity.engine}:
                 last = {}
-            engine = identity.engine
+            engine, heard = identity.engine, identity
         for key, default in KEYS.items():
             said = getattr(identity, key, None)
             if key in file:
                 last[key] = file[key], "file"
             elif said is not None:
                 last[key] = said, "engine"
+            elif answer == "not asked":
+                # What the file had and has no more is what the engine last said.
+                if last.get(key, (None, "engine"))[1] == "file":
+                    last.pop(key)
+                    if getattr(heard, key, None) is not None:
+                        last[key] = getattr(heard, key), "engine"
             elif answer is not None and last.get(key, (None, "engine"))[1] == "file":
-                # What the file had and has no more is better than the default only while nobody answers.
+                # It is better than the default only while nobody answers.
                 del last[key]
             assert getattr(running[0], key) == last.get(key, (default, ""))[0]
 

@@ -1,28 +1,108 @@
-"""A file that is read again while a worker does not answer: what is known of it is not lost."""
+"""A file that is read again: who is asked who it is then, and that nobody waits for an answer."""
 
+import asyncio
+
+import pytest
+
+from brproxy import returning
 from brproxy.app import running_proxy
 from brproxy.config import load_config
 from brproxy.discovery import fill_in
+from brproxy.roster import WorkerLimits
+from tests.brproxy.conftest import HANG_S
 from tests.brproxy.engine_pages import MODEL, SGLANG, models, serving
 
+ASKED = "/v1/models"
+OTHER = SGLANG | {"/v1/models": models("sglang", "other")}
 
-async def test_who_does_not_answer_a_reload_keeps_what_it_was_known_to_hold(stack, tmp_path, caplog):
-    server = await stack.enter_async_context(serving(SGLANG))
-    path = tmp_path / "brproxy.toml"
-    table = "[listen]\nport = 0\n[health]\nenabled = false\n[telemetry]\nenabled = false\n"
-    table += f'[[worker]]\nurl = "{server.url}"\nname = "a"\nengine = "sglang"\n'
-    path.write_text(table)
-    filled = await fill_in(load_config(path))
-    proxy = await stack.enter_async_context(running_proxy(filled, path=path))
-    server.pages = {}
-    assert (await proxy.reloading.reload()).steps == ()
-    assert caplog.messages[-1].endswith("no engine is there; what it held last stands in")
-    server.pages = SGLANG | {"/v1/models": models("sglang", "other")}
+
+@pytest.fixture
+def start(stack, tmp_path):
+    """Return a function that starts servers with such pages, and a proxy with the first as worker "a"."""
+
+    async def start(*pages, **settings):
+        servers = [await stack.enter_async_context(serving(each, **settings)) for each in pages]
+        path = tmp_path / "brproxy.toml"
+        write(path, {"a": servers[0].url})
+        proxy = await stack.enter_async_context(
+            running_proxy(await fill_in(load_config(path)), path=path)
+        )
+        for server in servers:
+            server.asked.clear()
+        return *servers, proxy, path
+
+    return start
+
+
+def write(path, urls, more=""):
+    text = "[listen]\nport = 0\n[health]\nenabled = false\n[telemetry]\nenabled = false\n"
+    text += f"[discovery]\ntimeout_s = {HANG_S}\n"
+    for name, url in urls.items():
+        text += f'[[worker]]\nname = "{name}"\nurl = "{url}"\nengine = "sglang"\n{more}'
+    path.write_text(text)
+
+
+async def until(is_so):
+    async with asyncio.timeout(HANG_S):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
+def limits(proxy, name):
+    (group,) = proxy.service.fleet.groups
+    return group.roster.find(name).limits
+
+
+async def test_who_has_not_changed_is_not_asked_and_what_is_known_of_it_holds(start):
+    server, proxy, path = await start(SGLANG)
+    server.pages = OTHER
+    for _ in range(3):
+        assert (await proxy.reloading.reload()).steps == ()
+    assert limits(proxy, "a") == WorkerLimits(256, 440_000, capacity_is_found=True)
+    await asyncio.sleep(0)
+    assert server.asked == []
+    write(path, {"a": server.url}, "slots = 8\n")
     await proxy.reloading.reload()
-    assert caplog.messages[-1] == f"worker a [default]: it serves other now, and served {MODEL}"
-    path.write_text(table + "slots = 8\n")
     server.pages = {}
+    await until(lambda: ASKED in server.asked)
+    write(path, {"a": server.url})
+    await proxy.reloading.reload()
+    assert limits(proxy, "a") == WorkerLimits(256, 440_000, capacity_is_found=True), "as it said last"
+
+
+async def test_whose_table_has_changed_is_asked_and_what_it_says_otherwise_is_told(start, caplog):
+    server, proxy, path = await start(SGLANG)
+    server.pages = OTHER
+    write(path, {"a": server.url}, "slots = 8\n")
     changes = await proxy.reloading.reload()
     assert list(map(str, changes.steps)) == ["limits changed a [default] (slots)"]
-    (member,) = proxy.service.fleet.groups[0].roster.members
-    assert (member.limits.slots, member.limits.kv_capacity_tokens) == (8, 440_000)
+    await until(lambda: f"worker a [default]: it serves other now, and served {MODEL}" in caplog.messages)
+    assert server.asked.count(ASKED) == 1
+    assert limits(proxy, "a") == WorkerLimits(8, 440_000, capacity_is_found=True)
+
+
+async def test_nobody_waits_for_an_answer_and_who_is_new_is_asked_once(start):
+    _, silent, other, proxy, path = await start(SGLANG, {}, OTHER, silent=[ASKED, "/version"])
+    urls = {"a": proxy.deployment.config.worker[0].url, "silent": silent.url}
+    write(path, urls)
+    # The limit for an answer is longer than any test.
+    await proxy.reloading.reload()
+    await until(lambda: True)
+    assert limits(proxy, "silent") == WorkerLimits(64, slots_are_assumed=True)
+    write(path, urls | {"other": other.url})
+    await proxy.reloading.reload()
+    assert limits(proxy, "other").slots == 64
+
+
+async def test_who_has_never_answered_is_asked_again_with_a_reload_but_not_with_each(start, monkeypatch):
+    server, proxy, _ = await start({})
+    await proxy.reloading.reload()
+    await until(lambda: server.asked.count(ASKED) == 1)
+    for _ in range(3):
+        await proxy.reloading.reload()
+    monkeypatch.setattr(returning, "ASKED_AGAIN_S", 0.0)
+    proxy.returning._silent_next_s = 0.0
+    server.pages = SGLANG
+    await proxy.reloading.reload()
+    await until(lambda: limits(proxy, "a") == WorkerLimits(256, 440_000, capacity_is_found=True))
+    assert server.asked.count(ASKED) == 2
