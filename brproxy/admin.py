@@ -21,9 +21,10 @@ from aiohttp import web
 
 from brproxy.config_sections import Admin, Listen, is_token
 from brproxy.config_workers import Worker
-from brproxy.deployment import Deployment, Plan, RefusedError, UnknownWorkerError
+from brproxy.deployment import Deployment, RefusedError, UnknownWorkerError
 from brproxy.fleet import Group
 from brproxy.listening import start_listening
+from brproxy.plans import Plan
 from brproxy.proxy import errors
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.service import Service
@@ -113,11 +114,12 @@ class AdminApi:
         return _json(_plan_row(await self._reloading.reload()))
 
     async def _list(self, _request: web.BaseRequest) -> web.Response:
-        rows = []
-        for service in self._service.groups.values():
+        rows, groups = [], []
+        for service in self._service.groups.each():
             service.driver.catch_up()
+            groups.append(group_row(service.group))
             rows += [worker_row(service.group, member) for member in service.group.roster.members]
-        return _json({"workers": rows})
+        return _json({"workers": rows, "groups": groups})
 
     async def _add(self, request: web.BaseRequest) -> web.Response:
         worker = validate(Worker, await _document(request), "worker")
@@ -139,6 +141,20 @@ class AdminApi:
         return answer
 
 
+def group_row(group: Group) -> dict[str, object]:
+    """Return what the API tells of a group."""
+    dispatcher = group.dispatcher
+    return {
+        "name": group.name,
+        "models": sorted(group.models),
+        "prefills": group.prefills,
+        "state": "leaving" if group.leaves else "active",
+        "workers": len(group.roster),
+        "requests": dispatcher.ledger.bound,
+        "waiting": len(dispatcher.waiting),
+    }
+
+
 def worker_row(group: Group, member: Member) -> dict[str, object]:
     """Return what the API tells of a worker."""
     ledger, is_gone = group.dispatcher.ledger, member.state is MemberState.GONE
@@ -146,7 +162,7 @@ def worker_row(group: Group, member: Member) -> dict[str, object]:
         "group": group.name,
         "name": member.key,
         "url": member.origin,
-        "state": "leaving" if member.leaves and not is_gone else member.state.name.lower(),
+        "state": "leaving" if (member.leaves or group.leaves) and not is_gone else member.state.name.lower(),
         "health": member.health.state.value,
         "requests": 0 if is_gone else ledger.requests[member.index],
         "kv_tokens": 0 if is_gone else ledger.kv_tokens[member.index],
@@ -158,7 +174,8 @@ def worker_row(group: Group, member: Member) -> dict[str, object]:
 
 def _plan_row(plan: Plan) -> dict[str, object]:
     return {
-        "changes": [str(step) for step in plan.steps],
+        "changes": [str(step) for step in (*plan.groups, *plan.steps)],
+        "taken_up": list(plan.changed),
         "needs_restart": list(plan.restart),
         "kept": list(plan.kept),
     }

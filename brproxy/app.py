@@ -9,39 +9,27 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from aiohttp import web
 
 from brproxy.admin import running_admin
-from brproxy.build import build_service, predictors_of, reach_of
-from brproxy.clock import Clock
+from brproxy.build import GroupBuilder, build_service, predictors_of
+from brproxy.clock import Clock, MonotonicClock
 from brproxy.config import Config
 from brproxy.config_sections import Listen
-from brproxy.config_workers import Worker
 from brproxy.deployment import Deployment
 from brproxy.discovery import fill_in
-from brproxy.fault_tolerance import RecoverySettings
 from brproxy.listening import start_listening, urls_of
-from brproxy.offsets import OffsetSettings
 from brproxy.open_files import clients_for_open_files, file_number_max, raise_open_files_limit
-from brproxy.proxy.asking import Prober, ProbeSettings
+from brproxy.parts import Parts
 from brproxy.proxy.errors import of_status
-from brproxy.proxy.fault_watch import FaultWatch, WatchSettings
 from brproxy.proxy.handlers import Handlers
-from brproxy.proxy.in_band import InBand
-from brproxy.proxy.polling import Poller, PollSettings
 from brproxy.proxy.service import Service
 from brproxy.relay.server import ClientLimits, RelayServer
 from brproxy.reloading import Reloading
-from brproxy.resolving import Resolved, Resolver, Resolving
-from brproxy.returning import Returning
-from brproxy.signals import GroupSignals
+from brproxy.resolving import Resolved, Resolver
 from brproxy.state_file import save_state
-from brproxy.telemetry.engine_metrics import EngineMetrics
-from brproxy.telemetry.fault_metrics import FaultMetrics
-from brproxy.telemetry.handover_metrics import HandoverMetrics
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +46,19 @@ class RunningProxy:
 
     service: Service
     handlers: Handlers
-    deployment: Deployment
-    reloading: Reloading
-    returning: Returning
-    resolving: Resolving
+    parts: Parts
     port: int
     admin_port: int | None
+
+    @property
+    def deployment(self) -> Deployment:
+        """Which workers there are."""
+        return self.parts.deployment
+
+    @property
+    def reloading(self) -> Reloading:
+        """Who reads the file again."""
+        return self.parts.reloading
 
 
 @asynccontextmanager
@@ -83,22 +78,11 @@ async def running_proxy(
     of it stood for by ``resolver`` (None: it has none). ``clock`` (None: the machine's) and ``listening`` are
     a simulation's own, as its event loop is.
     """
-    service = build_service(config, clock)
+    clock = clock or MonotonicClock()
+    builder = GroupBuilder(config, clock)
+    service = build_service(config, clock, builder)
     handlers = Handlers(service)
-
-    def reach(worker: Worker) -> None:
-        service.reaches[worker.url] = reach_of(worker)
-        service.bootstrap_ports[worker.url] = worker.bootstrap_port
-
-    deployment = Deployment(config, service.fleet, reach)
-    resolver = resolver or Resolver(config.discovery.timeout_s)
-    resolving = Resolving(resolver, deployment, config.discovery.resolve_interval_s)
-    settings = ProbeSettings(config.health.path, config.health.interval_s, config.health.timeout_s)
-    prober = Prober(list(service.groups.values()), service.clock, settings)
-    returning = Returning(service.fleet.groups, deployment)
-    reloading = Reloading(deployment, path, resolving, returning)
-    poller = _poller(config, service, returning)
-    faults = _fault_watch(config, service)
+    parts = Parts(config, service, builder, handlers, path, resolver)
     server = RelayServer(
         service.cors.around(handlers.handle),
         config.limits.body_bytes_max,
@@ -121,31 +105,19 @@ async def running_proxy(
     keeping = asyncio.create_task(_keep_state(config, service))
     try:
         await runner.setup()
-        if config.discovery.enabled:
-            returning.start()
-        if config.health.enabled:
-            await prober.start()
-        async with running_admin(config.admin, service, deployment, reloading) as admin_port:
+        await parts.check_workers()
+        async with running_admin(config.admin, service, parts.deployment, parts.reloading) as admin_port:
             port = await listening(runner, config.listen)
-            poller.start()
-            faults.start()
-            if config.telemetry.enabled:
-                handlers.adapters.start()
+            parts.start()
             if resolved is not None:
-                resolving.follow(resolved)
-            yield RunningProxy(
-                service, handlers, deployment, reloading, returning, resolving, port, admin_port
-            )
+                parts.resolving.follow(resolved)
+            yield RunningProxy(service, handlers, parts, port, admin_port)
         handlers.pages.draining = True
     finally:
         try:
             await runner.cleanup()
             await handlers.pages.close()
-            for group in service.groups.values():
-                if group.handover is not None:
-                    await group.handover.close()
-            for part in (prober, poller, faults, returning, resolving, handlers.adapters):
-                await part.stop()
+            await parts.stop()
         finally:
             # Also by a second signal, which ends the waiting above.
             keeping.cancel()
@@ -154,46 +126,11 @@ async def running_proxy(
 
 
 def _close(service: Service) -> None:
-    for group in service.groups.values():
+    for group in service.groups.each():
         group.driver.close()
         for endpoint in group.endpoints:
             endpoint.close()
     service.watch.close()
-
-
-def _poller(config: Config, service: Service, returning: Returning) -> Poller:
-    """Return what asks engines for their load, of no group where that is off; metrics show what they say.
-
-    ``returning`` is told who has started anew.
-    """
-    telemetry, clock = config.telemetry, service.clock
-    settings = OffsetSettings(telemetry.lag_s, telemetry.stale_s, telemetry.half_life_s)
-    groups = [
-        (each, GroupSignals(name, each.group.dispatcher.ledger, settings, partial(returning.restarted, name)))
-        for name, each in service.groups.items()
-        if telemetry.enabled
-    ]
-    for each, signals in groups:
-        # What is booked where prefill is apart is with its engine no more once it is done.
-        if not each.group.prefills:
-            each.signals = signals
-            if telemetry.in_band and each.dialect.LOAD_IN_BAND:
-                each.in_band = InBand(signals, clock)
-    service.metrics.also(EngineMetrics([signals for _, signals in groups], clock))
-    handovers = {name: each.handover.counts for name, each in service.groups.items() if each.handover}
-    service.metrics.also(HandoverMetrics(handovers))
-    polls = PollSettings(telemetry.interval_s, telemetry.timeout_s, config.limits.control_bytes_max)
-    return Poller(groups, clock, polls)
-
-
-def _fault_watch(config: Config, service: Service) -> FaultWatch:
-    """Return what watches for failed ranks, of no group where that is off; metrics show what comes of it."""
-    own = config.fault_tolerance
-    recovery = RecoverySettings(own.recovery_s, own.retries_max, own.retry_wait_s)
-    settings = WatchSettings(own.interval_s, own.timeout_s, recovery)
-    watch = FaultWatch(service.groups.values() if own.enabled else (), service.clock, settings)
-    service.metrics.also(FaultMetrics(watch.recoveries))
-    return watch
 
 
 async def _keep_state(config: Config, service: Service) -> None:

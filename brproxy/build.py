@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +21,15 @@ from brproxy.fleet import Fleet, Group
 from brproxy.health import HealthThresholds
 from brproxy.ledger import Ledger
 from brproxy.open_files import requests_for_open_files
+from brproxy.plans import by_group
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
 from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.cors import Cors
 from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
+from brproxy.proxy.groups import Groups
 from brproxy.proxy.legs.handover import Handover, HandoverLimits
-from brproxy.proxy.legs.metaserver import Metaserver
+from brproxy.proxy.legs.metaserver import Metaserver, ReadPost
 from brproxy.proxy.service import (
     BodyLimits,
     GroupService,
@@ -40,113 +42,125 @@ from brproxy.relay.endpoint import NOTHING_ELSE, Endpoint, EndpointSettings, Rea
 from brproxy.relay.hops import Hops
 from brproxy.relay.watch import Watch
 from brproxy.roster import Roster
-from brproxy.routing.policy import make_policy
+from brproxy.routing.policy import AnyPolicy, make_policy
 from brproxy.sessions import SessionLimits
 from brproxy.state_file import load_state
 from brproxy.telemetry.metrics import Metrics
 
 
-def build_group(config: Config, name: str, workers: list[Worker], seed: np.random.SeedSequence) -> Group:
-    """Build the decision core of one barrier group."""
+class GroupBuilder:
+    """Builds the barrier groups of one proxy, without members; needs a running event loop.
+
+    ``reaches`` and ``bootstrap_ports`` say how workers are reached, by URL, when they are added.
+    """
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self._seeds = np.random.SeedSequence(config.routing.seed)
+        self._clock = clock
+        self._endpoints = endpoint_settings(config)
+        self.reaches: dict[str, Reach] = {}
+        self.bootstrap_ports: dict[str, int] = {}
+
+    def build(self, config: Config, workers: Sequence[Worker]) -> list[GroupService]:
+        """Build the group of ``workers``, and the one that prefills for it, as ``config`` has them."""
+        halves: dict[str, list[Worker]] = {}
+        for worker in sorted(workers, key=lambda worker: worker.role == "prefill"):
+            halves.setdefault(worker.barrier_group, []).append(worker)
+        services = [self._service(config, name, half) for name, half in halves.items()]
+        if len(services) > 1:
+            decoding, prefilling = services
+            transfer = make_transfer(workers[0].handover)
+            decoding.handover = Handover(
+                prefilling,
+                transfer,
+                handover_limits(config, transfer),
+                self.bootstrap_ports,
+                secrets.randbelow,
+                lambda origin: Endpoint(origin, self._endpoints, NOTHING_ELSE),
+            )
+        return services
+
+    def _service(self, config: Config, name: str, workers: Sequence[Worker]) -> GroupService:
+        group = build_group(config, name, workers, self._seeds.spawn(1)[0])
+        return GroupService(
+            group,
+            GroupDriver(group, self._clock, config.routing.tick_ms / 1000),
+            make_dialect(workers[0].engine),
+            lambda member: Endpoint(
+                member.origin, self._endpoints, self.reaches.get(member.origin, NOTHING_ELSE)
+            ),
+        )
+
+    def reach(self, worker: Worker) -> None:
+        """Note how ``worker`` is reached."""
+        self.reaches[worker.url] = reach_of(worker)
+        self.bootstrap_ports[worker.url] = worker.bootstrap_port
+
+
+def build_group(config: Config, name: str, workers: Sequence[Worker], seed: np.random.SeedSequence) -> Group:
+    """Build the decision core of the barrier group that ``workers`` will be in."""
     checks = config.health
     thresholds = HealthThresholds(checks.unhealthy_after, checks.healthy_after)
     share_max = checks.ejected_share_max
     roster = Roster(thresholds, checked=checks.enabled, ejected_share_max=share_max)
-    for worker in workers:
-        join(roster, worker)
     prefills = workers[0].role == "prefill"
-    policy = config.routing.prefill_policy if prefills else config.routing.policy
     dispatcher = Dispatcher(
         Ledger(roster, checks.slow_start_s),
-        make_policy(policy, config.policy_params(policy)),
+        policy_of(config, prefills=prefills),
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
-        PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max),
+        pool_limits(config),
         name,
         # Where prefill is apart, what a decode worker has cached spares none.
-        session_limits(config) if workers[0].role == "both" else None,
+        session_limits(config) if all(worker.role == "both" for worker in workers) else None,
     )
-    return Group(name, workers[0].models, dispatcher, prefills)
+    return Group(name, workers[0].models, dispatcher, prefills, workers[0].group)
 
 
-def build_service(config: Config, clock: Clock | None = None) -> Service:
-    """Build everything behind the handlers; needs a running event loop. ``clock``: None for the machine's."""
-    seeds = np.random.SeedSequence(config.routing.seed).spawn(len(config.groups))
+def policy_of(config: Config, *, prefills: bool) -> AnyPolicy:
+    """Return the policy of a group, new; ``prefills``: of one that only prefills."""
+    name = config.routing.prefill_policy if prefills else config.routing.policy
+    return make_policy(name, config.policy_params(name))
+
+
+def build_service(config: Config, clock: Clock | None = None, builder: GroupBuilder | None = None) -> Service:
+    """Build everything behind the handlers; needs a running event loop. ``clock``: None for the machine's.
+
+    ``builder`` builds the groups (None: one that nobody else needs).
+    """
     clock = clock or MonotonicClock()
-    fleet = Fleet(
-        [
-            build_group(config, name, workers, seed)
-            for (name, workers), seed in zip(config.groups.items(), seeds, strict=True)
-        ]
-    )
+    builder = builder or GroupBuilder(config, clock)
+    services = [
+        service for workers in by_group(config.worker).values() for service in builder.build(config, workers)
+    ]
+    rosters = {service.group.name: service.group.roster for service in services}
+    for worker in config.worker:
+        builder.reach(worker)
+        join(rosters[worker.barrier_group], worker)
+    fleet = Fleet([service.group for service in services])
     if config.prediction.state_file:
         load_state(Path(config.prediction.state_file), predictors_of(fleet), config.prediction.predictor)
     metrics = Metrics(fleet)
-    limits, timeouts = config.limits, config.timeouts
-    settings = endpoint_settings(config)
-    reaches = {worker.url: reach_of(worker) for worker in config.worker}
-    bootstrap_ports = {worker.url: worker.bootstrap_port for worker in config.worker}
-    services = {
-        group.name: GroupService(
-            group,
-            GroupDriver(group, clock, config.routing.tick_ms / 1000),
-            make_dialect(config.groups[group.name][0].engine),
-            lambda member: Endpoint(member.origin, settings, reaches.get(member.origin, NOTHING_ELSE)),
-        )
-        for group in fleet.groups
-    }
-    for name, workers in config.groups.items():
-        if workers[0].role == "prefill":
-            transfer = make_transfer(workers[0].handover)
-            services[workers[0].group].handover = Handover(
-                services[name],
-                transfer,
-                _handover_limits(config, transfer),
-                bootstrap_ports,
-                secrets.randbelow,
-                lambda origin: Endpoint(origin, settings, NOTHING_ELSE),
-            )
-    watch = Watch(_look_interval_s(config), partial(_look_after, services.values()))
-    watch.also(Departures(services.values(), watch, timeouts.gone_s).look)
+    groups = Groups(fleet, services)
+    groups.follow(_Counting(metrics))
+    watch = Watch(look_interval_s(config), partial(_look_after, groups))
+    limits = config.limits
     return Service(
-        groups=services,
-        reaches=reaches,
-        bootstrap_ports=bootstrap_ports,
+        groups=groups,
+        reaches=builder.reaches,
+        bootstrap_ports=builder.bootstrap_ports,
         fleet=fleet,
         watch=watch,
+        departures=Departures(groups, watch, config.timeouts.gone_s),
         estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
         metrics=metrics,
         clock=clock,
-        limits=ServiceLimits(
-            requests_max=min(limits.requests_max, requests_for_open_files()),
-            retries_max=limits.retries_max,
-            retry_wait_s=timeouts.retry_wait_s,
-            retry_wait_s_max=timeouts.retry_wait_s_max,
-            retry_after_s=limits.retry_after_s,
-            control_timeout_s=config.health.timeout_s,
-            control_bytes_max=limits.control_bytes_max,
-            models_kept_s=limits.models_kept_s,
-            comments_s=timeouts.keepalive_comments_s,
-            failovers_max=limits.failovers_max,
-            recomputed_max=config.prefill_decode.recomputed_max,
-            kept_text_bytes_max=limits.kept_text_bytes_max,
-        ),
-        body_limits=BodyLimits(
-            bytes_max=limits.body_bytes_max,
-            upload_bytes_max=limits.upload_bytes_max,
-            stall_s=timeouts.client_stall_s,
-            whole_s=timeouts.client_body_s,
-        ),
+        limits=service_limits(config),
+        body_limits=body_limits(config),
         body_room=BodyRoom(limits.bodies_bytes_max, limits.retry_after_s),
-        relay_limits=RelayLimits(
-            first_byte_s=timeouts.first_byte_s,
-            stall_s=timeouts.stall_s,
-            paused_s_max=timeouts.paused_s_max,
-            event_bytes_max=limits.event_bytes_max,
-            response_parse_bytes_max=limits.response_parse_bytes_max,
-        ),
+        relay_limits=relay_limits(config),
         cors=Cors(config.listen.cors_origins),
-        metaserver=_metaserver(services.values(), timeouts.client_body_s),
+        metaserver=Metaserver(lambda: _post_readers(groups), config.timeouts.client_body_s),
         hops=Hops(config.forwarding.x_forwarded, via=config.forwarding.via),
         ask_usage=config.estimate.ask_usage,
         sessions=SessionReading(config.affinity.enabled, config.affinity.by_messages),
@@ -155,7 +169,89 @@ def build_service(config: Config, clock: Clock | None = None) -> Service:
     )
 
 
-def _handover_limits(config: Config, transfer: Transfer) -> HandoverLimits:
+class _Counting:
+    """Has ``metrics`` follow the groups."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def group_came(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        self._metrics.group_came(service.group)
+
+    def group_gone(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        self._metrics.group_gone(service.group)
+
+
+def service_limits(config: Config) -> ServiceLimits:
+    """Return the limits of the handlers."""
+    limits, timeouts = config.limits, config.timeouts
+    return ServiceLimits(
+        requests_max=min(limits.requests_max, requests_for_open_files()),
+        retries_max=limits.retries_max,
+        retry_wait_s=timeouts.retry_wait_s,
+        retry_wait_s_max=timeouts.retry_wait_s_max,
+        retry_after_s=limits.retry_after_s,
+        control_timeout_s=config.health.timeout_s,
+        control_bytes_max=limits.control_bytes_max,
+        models_kept_s=limits.models_kept_s,
+        comments_s=timeouts.keepalive_comments_s,
+        failovers_max=limits.failovers_max,
+        recomputed_max=config.prefill_decode.recomputed_max,
+        kept_text_bytes_max=limits.kept_text_bytes_max,
+    )
+
+
+def body_limits(config: Config) -> BodyLimits:
+    """Return the limits of one request's body."""
+    limits, timeouts = config.limits, config.timeouts
+    return BodyLimits(
+        bytes_max=limits.body_bytes_max,
+        upload_bytes_max=limits.upload_bytes_max,
+        stall_s=timeouts.client_stall_s,
+        whole_s=timeouts.client_body_s,
+    )
+
+
+def relay_limits(config: Config) -> RelayLimits:
+    """Return the limits of one response."""
+    limits, timeouts = config.limits, config.timeouts
+    return RelayLimits(
+        first_byte_s=timeouts.first_byte_s,
+        stall_s=timeouts.stall_s,
+        paused_s_max=timeouts.paused_s_max,
+        event_bytes_max=limits.event_bytes_max,
+        response_parse_bytes_max=limits.response_parse_bytes_max,
+    )
+
+
+def pool_limits(config: Config) -> PoolLimits:
+    """Return the limits of who waits in a group."""
+    return PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max)
+
+
+def settle(service: Service, config: Config) -> None:
+    """Have ``service`` take up what ``config`` says of it; see plans.is_live."""
+    service.limits = service_limits(config)
+    service.body_limits = body_limits(config)
+    service.body_room.retry_after_s = config.limits.retry_after_s
+    service.relay_limits = relay_limits(config)
+    service.departures.gone_s = config.timeouts.gone_s
+    service.watch.interval_s = look_interval_s(config)
+    for each in service.groups.each():
+        dispatcher = each.group.dispatcher
+        dispatcher.limits = pool_limits(config)
+        each.driver.tick_every(config.routing.tick_ms / 1000)
+        policy = policy_of(config, prefills=each.group.prefills)
+        if type(policy) is not type(dispatcher.policy) or policy.params != dispatcher.policy.params:
+            dispatcher.decide_by(policy)
+        if each.handover is not None:
+            each.handover.limits = handover_limits(config, each.handover.transfer)
+
+
+def handover_limits(config: Config, transfer: Transfer) -> HandoverLimits:
+    """Return the limits of requests in two legs."""
     own, listen = config.prefill_decode, config.listen
     host = listen.host if isinstance(listen.host, str) else listen.host[0]
     return HandoverLimits(
@@ -169,11 +265,10 @@ def _handover_limits(config: Config, transfer: Transfer) -> HandoverLimits:
     )
 
 
-def _metaserver(services: Iterable[GroupService], body_s: float) -> Metaserver:
-    """Return what decode workers ask for prefills."""
-    transfers = [service.handover.transfer for service in services if service.handover is not None]
-    readers = [transfer.read_post for transfer in transfers if transfer.ORDER is Order.DECODE_FIRST]
-    return Metaserver(readers, body_s)
+def _post_readers(groups: Groups) -> list[ReadPost]:
+    """Return what reads the posts of decode workers."""
+    transfers = [service.handover.transfer for service in groups.each() if service.handover is not None]
+    return [transfer.read_post for transfer in transfers if transfer.ORDER is Order.DECODE_FIRST]
 
 
 def session_limits(config: Config) -> SessionLimits | None:
@@ -197,14 +292,14 @@ def endpoint_settings(config: Config) -> EndpointSettings:
     )
 
 
-def _look_interval_s(config: Config) -> float:
+def look_interval_s(config: Config) -> float:
     """Return how often time-outs are looked at: they are late by up to that, a tenth of the shortest."""
     timeouts = config.timeouts
     return min(1.0, 0.1 * min(timeouts.first_byte_s, timeouts.stall_s, timeouts.keepalive_s))
 
 
-def _look_after(services: Iterable[GroupService], now_s: float) -> None:
-    for service in services:
+def _look_after(groups: Groups, now_s: float) -> None:
+    for service in groups.each():
         for endpoint in service.endpoints:
             endpoint.expire(now_s)
         # Nobody has to look at the load for what is unbooked to stay little.
@@ -212,5 +307,5 @@ def _look_after(services: Iterable[GroupService], now_s: float) -> None:
 
 
 def predictors_of(fleet: Fleet) -> dict[str, AnyPredictor]:
-    """Return the predictor of each group, by the group's name."""
-    return {group.name: group.dispatcher.predictor for group in fleet.groups}
+    """Return the predictor of each group that stays, by the group's name."""
+    return {group.name: group.dispatcher.predictor for group in fleet.groups if not group.leaves}

@@ -1,36 +1,21 @@
-"""What is deployed, and what is to be: the changes between two configurations, and making them. Pure.
+"""What is deployed: it follows a new configuration, and what the admin API asks, plan by plan. Pure.
 
-A worker is who has its name in its group. Its limits change in place; whatever else of it changes makes it
-another worker, which comes as the one before leaves, with what that has begun. Groups are made at start.
-
-The configuration's file wins for the workers that it names, but it does not know who is drained: who was
-drained stays so until resumed. A worker that the admin API has added stays until that removes it, or the file
-names it; one that it has removed comes back with a file that still names it. The plan says all of this.
+Groups are made, changed and ended by a ``Making``; who is in them is said here.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
-
-from pydantic import BaseModel
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 from brproxy.config import Config
-from brproxy.config_workers import Seat, Worker, common, disagreements
+from brproxy.config_workers import Seat, Worker
 from brproxy.fleet import Fleet, Group
+from brproxy.plans import GroupKind, GroupStep, Kind, Plan, Step, conflicts, limits_of, plan
 from brproxy.roster import Member, MemberState, Roster, RosterError, WorkerLimits
 from brproxy.types import BrproxyError
 from brproxy.validation import ConfigError
-
-_NUMBERED = re.compile(r"worker\[(\d+)\]")
-_NOT_OF_ITS_OWN = frozenset({"name", "model", "engine"})
-"""Keys of a worker that are its group's; and a name that is spelt out now is the same name."""
-
-
-_OF_ITS_CONNECTIONS = frozenset({"headers", "ca_file", "client_certificate_file", "client_key_file"})
-"""Keys that are read when a URL is first connected to."""
 
 
 class UnknownWorkerError(BrproxyError):
@@ -41,80 +26,23 @@ class RefusedError(BrproxyError):
     """What was asked of a worker cannot be done as things are."""
 
 
-class Kind(Enum):
-    """What happens to a worker; in this order, so that the new are there before the old leave."""
+class Making(Protocol):
+    """Has all that groups need besides their members made, changed and ended."""
 
-    ADDED = "added"
-    REPLACED = "replaced"
-    LIMITS = "limits changed"
-    REMOVED = "removed"
+    def settle(self, config: Config) -> None:
+        """Have what runs take up what ``config`` says of it."""
 
+    def begin(self, config: Config, workers: Sequence[Worker]) -> Iterable[Group]:
+        """Make a group without members, for all of ``workers``, and with it the one that prefills for it."""
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One change, of one member; ``worker`` is as it is to be, or as it was if it is removed.
+    def end(self, groups: Sequence[Group]) -> None:
+        """Have groups take no new requests, and go with the last that they have."""
 
-    ``keys`` of it changed.
-    """
+    def reach(self, worker: Worker) -> None:
+        """Note how a worker is reached that comes, or that is there and is reached otherwise from now on."""
 
-    kind: Kind
-    worker: Worker
-    seat: Seat
-    keys: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """Return the change in a few words, for the log."""
-        changed = f" ({', '.join(self.keys)})" if self.keys else ""
-        return f"{self.kind.value} {self.seat.key} [{self.worker.barrier_group}]{changed}"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The way from one configuration to the next.
-
-    ``refused`` says, a line each, why it cannot be gone: then there are no steps. ``restart`` are the keys
-    that changed and are read at start only, ``kept`` the workers that stay although the file does not name
-    them, as the admin API has added them; ``workers`` are all that there are then.
-    """
-
-    steps: tuple[Step, ...] = ()
-    restart: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
-    workers: tuple[Worker, ...] = ()
-
-    def __str__(self) -> str:
-        """Return what changes in one line."""
-        parts = [", ".join(map(str, self.steps)) or "no worker changes"]
-        if self.kept:
-            parts.append(f"added by the admin API and kept: {', '.join(self.kept)}")
-        if self.restart:
-            parts.append(f"needs a restart: {', '.join(self.restart)}")
-        return "; ".join(parts)
-
-
-def plan(old: Config, new: Config, by_admin: frozenset[str] = frozenset()) -> Plan:
-    """Return what leads from ``old``, which runs, to ``new``; ``by_admin`` are not the file's to remove."""
-    named = {worker.label for worker in new.worker}
-    kept = [worker for worker in old.worker if worker.label in by_admin - named]
-    wanted = [*new.worker, *kept]
-    refused = (*_group_changes(old.worker, wanted), *_conflicts(wanted))
-    if refused:
-        return Plan(refused=refused)
-    before, after = _by_member(old.worker), _by_member(wanted)
-    steps = [
-        step
-        for key, (worker, seat) in after.items()
-        if (step := _step(before.get(key), worker, seat)) is not None
-    ]
-    steps += [Step(Kind.REMOVED, *gone) for key, gone in before.items() if key not in after]
-    order = list(Kind)
-    return Plan(
-        tuple(sorted(steps, key=lambda step: order.index(step.kind))),
-        (*_changed_keys(old, new), *_changed_reaches(old.worker, wanted)),
-        tuple(worker.label for worker in kept),
-        workers=tuple(wanted),
-    )
+    def forget(self, workers: Sequence[Worker]) -> None:
+        """Forget how workers are reached that are none of ``workers``, and not there any more."""
 
 
 def join(roster: Roster, worker: Worker) -> list[Member]:
@@ -123,14 +51,12 @@ def join(roster: Roster, worker: Worker) -> list[Member]:
 
 
 class Deployment:
-    """What runs: ``fleet``, with the workers that ``config`` names and those that the admin API has added.
+    """What runs: ``fleet``, with the workers that ``config`` names and those that the admin API has added."""
 
-    ``reach`` is told of each worker that is about to be added, and notes how it is reached.
-    """
-
-    def __init__(self, config: Config, fleet: Fleet, reach: Callable[[Worker], None]) -> None:
+    def __init__(self, config: Config, fleet: Fleet, making: Making) -> None:
         self.config = config
-        self._reach = reach
+        self._fleet = fleet
+        self._making = making
         self.by_admin: frozenset[str] = frozenset()
         self._groups = {group.name: group for group in fleet.groups}
 
@@ -155,7 +81,7 @@ class Deployment:
 
     def running(self) -> list[Worker]:
         """Return the workers with what they hold now, also what their engines have said since they came."""
-        there = {(group.name, m.key): m for group in self._groups.values() for m in group.roster.members}
+        there = {(name, m.key): m for name, group in self._groups.items() for m in group.roster.members}
         return [_as_held(worker, there) for worker in self.config.worker]
 
     def add(self, worker: Worker) -> list[Member]:
@@ -164,12 +90,12 @@ class Deployment:
         if worker.barrier_group not in self._groups:
             known = ", ".join(sorted(self._groups))
             group = worker.barrier_group
-            msg = f"worker.group: {group!r} is no group of this proxy; groups are made at start: {known}"
+            msg = f"worker.group: {group!r} is no group of this proxy; groups come with its file: {known}"
             raise ConfigError(msg)
-        mistakes = list(_conflicts(workers))
+        mistakes = list(conflicts(workers))
         if mistakes:
             raise ConfigError("\n".join(mistakes))
-        self._reach(worker)
+        self._making.reach(worker)
         members = join(self._groups[worker.barrier_group].roster, worker)
         self._is_now(workers)
         self.by_admin |= {worker.label}
@@ -209,13 +135,17 @@ class Deployment:
     def find(self, name: str) -> tuple[Group, list[Member]]:
         """Return the members of a worker, or the one called ``name``, also one that leaves; and their group.
 
-        Raises UnknownWorkerError.
+        Raises UnknownWorkerError, and RefusedError for a worker whose group leaves.
         """
         keys = {seat.key for worker in self.config.worker if worker.label == name for seat in worker.seats}
         for group in self._groups.values():
             members = [member for member in group.roster.members if member.key in (keys or {name})]
             if members:
                 return group, members
+        for group in self._fleet.groups:
+            if any(member.key == name for member in group.roster.members):
+                msg = f"worker {name} goes with its group {group.name}, whose last requests it serves"
+                raise RefusedError(msg)
         msg = f"there is no worker {name}"
         raise UnknownWorkerError(msg)
 
@@ -224,24 +154,56 @@ class Deployment:
 
     def _follow(self, changes: Plan, source: str) -> Plan:
         """Go the way of ``changes``; raises ConfigError where it cannot be gone."""
-        if changes.refused:
+        if changes.config is None:
             raise ConfigError("\n".join(f"{source}: {reason}" for reason in changes.refused))
+        self.config = changes.config
+        if changes.changed:
+            self._making.settle(changes.config)
+        # Who is in a group that is made anew stays drained, too.
+        drained = {
+            (group.of, member.key)
+            for group in self._groups.values()
+            for member in group.roster.members
+            if member.state is MemberState.DRAINING and not member.leaves
+        }
+        made = {step.name for step in changes.groups if self._make_group(step)}
         for step in changes.steps:
             self._make(step)
-        self._is_now(changes.workers)
+            place = step.worker.group, step.seat.key
+            if place[0] in made and place in drained:
+                self._groups[step.worker.barrier_group].drain(step.seat.key)
+        self._making.forget(changes.workers)
         return changes
+
+    def _make_group(self, step: GroupStep) -> bool:
+        """Make one change of a group; return whether it is made anew."""
+        if step.kind is GroupKind.MODELS:
+            for group in self._groups.values():
+                if group.of == step.name:
+                    self._fleet.set_models(group, step.workers[0].models)
+            return False
+        if step.kind is not GroupKind.ADDED:
+            # Also the half that the new one has not.
+            old = [group for group in self._groups.values() if group.of == step.name]
+            self._making.end(old)
+            for group in old:
+                self._groups = {name: each for name, each in self._groups.items() if each is not group}
+        if step.kind is not GroupKind.REMOVED:
+            made = self._making.begin(self.config, step.workers)
+            self._groups |= {group.name: group for group in made}
+        return step.kind is GroupKind.REPLACED
 
     def _make(self, step: Step) -> None:
         worker, key, group = step.worker, step.seat.key, self._groups[step.worker.barrier_group]
-        if step.kind in {Kind.ADDED, Kind.REPLACED}:
-            self._reach(worker)
+        if step.kind in {Kind.ADDED, Kind.REPLACED, Kind.REACHED}:
+            self._making.reach(worker)
         if step.kind is Kind.ADDED:
             _seat(group.roster, worker, step.seat)
         elif step.kind is Kind.LIMITS:
             group.set_limits(key, _limits_beside(worker, group.roster.find(key).limits))
         elif step.kind is Kind.REMOVED:
             group.remove(key)
-        else:
+        elif step.kind is Kind.REPLACED:
             was_drained = group.roster.find(key).state is MemberState.DRAINING
             group.remove(key)
             _seat(group.roster, worker, step.seat)
@@ -249,7 +211,6 @@ class Deployment:
                 group.drain(key)
 
     def _is_now(self, workers: Sequence[Worker]) -> None:
-        # What is read at start only stays as it was: that it differs is said with each plan.
         self.config = self.config.model_copy(update={"worker": list(workers)})
 
 
@@ -268,87 +229,13 @@ def _as_held(worker: Worker, there: Mapping[tuple[str, str], Member]) -> Worker:
     return worker.holding(heard, kv_capacity_tokens=min(known))
 
 
-def _limits(worker: Worker) -> WorkerLimits:
-    capacity = worker.kv_capacity_tokens
-    is_found = capacity is not None and "kv_capacity_tokens" not in worker.model_fields_set
-    is_assumed = "slots" not in worker.model_fields_set | worker.heard.found
-    return WorkerLimits(worker.slots, capacity, is_found, is_assumed)
-
-
 def _limits_beside(worker: Worker, before: WorkerLimits) -> WorkerLimits:
     """Return the limits of a worker that stays: what it was seen to run at once is known still."""
-    limits = _limits(worker)
+    limits = limits_of(worker)
     if limits.slots_are_assumed and before.slots_are_assumed:
         return replace(limits, slots=max(limits.slots, before.slots))
     return limits
 
 
 def _seat(roster: Roster, worker: Worker, seat: Seat) -> Member:
-    return roster.add(seat.key, _limits(worker), worker.url, seat.lines, seat.rank)
-
-
-def _by_member(workers: Iterable[Worker]) -> dict[tuple[str, str], tuple[Worker, Seat]]:
-    """Return each member's worker and seat, by group and name."""
-    return {(worker.barrier_group, seat.key): (worker, seat) for worker in workers for seat in worker.seats}
-
-
-def _step(before: tuple[Worker, Seat] | None, worker: Worker, seat: Seat) -> Step | None:
-    """Return what makes ``before`` (None: it is not there) into ``worker``, None if nothing need be done."""
-    if before is None:
-        return Step(Kind.ADDED, worker, seat)
-    old, old_seat = before
-    keys = tuple(key for key in _changed_keys(old, worker) if key not in _NOT_OF_ITS_OWN)
-    if (old.url, old_seat.lines) != (worker.url, seat.lines):
-        return Step(Kind.REPLACED, worker, seat, keys)
-    return Step(Kind.LIMITS, worker, seat, keys) if _limits(old) != _limits(worker) else None
-
-
-def _changed_keys(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
-    """Yield the keys, as the file has them, whose values differ; but for the list of workers."""
-    for name, field in type(old).model_fields.items():
-        key = prefix + (field.alias or name)
-        before, after = getattr(old, name), getattr(new, name)
-        if before == after or key == "worker":
-            continue
-        if isinstance(before, BaseModel):
-            yield from _changed_keys(before, after, f"{key}.")
-        else:
-            yield key
-
-
-def _changed_reaches(old: Sequence[Worker], wanted: Sequence[Worker]) -> Iterator[str]:
-    """Yield the keys of workers that stay where they are which their connections were made with."""
-    before = {(worker.barrier_group, worker.label, worker.url): worker for worker in old}
-    for worker in wanted:
-        was = before.get((worker.barrier_group, worker.label, worker.url))
-        if was is not None:
-            for key in sorted(_OF_ITS_CONNECTIONS & set(_changed_keys(was, worker))):
-                yield f"worker {worker.label}: {key}"
-
-
-def _group_changes(old: Sequence[Worker], wanted: Sequence[Worker]) -> Iterator[str]:
-    """Yield what is to become of groups that can only be had by a restart."""
-    before = {worker.barrier_group: worker for worker in old}
-    after = {worker.barrier_group: worker for worker in wanted}
-    for name, worker in after.items():
-        first = before.get(name)
-        if first is None:
-            yield f"group {name!r} is new, which needs a restart; nothing was changed"
-        elif common(first) != common(worker):
-            what = "another model, engine or transfer"
-            yield f"group {name!r} has {what}, which needs a restart; nothing was changed"
-    for name in sorted(before.keys() - after.keys()):
-        yield f"group {name!r} is gone, which needs a restart; nothing was changed"
-
-
-def _conflicts(workers: Sequence[Worker]) -> Iterator[str]:
-    """Yield what is wrong with workers of the admin API beside the file's, which agree by themselves."""
-    for found in disagreements(workers):
-        if not found.keys:
-            yield found.text
-            continue
-        position, *keys = found.keys
-        label = workers[int(position)].label
-        # Nobody knows the workers by their numbers here.
-        text = _NUMBERED.sub(lambda number: f"worker {workers[int(number[1])].label}", found.text)
-        yield f"worker {label}{''.join(f'.{key}' for key in keys)}: {text}"
+    return roster.add(seat.key, limits_of(worker), worker.url, seat.lines, seat.rank)

@@ -100,6 +100,11 @@ class Dispatcher:
         self._policy_is_broken = False
         self.roster.observe(self._member_changed)
 
+    def decide_by(self, policy: AnyPolicy) -> None:
+        """Have another policy decide from the next round on."""
+        self.policy = policy
+        self._foresight.look_by(policy)
+
     def entry(self, request_id: RequestId) -> Entry:
         """Return the entry of a request that waits or is bound; raises LifecycleError once it has ended."""
         entry = self.ledger.find(request_id) or self.waiting.find(request_id)
@@ -184,8 +189,7 @@ class Dispatcher:
         """Bind a waiting request to ``worker``; raises LifecycleError, and as Ledger.bind."""
         entry = self.entry(request_id)
         self.ledger.bind(entry, worker, now_s, prospect)
-        self.waiting.leave(entry)
-        self.happenings.bound(entry, now_s - entry.waiting_since_s)
+        self._is_bound(entry, now_s)
 
     def retry(self, request_id: RequestId, now_s: float) -> None:
         """Have a request wait again, before all others, and remember the worker that failed it."""
@@ -291,8 +295,11 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - a request is served without a prospect, too
             self.faults.note("predictor", error)
             self.ledger.bind(entry, worker, now_s)
-        self.waiting.leave(entry)
         self.admitted.append(entry)
+        self._is_bound(entry, now_s)
+
+    def _is_bound(self, entry: Entry, now_s: float) -> None:
+        self.waiting.leave(entry)
         self.happenings.bound(entry, now_s - entry.waiting_since_s)
 
     def _route(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from brproxy.dispatcher import Dispatcher
-from brproxy.roster import Member, Roster, WorkerLimits
+from brproxy.roster import Member, Roster, WorkerLimits, name_of_leaving
 from brproxy.types import InvalidInputError
 
 
@@ -18,17 +18,24 @@ class UnknownModelError(InvalidInputError):
     """No barrier group serves the requested model."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Group:
     """One barrier group: its name, its models (empty: any) and its dispatcher, which has the roster.
 
-    ``prefills``: it only prefills, for another group; no request is for it.
+    ``prefills``: it only prefills, for another group; no request is for it. ``of``: the group in the
+    configuration that it is, or prefills for. ``leaves``: it takes no new requests and goes with its last.
     """
 
     name: str
     models: frozenset[str]
     dispatcher: Dispatcher
     prefills: bool = False
+    of: str = ""
+    leaves: bool = False
+
+    def __post_init__(self) -> None:
+        """Be the configuration's group of that name where nothing else is said."""
+        self.of = self.of or self.name
 
     @property
     def roster(self) -> Roster:
@@ -73,15 +80,52 @@ class Group:
 
 
 class Fleet:
-    """All barrier groups behind one proxy."""
+    """All barrier groups behind one proxy, as they come and go."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
-        self._serving = tuple(group for group in groups if not group.prefills)
+        self._index()
+
+    def add(self, group: Group) -> None:
+        """Have a group serve requests from now on; raises InvalidInputError for a name that is taken.
+
+        One that leaves gives its name away.
+        """
+        before = next((each for each in self.groups if each.name == group.name), None)
+        if before is not None:
+            if not before.leaves:
+                msg = f"there is a group {group.name} already"
+                raise InvalidInputError(msg)
+            before.name = self._name_of_leaving(before)
+        self.groups = (*self.groups, group)
+        self._index()
+
+    def retire(self, group: Group) -> None:
+        """Have a group be chosen for no request any more, and be called a leaving one."""
+        group.leaves = True
+        group.name = self._name_of_leaving(group)
+        self._index()
+
+    def forget(self, group: Group) -> None:
+        """Let go of a group that has gone."""
+        self.groups = tuple(each for each in self.groups if each is not group)
+        self._index()
+
+    def set_models(self, group: Group, models: frozenset[str]) -> None:
+        """Have a group serve ``models`` from now on; what it has of others it keeps."""
+        group.models = models
+        self._index()
+
+    def _name_of_leaving(self, group: Group) -> str:
+        return name_of_leaving(group.name, {each.name for each in self.groups})
+
+    def _index(self) -> None:
+        """Work out which groups serve which model."""
+        self._serving = tuple(group for group in self.groups if not (group.prefills or group.leaves))
         self._of_any_model = tuple(group for group in self._serving if not group.models)
         models = {model for group in self._serving for model in group.models}
-        self._of_model = {model: tuple(g for g in self._serving if g.serves(model)) for model in models}
-        self._of_model[""] = self._serving
+        of_model = {model: tuple(g for g in self._serving if g.serves(model)) for model in models}
+        self._of_model = of_model | {"": self._serving}
 
     @property
     def ready(self) -> bool:

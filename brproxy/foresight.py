@@ -56,6 +56,11 @@ class Foresight:
         self._discounts_now = _NO_LOOKAHEAD
         self._turnover_steps = 1.0
 
+    def look_by(self, policy: AnyPolicy) -> None:
+        """Look as far ahead as another policy wants to see, from now on."""
+        self._policy = policy
+        self._discounts_for = None
+
     def discounts(self) -> tuple[FloatArray, float]:
         """Return the policy's discounts for the traffic as it is, and the turnover in steps."""
         part = "predictor"

@@ -7,8 +7,9 @@ import logging
 from pathlib import Path
 
 from brproxy.config import load_config
-from brproxy.deployment import Deployment, Plan
+from brproxy.deployment import Deployment
 from brproxy.findings import NOT_ASKED, completed
+from brproxy.plans import Plan
 from brproxy.resolving import Resolving
 from brproxy.returning import Returning
 from brproxy.validation import ConfigError

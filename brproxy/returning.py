@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from brproxy.build import endpoint_settings
 from brproxy.config_workers import Worker
-from brproxy.deployment import Deployment, Kind, Plan
+from brproxy.deployment import Deployment
 from brproxy.discovery import find_out, tell, tell_changes
 from brproxy.findings import completed
 from brproxy.fleet import Group
 from brproxy.health import Health
 from brproxy.logs import SparingLog
+from brproxy.plans import Kind, Plan
+from brproxy.proxy.groups import Groups
+from brproxy.proxy.service import GroupService
 from brproxy.roster import Change, Member
 from brproxy.validation import ConfigError
 
@@ -35,7 +38,8 @@ class Returning:
     did not answer when it was asked before, once it is healthy; and whoever has ``restarted``.
     """
 
-    def __init__(self, groups: Iterable[Group], deployment: Deployment) -> None:
+    def __init__(self, groups: Groups, deployment: Deployment) -> None:
+        self._groups = groups
         self._deployment = deployment
         self._settings = endpoint_settings(deployment.config)
         # Who is asked as soon as it is healthy, and who is to be asked in the next round.
@@ -51,8 +55,9 @@ class Returning:
             if worker.heard.is_silent
             for seat in worker.seats
         )
-        for group in groups:
-            group.roster.observe(partial(self._member_changed, group.name))
+        for service in groups.each():
+            self.group_came(service)
+        groups.follow(self)
 
     def start(self) -> None:
         """Begin to ask."""
@@ -64,9 +69,17 @@ class Returning:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def restarted(self, group: str, member: Member) -> None:
+    def group_came(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        service.group.roster.observe(partial(self._member_changed, service.group))
+
+    def group_gone(self, service: GroupService) -> None:
+        """See groups.Follower: nobody of it is due any more."""
+
+    def restarted(self, group: Group, member: Member) -> None:
         """Note that the engine of a member has started anew: its checks may not have seen that."""
-        self._ask(group, member.key)
+        if not group.leaves:
+            self._ask(group.name, member.key)
 
     def reloaded(self, changes: Plan) -> None:
         """Note what a reload has changed: workers whose tables did are asked, as are those never heard of.
@@ -74,21 +87,30 @@ class Returning:
         The latter not more often than once in ASKED_AGAIN_S, as they may be no engines. Who is new is asked
         once it is healthy, as whoever comes.
         """
-        for step in changes.steps:
-            if step.kind is Kind.LIMITS:
-                self._ask(step.worker.barrier_group, step.seat.key)
+        names = {
+            (step.worker.barrier_group, step.seat.key)
+            for step in changes.steps
+            if step.kind in {Kind.LIMITS, Kind.REACHED}
+        }
         now_s = asyncio.get_running_loop().time()
-        if now_s < self._silent_next_s:
-            return
-        self._silent_next_s = now_s + ASKED_AGAIN_S
-        for worker in self._deployment.config.worker:
-            if worker.heard.said is None:
-                for seat in worker.seats:
-                    if (worker.barrier_group, seat.key) not in self._due:
-                        self._ask(worker.barrier_group, seat.key)
+        if now_s >= self._silent_next_s:
+            self._silent_next_s = now_s + ASKED_AGAIN_S
+            names |= {
+                (worker.barrier_group, seat.key)
+                for worker in self._deployment.config.worker
+                if worker.heard.said is None
+                for seat in worker.seats
+            }
+        for service in self._groups.each():
+            group = service.group
+            for member in () if group.leaves else group.roster.members:
+                if (group.name, member.key) in names and member.health.state is Health.HEALTHY:
+                    self._ask(group.name, member.key)
 
-    def _member_changed(self, group: str, member: Member, change: Change) -> None:
-        name = group, member.key
+    def _member_changed(self, group: Group, member: Member, change: Change) -> None:
+        if group.leaves:
+            return
+        name = group.name, member.key
         if change in {Change.ADDED, Change.UNHEALTHY}:
             self._due.add(name)
         elif change is Change.GONE:

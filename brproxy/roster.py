@@ -121,6 +121,12 @@ class Member:
 Observer = Callable[[Member, Change], None]
 
 
+def name_of_leaving(name: str, taken: Collection[str]) -> str:
+    """Return what a member or a group called ``name`` is called from now on, as its name may be another's."""
+    names = (f"{name} (leaving{'' if number == 1 else f' {number}'})" for number in count(1))
+    return next(each for each in names if each not in taken)
+
+
 class Roster:
     """The members of one barrier group. Without active checks (``checked``) each starts HEALTHY.
 
@@ -219,7 +225,7 @@ class Roster:
                 before.leaves = False
                 self.resume(key)
                 return self.set_limits(key, limits)
-            before.key = self._name_of_leaving(key)
+            before.key = name_of_leaving(key, {member.key for member in self.members})
         health = HealthTracker(self._thresholds)
         if not self._checked:
             health.record(ok=True, reason="health checks are off", now_s=0.0)
@@ -324,12 +330,6 @@ class Roster:
             self.place = np.zeros(len(self._members), dtype=np.int64)
             self.place[present] = np.arange(len(present))
         self._tell(member, change)
-
-    def _name_of_leaving(self, key: str) -> str:
-        """Return what a member called ``key`` is called from now on, as another takes its name."""
-        taken = {member.key for member in self.members}
-        names = (f"{key} (leaving{'' if number == 1 else f' {number}'})" for number in count(1))
-        return next(name for name in names if name not in taken)
 
     def _mask(self) -> tuple[bool, ...]:
         active = [member for member in self._members if member.state is MemberState.ACTIVE]

@@ -26,11 +26,15 @@ class Rounds:
 
     def __init__(self, dispatcher: Dispatcher, tick_s: float, now_s: Callable[[], float]) -> None:
         self._dispatcher = dispatcher
+        self.tick_every(tick_s)
+        self._now_s = now_s
+        self.due_s: float | None = None
+
+    def tick_every(self, tick_s: float) -> None:
+        """Run rounds ``tick_s`` (seconds) apart from the next one on."""
         self._tick_s = tick_s
         # A loop that is busy runs its timers late: that is no reason to call the group stuck.
         self._late_s = max(_LATE_S_MIN, _LATE_TICKS * tick_s)
-        self._now_s = now_s
-        self.due_s: float | None = None
 
     @property
     def is_open(self) -> bool:

@@ -78,12 +78,10 @@ class GroupSignals:
 
     def __init__(
         self,
-        name: str,
         ledger: Ledger,
         settings: OffsetSettings,
         restarted: Callable[[Member], None] = lambda _: None,
     ) -> None:
-        self.name = name
         self._restarted = restarted
         self._ledger = ledger
         self._roster = ledger.roster

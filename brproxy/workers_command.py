@@ -25,6 +25,11 @@ _RELOAD_S = 60.0
 
 _WORDS = ("group", "name", "url", "state", "health")
 _NUMBERS = ("requests", "slots", "kv_tokens", "kv_capacity_tokens")
+_OF_GROUPS = ("group", "state")
+_GROUP_NUMBERS = ("workers", "requests", "waiting")
+
+Keys = tuple[str, ...]
+"""Names of columns, as the API has them."""
 
 workers_command = typer.Typer(
     help="List, add, drain, resume and remove the workers of a running proxy, over its admin API.",
@@ -110,22 +115,30 @@ def _mistakes(content: Any) -> list[str]:
 
 @workers_command.command("list")
 def list_workers(config: _Config = None, url: _Url = "", token_file: _TokenFile = "") -> None:
-    """List the workers: state, health, and what is booked for each."""
-    rows = AdminClient(config, url, token_file).ask(HTTPMethod.GET, "workers")["workers"]
-    for line in _table(rows):
+    """List the workers (state, health, and what is booked for each), and the groups that they are in."""
+    answer = AdminClient(config, url, token_file).ask(HTTPMethod.GET, "workers")
+    workers = [
+        row | {"reason": "" if row["health"] == "healthy" else row["reason"]} for row in answer["workers"]
+    ]
+    groups = [
+        row | {"group": row["name"], "models": ", ".join(row["models"]) or "any"} for row in answer["groups"]
+    ]
+    for line in _table(workers, _WORDS, _NUMBERS, "reason"):
+        typer.echo(line)
+    typer.echo("")
+    for line in _table(groups, _OF_GROUPS, _GROUP_NUMBERS, "models"):
         typer.echo(line)
 
 
-def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield a line for the names of the columns and one for each worker; numbers stand to the right."""
-    lines = [{key: key.removesuffix("_tokens") for key in (*_WORDS, *_NUMBERS)}]
+def _table(rows: list[dict[str, Any]], words: Keys, numbers: Keys, last: str) -> Iterator[str]:
+    """Yield a line for the names of the columns and one for each row; numbers stand to the right."""
+    lines = [{key: key.removesuffix("_tokens") for key in (*words, *numbers)}]
     lines += [{key: "-" if row[key] is None else str(row[key]) for key in lines[0]} for row in rows]
     width = {key: max(len(line[key]) for line in lines) for key in lines[0]}
-    for line, row in zip(lines, [None, *rows], strict=True):
-        cells = [line[key].ljust(width[key]) for key in _WORDS]
-        cells += [line[key].rjust(width[key]) for key in _NUMBERS]
-        reason = "reason" if row is None else "" if row["health"] == "healthy" else row["reason"]
-        yield "  ".join([*cells, reason]).rstrip()
+    for line, row in zip(lines, [{last: last}, *rows], strict=True):
+        cells = [line[key].ljust(width[key]) for key in words]
+        cells += [line[key].rjust(width[key]) for key in numbers]
+        yield "  ".join([*cells, row[last]]).rstrip()
 
 
 @workers_command.command()
@@ -180,6 +193,8 @@ def reload(config: _Config = None, url: _Url = "", token_file: _TokenFile = "") 
     answer = AdminClient(config, url, token_file).ask(HTTPMethod.POST, "reload")
     for change in answer["changes"] or ["no worker changes"]:
         typer.echo(change)
+    for key in answer["taken_up"]:
+        typer.echo(f"{key} changed")
     for key in answer["needs_restart"]:
         typer.echo(f"{key} changed, which needs a restart")
     for name in answer["kept"]:

@@ -76,30 +76,24 @@ ALLOWED = {
     "discovery": {"build", "config", "config_workers", "engines", "findings", "origins", "proxy", "relay"},
     "starting": {"types", "config", "config_workers", "discovery", "findings", "first_file"},
     "open_files": set(),
-    "deployment": {"types", "config", "config_workers", "dispatcher", "fleet", "roster", "validation"},
+    "plans": {"config", "config_workers", "roster"},
+    "deployment": {"types", "config", "config_workers", "fleet", "plans", "roster", "validation"},
     "addresses": {"config_workers", "origins"},
     "resolving": {"addresses", "config", "config_workers", "deployment", "logs", "origins", "validation"},
-    "reloading": {"resolving", "config", "deployment", "discovery", "findings", "validation"},
+    "reloading": {"resolving", "returning", "config", "deployment", "findings", "plans", "validation"},
     "returning": {"build", "config_workers", "deployment", "discovery", "findings", "fleet", "health", "logs"}
-    | {"roster", "validation"},
+    | {"plans", "proxy", "roster", "validation"},
     "admin": {"config_sections", "config_workers", "deployment", "reloading", "listening", "validation"}
-    | {"types", "fleet", "roster", "proxy", "relay"},
+    | {"types", "fleet", "plans", "roster", "proxy", "relay"},
+    "making": {"build", "config", "config_workers", "fleet", "prediction", "proxy"},
+    "parts": {"build", "config", "deployment", "making", "reloading", "resolving", "returning", "proxy"}
+    | {"offsets", "signals", "telemetry", "fault_tolerance"},
     "workers_command": {"types", "admin", "config", "config_sections", "origins"},
     "build": CORE
-    | {"deployment"}
+    | {"deployment", "plans"}
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},
     "app": {"build", "clock", "config", "config_sections", "listening", "open_files", "proxy", "relay"}
-    | {
-        "state_file",
-        "discovery",
-        "admin",
-        "config_workers",
-        "deployment",
-        "reloading",
-        "returning",
-        "resolving",
-    }
-    | {"offsets", "signals", "telemetry", "fault_tolerance"},
+    | {"state_file", "discovery", "admin", "deployment", "parts", "reloading", "resolving"},
     "cli": CORE
     | {
         "engines",

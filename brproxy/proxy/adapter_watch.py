@@ -19,7 +19,9 @@ from brproxy.engines.identity import MODELS, identify
 from brproxy.logs import SparingLog
 from brproxy.proxy import errors
 from brproxy.proxy.asking import Question, ask
+from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.collect import Reply
+from brproxy.proxy.posts import read_post
 from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
@@ -51,8 +53,8 @@ class AdapterWatch:
     def start(self) -> None:
         """Begin to ask: nobody waits for the first answers."""
         self._is_running = True
-        for group in self._service.groups.values():
-            group.group.roster.observe(partial(self._member_changed, group))
+        for group in self._service.groups.each():
+            self.group_came(group)
             for endpoint in group.endpoints:
                 self._ask_later(group, endpoint)
 
@@ -64,26 +66,28 @@ class AdapterWatch:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def group_came(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        service.group.roster.observe(partial(self._member_changed, service))
+
+    def group_gone(self, service: GroupService) -> None:
+        """See groups.Follower: questions to its workers end with their connections."""
+
     async def page(self, request: web.BaseRequest) -> web.Response:
         """Pass a request on to every worker; answer with the first failure, or the last success.
 
         Which workers are asked: those of the groups that serve ``base_model_name``, without it all.
         """
         service, limits = self._service, self._service.limits
-        length = request.content_length
-        if length is None or length > BYTES_MAX:
-            message = f"The body must have a length, of {BYTES_MAX} bytes at most."
-            return errors.bad_request(message).response(request.path)
         try:
-            async with asyncio.timeout(service.body_limits.whole_s):
-                body = await request.read()
-        except TimeoutError:
-            return errors.bad_request("The body did not come in time.").response(request.path)
+            body = await read_post(request, BYTES_MAX, service.body_limits.whole_s)
+        except ProxyError as error:
+            return error.response(request.path)
         base = read_json(body).document.get("base_model_name")
         asked = [
             (group, endpoint)
-            for group in service.groups.values()
-            if group.group.serves(base if isinstance(base, str) else "")
+            for group in service.groups.each()
+            if not group.group.leaves and group.group.serves(base if isinstance(base, str) else "")
             for endpoint in group.endpoints
         ]
         lines = _IDENTITY + _credentials(request.raw_headers)

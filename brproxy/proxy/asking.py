@@ -148,9 +148,9 @@ class Prober:
     """
 
     def __init__(self, services: list[GroupService], clock: Clock, settings: ProbeSettings) -> None:
-        self._services = services
+        self._services = list(services)
         self._clock = clock
-        self._settings = settings
+        self.settings = settings
         self._tasks: dict[Endpoint, asyncio.Task[None]] = {}
         self._not_asked = SparingLog(log)
         self._bugs = SparingLog(log)
@@ -159,15 +159,25 @@ class Prober:
     async def start(self) -> None:
         """Check every server once, so that traffic need not wait for the first interval; then go on."""
         # First of all, so that nobody who comes during the first checks is missed.
+        self._is_running = True
         for service in self._services:
             service.group.roster.observe(partial(self._member_changed, service))
-        self._is_running = True
         endpoints = [(service, endpoint) for service in self._services for endpoint in service.endpoints]
         await asyncio.gather(*(self._check(service, endpoint) for service, endpoint in endpoints))
         for position, (service, endpoint) in enumerate(endpoints):
             if endpoint not in self._tasks:
                 # Spread over the interval, so that a large group is not asked all at one instant.
-                self._begin(service, endpoint, self._settings.interval_s * (1 + position / len(endpoints)))
+                self._begin(service, endpoint, self.settings.interval_s * (1 + position / len(endpoints)))
+
+    def group_came(self, service: GroupService) -> None:
+        """See groups.Follower; before the start it is one of those that are checked first."""
+        self._services.append(service)
+        if self._is_running:
+            service.group.roster.observe(partial(self._member_changed, service))
+
+    def group_gone(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        self._services.remove(service)
 
     async def stop(self) -> None:
         """End all checks."""
@@ -204,12 +214,12 @@ class Prober:
         await asyncio.sleep(delay_s)
         while True:
             await self._check(service, endpoint)
-            await asyncio.sleep(self._settings.interval_s)
+            await asyncio.sleep(self.settings.interval_s)
 
     async def _check(self, service: GroupService, endpoint: Endpoint) -> None:
-        path = self._settings.path or service.dialect.HEALTH_PATH
+        path = self.settings.path or service.dialect.HEALTH_PATH
         try:
-            result = await probe(endpoint, path, self._settings.timeout_s)
+            result = await probe(endpoint, path, self.settings.timeout_s)
         except Exception as error:  # noqa: BLE001 - logged; else nobody would check this worker again
             self._bugs.log(logging.ERROR, "the check of %s failed", endpoint.origin, exc_info=error)
             return

@@ -34,6 +34,8 @@ class Comments:
 
     def __init__(self, service: Service, incoming: Incoming, sink: ClientSink) -> None:
         self._service = service
+        # As long as it waits, whatever a reload says.
+        self._interval_s = service.limits.comments_s
         self._incoming = incoming
         self._sink = sink
         self._timer: asyncio.TimerHandle | None = None
@@ -59,7 +61,7 @@ class Comments:
 
     def _comment_later(self) -> None:
         loop = self._service.watch.loop
-        self._timer = loop.call_later(self._service.limits.comments_s, self._comment)
+        self._timer = loop.call_later(self._interval_s, self._comment)
 
     def _comment(self) -> None:
         """Send a comment, unless it would come between what a worker says, or pile up unread."""

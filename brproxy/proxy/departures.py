@@ -7,36 +7,44 @@ signs together: it refuses new connections, and is silent on the old ones. Then 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from brproxy.proxy.exchange.deciding import WorkerAnswer
+from brproxy.proxy.groups import Groups
 from brproxy.proxy.service import GroupService
 from brproxy.relay.watch import Watch
 from brproxy.roster import Change, Member
 
 
 class Departures:
-    """Tells the answers of ``services`` when their worker goes out or, silent for ``gone_s``, is gone."""
+    """Tells the answers of ``groups`` when their worker goes out or, silent for ``gone_s``, is gone."""
 
-    def __init__(self, services: Iterable[GroupService], watch: Watch, gone_s: float) -> None:
-        self._services = tuple(services)
+    def __init__(self, groups: Groups, watch: Watch, gone_s: float) -> None:
+        self._groups = groups
         self._watch = watch
-        self._gone_s = gone_s
-        for service in self._services:
-            service.group.roster.observe(self._member_changed)
+        self.gone_s = gone_s
+        for service in groups.each():
+            self.group_came(service)
+        groups.follow(self)
+        watch.also(self.look)
+
+    def group_came(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        service.group.roster.observe(self._member_changed)
+
+    def group_gone(self, service: GroupService) -> None:
+        """See groups.Follower: nobody of it has answers any more."""
 
     def look(self, now_s: float) -> None:
-        """Look for workers that are gone; to be called about once a second, at ``now_s`` of the loop."""
+        """Look for workers that are gone, at ``now_s`` of the loop, as the watch does."""
         gone = {
             member
-            for service in self._services
+            for service in self._groups.each()
             for member in service.group.roster.members
             if member.refuses_since_s is not None
         }
         if not gone:
             return
         for answer in self._answers():
-            if answer.member in gone and answer.silent_s(now_s) >= self._gone_s:
+            if answer.member in gone and answer.silent_s(now_s) >= self.gone_s:
                 answer.worker_gone(f"{answer.member.key} refuses connections and is silent")
 
     def _member_changed(self, member: Member, change: Change) -> None:

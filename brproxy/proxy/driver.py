@@ -34,6 +34,13 @@ class NoWorkerError(WaitExpiredError):
     """A request waited for longer than the limit because no worker was healthy."""
 
 
+class GroupGoneError(NoWorkerError):
+    """A request is for a group that was removed while it waited."""
+
+    def __init__(self, group: str) -> None:
+        BrproxyError.__init__(self, f"the group {group} was removed")
+
+
 class DecisionFailedError(BrproxyError):
     """No decision can be made on a request: the fault is the proxy's own."""
 
@@ -53,12 +60,15 @@ class GroupDriver:
         self._waiters: dict[RequestId, asyncio.Future[WorkerIndex]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._growth: list[Callable[[], None]] = []
+        self._is_closed = False
 
     def admit(self, request: PendingRequest, avoid: frozenset[WorkerIndex] = NOBODY) -> Lease:
-        """Put a request into the pool; raises PoolFullError or PromptTooLongError.
+        """Put a request into the pool; raises PoolFullError, PromptTooLongError or GroupGoneError.
 
         It goes to none of ``avoid`` before that has come back.
         """
+        if self._is_closed:
+            raise GroupGoneError(self.group.name)
         return Lease(self, self._dispatcher.enter(request, self.clock.now_s(), avoid))
 
     def decide_now(self, entry: Entry) -> None:
@@ -129,8 +139,13 @@ class GroupDriver:
             self._faults.note("round", DecisionFailedError("requests waited, and no round was due"))
             self._run_round()
 
+    def tick_every(self, tick_s: float) -> None:
+        """Have rounds ``tick_s`` (seconds) apart from the next one on."""
+        self._rounds.tick_every(tick_s)
+
     def close(self) -> None:
-        """Stop ticking; whatever still waits is left to its handlers."""
+        """Stop ticking, and admit nobody; whatever still waits is left to its handlers."""
+        self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -56,47 +55,66 @@ class WatchSettings:
 
 
 class FaultWatch:
-    """Looks at each of ``services`` whose engine has fault tolerance for as long as it runs: a task each.
+    """Looks at the groups that it is told of whose engine has fault tolerance, while it runs: a task each."""
 
-    ``recoveries`` are by the group's name.
-    """
-
-    def __init__(self, services: Iterable[GroupService], clock: Clock, settings: WatchSettings) -> None:
-        self._services = {each.group.name: each for each in services if each.dialect.TELLS_FAULTS}
+    def __init__(self, clock: Clock, settings: WatchSettings) -> None:
         self._clock = clock
         self._settings = settings
-        self._tasks: list[asyncio.Task[None]] = []
+        self._recoveries: dict[GroupService, Recovery] = {}
+        self._tasks: dict[GroupService, asyncio.Task[None]] = {}
         self._without: set[str] = set()
         self._bugs = SparingLog(log)
-        self.recoveries = {name: Recovery(settings.recovery) for name in self._services}
+        self._is_running = False
+
+    @property
+    def recoveries(self) -> dict[str, Recovery]:
+        """How each group stands, by its name."""
+        return {service.group.name: recovery for service, recovery in self._recoveries.items()}
 
     def start(self) -> None:
         """Begin to look."""
-        self._tasks = [asyncio.create_task(self._run(name)) for name in self._services]
+        self._is_running = True
+        self._tasks = {service: asyncio.create_task(self._run(service)) for service in self._recoveries}
+
+    def group_came(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        if service.dialect.TELLS_FAULTS:
+            self._recoveries[service] = Recovery(self._settings.recovery)
+            if self._is_running:
+                self._tasks[service] = asyncio.create_task(self._run(service))
+
+    def group_gone(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        self._recoveries.pop(service, None)
+        if service in self._tasks:
+            self._tasks.pop(service).cancel()
 
     async def stop(self) -> None:
         """End all looks; ranks that wait then are told nothing more."""
-        for task in self._tasks:
+        self._is_running = False
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, name: str) -> None:
+    async def _run(self, service: GroupService) -> None:
         while True:
             try:
-                await self._look(name)
+                await self._look(service)
             except Exception as error:  # noqa: BLE001 - logged; else nobody would look at this group again
-                self._bugs.log(logging.ERROR, "looking for faults of group %s failed", name, exc_info=error)
+                text = "looking for faults of group %s failed"
+                self._bugs.log(logging.ERROR, text, service.group.name, exc_info=error)
             await asyncio.sleep(self._settings.interval_s)
 
-    async def _look(self, name: str) -> None:
-        service, recovery = self._services[name], self.recoveries[name]
+    async def _look(self, service: GroupService) -> None:
+        recovery = self._recoveries[service]
         endpoints = {endpoint.origin: endpoint for endpoint in service.endpoints}
         answers = await asyncio.gather(*(self._ask(endpoint) for endpoint in endpoints.values()))
         reports = {origin: each for origin, each in zip(endpoints, answers, strict=True) if each is not None}
         action = recovery.look(reports, self._clock.now_s())
         ids = dict.fromkeys(action.tell, "")
         try:
-            _say(name, action, reports)
+            _say(service.group.name, action, reports)
             for origin, endpoint in endpoints.items():
                 self._judge(service, endpoint, reports.get(origin), _HELD if recovery.holds else "")
             given = await asyncio.gather(*(self._tell(endpoints[origin]) for origin in action.tell))

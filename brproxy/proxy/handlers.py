@@ -19,7 +19,7 @@ from brproxy.proxy.going_on import FailoverAttempts, run_split_in_parts
 from brproxy.proxy.incoming import Reader
 from brproxy.proxy.legs.split import run_split
 from brproxy.proxy.pages import MODELS_PATH, Page, Pages
-from brproxy.proxy.service import Service
+from brproxy.proxy.service import GroupService, Service
 from brproxy.proxy.upload import Upload
 from brproxy.relay.client import Client
 from brproxy.relay.errors import ClientGoneError, UnknownExpectationError
@@ -35,10 +35,27 @@ class Handlers:
         dialect: Dialect = make_dialect("openai")
         self._reader = Reader(service, dialect)
         self._requests = 0
-        self._attempts, self._split = _ways(service)
+        self._attempts: type[Attempts]
+        self._split: Split
         self.pages = Pages(service)
         self.adapters = AdapterWatch(service)
         self.pages.by_path |= dict.fromkeys(PATHS, Page(frozenset({"POST"}), self.adapters.page))
+        self.look_at_settings()
+
+    def look_at_settings(self) -> None:
+        """Have requests answered as the limits and the groups that are there now want it."""
+        self._attempts, self._split = _ways(self._service)
+        self.pages.look_at_settings()
+
+    def group_came(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        self.look_at_settings()
+        self.adapters.group_came(service)
+
+    def group_gone(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        self.look_at_settings()
+        self.adapters.group_gone(service)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer ``request``."""

@@ -46,7 +46,6 @@ class Reader:
         self._ids = RequestIds()
         self._hops = service.hops
         self._dropped = not_to_workers(service.hops.names)
-        self._several_groups = len(service.groups) > 1
 
     async def read(self, request: web.BaseRequest, client: Client, upload: Upload) -> Incoming:
         """Read a request; raises ProxyError or InvalidInputError for what can be no request here."""
@@ -54,7 +53,7 @@ class Reader:
         path = request.path if target is client.target else path_of(target)
         fields = request_fields(request.raw_headers, self._dropped)
         if not upload.take_whole():
-            await upload.read(fields.media_type, names_group=self._several_groups)
+            await upload.read(fields.media_type, names_group=len(self._service.groups) > 1)
         facts = self._dialect.read_request(
             path,
             client.method,
@@ -63,7 +62,7 @@ class Reader:
             hashes=self._service.hash_prompts,
             session=self._asked(fields) if self._service.sessions.are_read else None,
         )
-        if facts.malformed and self._several_groups:
+        if facts.malformed and len(self._service.groups) > 1:
             # With one group the engine says it in its own words; with several nobody knows whose.
             raise InvalidInputError(facts.malformed)
         request_id = fields.known.get(REQUEST_ID) or self._ids.next()

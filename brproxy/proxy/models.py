@@ -68,7 +68,7 @@ class ModelList:
 
     def __init__(self, asked: Callable[[], Sequence[tuple[Endpoint, str]]], limits: ModelLimits) -> None:
         self._asked = asked
-        self._limits = limits
+        self.limits = limits
         self._loop = asyncio.get_running_loop()
         self._kept: OrderedDict[bytes, tuple[float, Answer]] = OrderedDict()
         self._asking: dict[bytes, asyncio.Task[Answer]] = {}
@@ -86,7 +86,7 @@ class ModelList:
         if task is None:
             if len(self._asking) >= ASKED_AT_ONCE_MAX:
                 reason = f"{len(self._asking)} clients ask for models already"
-                raise errors.pool_full(reason, self._limits.retry_after_s)
+                raise errors.pool_full(reason, self.limits.retry_after_s)
             task = self._asking[key] = self._loop.create_task(self._ask_all(key, lines))
             task.add_done_callback(lambda done: self._forget(key, done))
         # One client that leaves takes nothing from the others.
@@ -106,7 +106,7 @@ class ModelList:
             done.exception()
 
     async def _ask_all(self, key: bytes, lines: bytes) -> Answer:
-        limits = self._limits
+        limits = self.limits
         asked = {(endpoint.origin, path): endpoint for endpoint, path in self._asked()}
         together = asyncio.Semaphore(ASKED_AT_ONCE_MAX)
 
@@ -133,11 +133,11 @@ class ModelList:
         return answer
 
     def _keep(self, key: bytes, answer: Answer) -> None:
-        self._kept[key] = (self._loop.time() + self._limits.kept_s, answer)
+        self._kept[key] = (self._loop.time() + self.limits.kept_s, answer)
         self._kept.move_to_end(key)
         while len(self._kept) > KEPT_MAX or (
             len(self._kept) > 1
-            and sum(len(kept.body) for _, kept in self._kept.values()) > 4 * self._limits.bytes_max
+            and sum(len(kept.body) for _, kept in self._kept.values()) > 4 * self.limits.bytes_max
         ):
             self._kept.popitem(last=False)
 
@@ -146,7 +146,7 @@ class ModelList:
         models: dict[str, bytes] = {}
         first: Reply | None = None
         for reply in replies:
-            listed = listed_models(reply, self._limits.bytes_max)
+            listed = listed_models(reply, self.limits.bytes_max)
             if listed is not None:
                 first = first or reply
                 for name, entry in listed.items():

@@ -39,13 +39,7 @@ class Pages:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        limits = service.limits
-        self._model_list = ModelList(
-            self._routable,
-            ModelLimits(
-                limits.control_timeout_s, limits.control_bytes_max, limits.models_kept_s, limits.retry_after_s
-            ),
-        )
+        self._model_list = ModelList(self._routable, _model_limits(service))
         self.draining = False
         self.by_path: dict[str, Page] = {
             "/health": Page(_READ, self._health),
@@ -53,8 +47,15 @@ class Pages:
             "/metrics": Page(_READ, self._metrics),
             MODELS_PATH: Page(_READ, self._models),
         }
-        if service.metaserver.is_used:
-            self.by_path[METASERVER_PATH] = Page(frozenset({"POST"}), service.metaserver.page)
+        self.look_at_settings()
+
+    def look_at_settings(self) -> None:
+        """Take up limits as they are now, and have the page that decode workers post to while some do."""
+        self._model_list.limits = _model_limits(self._service)
+        metaserver = self._service.metaserver
+        self.by_path.pop(METASERVER_PATH, None)
+        if metaserver.is_used:
+            self.by_path[METASERVER_PATH] = Page(frozenset({"POST"}), metaserver.page)
 
     async def _health(self, _request: web.BaseRequest) -> web.Response:
         """200 as long as the process answers."""
@@ -113,8 +114,8 @@ class Pages:
         """Return the endpoint of every worker that may be chosen, and where it lists its models."""
         return [
             (service.endpoint(member.index), service.dialect.MODELS_PATH)
-            for service in self._service.groups.values()
-            if not service.group.prefills
+            for service in self._service.groups.each()
+            if not (service.group.prefills or service.group.leaves)
             for member in service.group.roster.members
             if member.is_routable
         ]
@@ -122,3 +123,10 @@ class Pages:
     async def close(self) -> None:
         """End what is being asked for a page."""
         await self._model_list.close()
+
+
+def _model_limits(service: Service) -> ModelLimits:
+    limits = service.limits
+    return ModelLimits(
+        limits.control_timeout_s, limits.control_bytes_max, limits.models_kept_s, limits.retry_after_s
+    )

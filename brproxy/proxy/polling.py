@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -42,14 +42,18 @@ class NoPageError(Exception):
 
 
 class Poller:
-    """Asks every endpoint of ``groups`` for as long as it runs: one task for each."""
+    """Asks every endpoint of the groups that it is told of for as long as it runs: one task for each.
+
+    ``signals_of`` makes what takes in the answers of a group.
+    """
 
     def __init__(
-        self, groups: list[tuple[GroupService, GroupSignals]], clock: Clock, settings: PollSettings
+        self, signals_of: Callable[[GroupService], GroupSignals], clock: Clock, settings: PollSettings
     ) -> None:
-        self._groups = groups
+        self._signals_of = signals_of
+        self._groups: dict[GroupService, GroupSignals] = {}
         self._clock = clock
-        self._settings = settings
+        self.settings = settings
         self._tasks: dict[Endpoint, asyncio.Task[None]] = {}
         self._failed = SparingLog(log)
         self._bugs = SparingLog(log)
@@ -58,17 +62,30 @@ class Poller:
     def start(self) -> None:
         """Begin: nobody waits for the first answers, as requests can be served without."""
         self._is_running = True
-        for service, signals in self._groups:
+        for service, signals in self._groups.items():
             if not service.dialect.LOAD_PATH:
                 text = "group %s: its engine has no page of its load, the booked load alone stands in"
-                log.info(text, signals.name)
-            else:
-                service.group.roster.observe(partial(self._member_changed, service, signals))
-                endpoints = service.endpoints
-                for position, endpoint in enumerate(endpoints):
-                    # Spread over the interval, so that not all pages have to be read at one instant.
-                    spread_s = self._settings.interval_s * position / len(endpoints)
-                    self._begin(service, signals, endpoint, spread_s)
+                log.info(text, service.group.name)
+                continue
+            endpoints = service.endpoints
+            for position, endpoint in enumerate(endpoints):
+                # Spread over the interval, so that not all pages have to be read at one instant.
+                spread_s = self.settings.interval_s * position / len(endpoints)
+                self._begin(service, signals, endpoint, spread_s)
+
+    def signals(self) -> dict[str, GroupSignals]:
+        """Return what the engines of each group have said, by the group's name."""
+        return {service.group.name: signals for service, signals in self._groups.items()}
+
+    def group_came(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        signals = self._groups[service] = self._signals_of(service)
+        if service.dialect.LOAD_PATH:
+            service.group.roster.observe(partial(self._member_changed, service, signals))
+
+    def group_gone(self, service: GroupService) -> None:
+        """See groups.Follower."""
+        del self._groups[service]
 
     async def stop(self) -> None:
         """End all questions."""
@@ -83,6 +100,9 @@ class Poller:
     ) -> None:
         if change is Change.ADDED:
             self._begin(service, signals, service.endpoint(member.index))
+        elif change is Change.GONE:
+            for endpoint in [left for left in self._tasks if left.is_closed]:
+                self._tasks.pop(endpoint).cancel()
 
     def _begin(
         self, service: GroupService, signals: GroupSignals, endpoint: Endpoint, spread_s: float = 0.0
@@ -108,9 +128,8 @@ class Poller:
                         logging.ERROR, "asking %s for its load failed", endpoint.origin, exc_info=error
                     )
             signals.settle(members, self._clock.now_s())
-            await asyncio.sleep(self._settings.interval_s + spread_s)
+            await asyncio.sleep(self.settings.interval_s + spread_s)
             spread_s = 0.0
-        del self._tasks[endpoint]
 
     async def _poll(
         self, service: GroupService, signals: GroupSignals, endpoint: Endpoint, members: Sequence[Member]
@@ -123,7 +142,7 @@ class Poller:
         # So that the books have what streamed until now.
         service.driver.catch_up()
         signals.asked(members, self._clock.now_s())
-        path, settings = service.dialect.LOAD_PATH, self._settings
+        path, settings = service.dialect.LOAD_PATH, self.settings
         question = Question(path, settings.timeout_s, settings.bytes_max)
         try:
             reply = await ask(endpoint, question)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,8 @@ from brproxy.telemetry.metrics import Metrics
 from brproxy.types import WorkerIndex
 
 if TYPE_CHECKING:
+    from brproxy.proxy.departures import Departures
+    from brproxy.proxy.groups import Groups
     from brproxy.proxy.in_band import InBand
     from brproxy.proxy.legs.handover import Handover
     from brproxy.proxy.legs.metaserver import Metaserver
@@ -99,6 +101,12 @@ class GroupService:
         """Take a server out for what it says of itself, until ``reason`` is ""; return as ``record``."""
         roster = self.group.roster
         return [each for each in tuple(self.behind(endpoint)) if roster.accuse(each, reason, now_s)]
+
+    def reached_otherwise(self, origin: str, reach: Reach) -> None:
+        """Have ``origin`` be reached by ``reach`` from the next request on, if a member is there."""
+        endpoint = self._shared.get(origin)
+        if endpoint is not None:
+            endpoint.reach_by(reach)
 
     def _member_changed(self, member: Member, change: Change) -> None:
         if change is Change.ADDED:
@@ -177,19 +185,20 @@ class SessionReading:
     by_messages: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Service:
     """Everything behind the handlers; ``groups`` are by name.
 
     ``reaches`` and ``bootstrap_ports`` are by origin: what a worker needs besides that is noted here before
-    it is added. ``metaserver``: where decode workers ask for prefills.
+    it is added. ``metaserver``: where decode workers ask for prefills. Limits are others after a reload.
     """
 
-    groups: Mapping[str, GroupService]
+    groups: Groups
     reaches: dict[str, Reach]
     bootstrap_ports: dict[str, int]
     fleet: Fleet
     watch: Watch
+    departures: Departures
     estimator: TokenEstimator
     metrics: Metrics
     clock: Clock
@@ -208,11 +217,14 @@ class Service:
     def choose(self, model: str) -> GroupService:
         """Return the group for a request; raises UnknownModelError."""
         try:
-            return self.groups[self.fleet.choose(model).name]
+            return self.groups.of(self.fleet.choose(model))
         except UnknownModelError:
             # An adapter is a model that no configuration names.
-            having = [group for group in self.groups.values() if model in group.adapters.names]
-            having = [group for group in having if not group.group.prefills]
+            having = [
+                service
+                for service in self.groups.each()
+                if model in service.adapters.names and not (service.group.prefills or service.group.leaves)
+            ]
             if not having:
                 raise
-            return min(having, key=lambda group: group.group.pressure)
+            return min(having, key=lambda service: service.group.pressure)

@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from brproxy.origins import read_worker_url
 from brproxy.relay.connection import WorkerConnection
@@ -96,22 +97,40 @@ class Endpoint:
     def __init__(self, origin: str, settings: EndpointSettings, reach: Reach = NOTHING_ELSE) -> None:
         parts, self._base = read_worker_url(origin)
         self.origin = origin
-        own = b"".join(b"\r\n%b: %b" % field for field in reach.fields)
-        self.host_field = parts.authority.encode("ascii") + own
-        self._replaced = lines_named(name for name, _ in reach.fields) if reach.fields else None
-        self.is_plain = not self._base and self._replaced is None
+        self._authority = parts.authority.encode("ascii")
+        self._is_tls = parts.scheme == "https"
+        self._tls: ssl.SSLContext | None = None
         self._address = (parts.host, parts.port)
-        # Now, not with the first request: nobody waits for it yet.
-        self._tls = settings.shared.tls(reach.tls) if parts.scheme == "https" else None
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._idle: deque[WorkerConnection] = deque()
         self._is_closed = False
+        self.reach_by(reach)
         settings.shared.endpoints[self] = None
 
     def __repr__(self) -> str:
         """Show the state in one line, for tests and logs."""
         return f"<Endpoint {self.origin} idle={sum(c.is_idle for c in self._idle)}>"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed for good: nobody is behind it any more."""
+        return self._is_closed
+
+    def reach_by(self, reach: Reach) -> None:
+        """Be reached by ``reach`` from the next request on; raises TlsFileError, and has changed nothing.
+
+        Connections that were made with other files of TLS are used for what they are used for now only.
+        """
+        # Now, not with the first request: nobody waits for it yet.
+        tls = self._settings.shared.tls(reach.tls) if self._is_tls else None
+        own = b"".join(b"\r\n%b: %b" % field for field in reach.fields)
+        self.host_field = self._authority + own
+        self._replaced = lines_named(name for name, _ in reach.fields) if reach.fields else None
+        self.is_plain = not self._base and self._replaced is None
+        if tls is not self._tls:
+            self._tls = tls
+            self.close_idle()
 
     def adapted(self, target: str, lines: bytes) -> tuple[str, bytes]:
         """Return a target and header lines as they go there: below its base, without what it replaces."""
@@ -186,11 +205,12 @@ class Endpoint:
         return connection
 
     def _protocol(self) -> WorkerConnection:
-        return WorkerConnection(self.origin, self._settings.head_bytes_max, self._keep, self._loop)
+        keep = partial(self._keep, self._tls)
+        return WorkerConnection(self.origin, self._settings.head_bytes_max, keep, self._loop)
 
-    def _keep(self, connection: WorkerConnection) -> None:
+    def _keep(self, tls: ssl.SSLContext | None, connection: WorkerConnection) -> None:
         # Nobody looks after what a closed one keeps.
-        if self._is_closed or len(self._idle) >= self._settings.idle_max:
+        if self._is_closed or tls is not self._tls or len(self._idle) >= self._settings.idle_max:
             connection.abandon()
             return
         # Not get_running_loop: it asks the system for the process id, each time.

@@ -30,10 +30,10 @@ class Watched(Protocol):
 
 
 class Watch:
-    """Looks after everything added to it, every ``interval_s``, and calls each of ``also`` at each look."""
+    """Looks after everything added to it every ``interval_s`` (seconds), and calls each of ``also`` then."""
 
     def __init__(self, interval_s: float, *also: Callable[[float], None]) -> None:
-        self._interval_s = interval_s
+        self.interval_s = interval_s
         self._also = list(also)
         # In the order of coming: one of a set would be another in every run.
         self._watched: dict[Watched, None] = {}
@@ -62,7 +62,7 @@ class Watch:
         self._timer.cancel()
 
     def _look(self) -> None:
-        self._timer = self.loop.call_later(self._interval_s, self._look)
+        self._timer = self.loop.call_later(self.interval_s, self._look)
         now_s = self.loop.time()
         late = []
         for watched in self._watched:

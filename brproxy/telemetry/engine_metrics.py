@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -26,9 +26,9 @@ _GAUGES: tuple[tuple[str, str, Callable[[LoadReport], int | None]], ...] = (
 
 
 class EngineMetrics(Collector):
-    """What is known of the members of ``groups``, read when somebody scrapes."""
+    """What is known of the members of ``groups``, by name as they are then, read when somebody scrapes."""
 
-    def __init__(self, groups: Sequence[GroupSignals], clock: Clock) -> None:
+    def __init__(self, groups: Callable[[], Mapping[str, GroupSignals]], clock: Clock) -> None:
         self._groups = groups
         self._clock = clock
 
@@ -58,20 +58,20 @@ class EngineMetrics(Collector):
         in_band = CounterMetricFamily(
             "brproxy_engine_in_band", "Reports of load that came with responses", labels=["group", "result"]
         )
-        for group in self._groups:
-            kept.add_metric([group.name], group.silences_kept)
+        for name, group in self._groups().items():
+            kept.add_metric([name], group.silences_kept)
             for result, count in group.in_band.items():
-                in_band.add_metric([group.name, result], count)
+                in_band.add_metric([name, result], count)
         yield from (kept, in_band)
 
     def _drift(self) -> Iterator[Metric]:
         offset = GaugeMetricFamily(
             "brproxy_worker_offset_kv_tokens", "Load taken up beside what is booked", labels=_LABELS
         )
-        for group in self._groups:
+        for name, group in self._groups().items():
             offsets = group.offsets()
             for member, _ in group.known():
-                offset.add_metric([group.name, member.key], offsets[member.index])
+                offset.add_metric([name, member.key], offsets[member.index])
         yield offset
 
     def _quality(self) -> Iterator[Metric]:
@@ -95,6 +95,6 @@ class EngineMetrics(Collector):
         yield from (age, missing, renamed)
 
     def _workers(self) -> Iterator[tuple[list[str], WorkerSignals]]:
-        for group in self._groups:
+        for name, group in self._groups().items():
             for member, signals in group.known():
-                yield [group.name, member.key], signals
+                yield [name, member.key], signals

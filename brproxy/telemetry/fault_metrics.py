@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -19,21 +19,22 @@ _FAMILIES = {
 
 
 class FaultMetrics(Collector):
-    """``recoveries`` are by the name of the group; no group, no series."""
+    """``recoveries`` gives them by the name of the group; no group, no series."""
 
-    def __init__(self, recoveries: Mapping[str, Recovery]) -> None:
+    def __init__(self, recoveries: Callable[[], Mapping[str, Recovery]]) -> None:
         self._recoveries = recoveries
 
     def collect(self) -> Iterator[Metric]:
         """Yield a family for each thing that is counted, and whether a group has a fault now."""
-        if not self._recoveries:
+        recoveries = self._recoveries()
+        if not recoveries:
             return
         for name, (event, text) in _FAMILIES.items():
             family = CounterMetricFamily(f"brproxy_fault_{name}", text, labels=["group"])
-            for group, recovery in self._recoveries.items():
+            for group, recovery in recoveries.items():
                 family.add_metric([group], recovery.counts[event])
             yield family
         active = GaugeMetricFamily("brproxy_fault_active", "1 while a fault is not over", labels=["group"])
-        for group, recovery in self._recoveries.items():
+        for group, recovery in recoveries.items():
             active.add_metric([group], recovery.state is not State.WELL)
         yield active

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -20,16 +20,17 @@ _FAMILIES = {
 
 
 class HandoverMetrics(Collector):
-    """``counts`` are by the name of the group that decodes, and by what has happened."""
+    """``counts`` gives them by the name of the group that decodes, and by what has happened."""
 
-    def __init__(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+    def __init__(self, counts: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
         self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
         """Yield a family for each thing that is counted, none where no group has workers that prefill."""
+        groups = self._counts()
         for what, text in _FAMILIES.items():
             family = CounterMetricFamily(f"brproxy_prefills_{what}", text, labels=["group"])
-            for group, counts in self._counts.items():
+            for group, counts in groups.items():
                 family.add_metric([group], counts[what])
-            if self._counts:
+            if groups:
                 yield family

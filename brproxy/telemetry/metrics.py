@@ -105,14 +105,27 @@ class GroupMetrics(Observer):
 
 
 class Metrics(Collector):
-    """The metrics of one proxy, and their exposition; ``groups`` are by name."""
+    """The metrics of one proxy, and their exposition; the series of a group end when it goes."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._rejected: Counter[str] = Counter()
-        self.groups = {group.name: GroupMetrics(group) for group in fleet.groups}
+        self._groups = {group: GroupMetrics(group) for group in fleet.groups}
         self._registry = CollectorRegistry()
         self._registry.register(self)
+
+    @property
+    def groups(self) -> dict[str, GroupMetrics]:
+        """What has happened in each group, by the name that it has now."""
+        return {group.name: metrics for group, metrics in self._groups.items()}
+
+    def group_came(self, group: Group) -> None:
+        """Begin to count what happens in a group."""
+        self._groups[group] = GroupMetrics(group)
+
+    def group_gone(self, group: Group) -> None:
+        """Forget what has happened in a group."""
+        del self._groups[group]
 
     def exposition(self) -> bytes:
         """Return everything in the Prometheus text format."""

@@ -126,8 +126,7 @@ def test_what_an_engine_has_said_is_known_whatever_it_answers_later(reloads):
         findings = NOT_ASKED if answer == "not asked" else {URL: Finding(URL, identity, "silence")}
         running = completed(asked.worker, findings, running)
         if identity is not None:
-            if engine not in {None, identity.engine}:
-                last = {}
+            last = last if engine in {None, identity.engine} else {}
             engine, heard = identity.engine, identity
         for key, default in KEYS.items():
             said = getattr(identity, key, None)
@@ -135,15 +134,12 @@ def test_what_an_engine_has_said_is_known_whatever_it_answers_later(reloads):
                 last[key] = file[key], "file"
             elif said is not None:
                 last[key] = said, "engine"
-            elif answer == "not asked":
-                # What the file had and has no more is what the engine last said.
-                if last.get(key, (None, "engine"))[1] == "file":
-                    last.pop(key)
-                    if getattr(heard, key, None) is not None:
-                        last[key] = getattr(heard, key), "engine"
             elif answer is not None and last.get(key, (None, "engine"))[1] == "file":
-                # It is better than the default only while nobody answers.
+                # What the file had and has no more is better than the default only while nobody answers; who
+                # is not asked would say what it said last.
                 del last[key]
+                if answer == "not asked" and getattr(heard, key, None) is not None:
+                    last[key] = getattr(heard, key), "engine"
             assert getattr(running[0], key) == last.get(key, (default, ""))[0]
 
 

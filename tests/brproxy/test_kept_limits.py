@@ -2,7 +2,7 @@
 
 from brproxy.findings import NOT_ASKED, Finding, completed
 from brproxy.roster import WorkerLimits
-from tests.brproxy.test_deployment import config_of, deployment_of, the, worker
+from tests.brproxy.deployments import config_of, deployment_of, the, worker
 
 
 def test_what_a_worker_was_seen_to_run_at_once_outlasts_a_reload_until_somebody_says_its_slots():

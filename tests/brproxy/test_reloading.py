@@ -24,9 +24,7 @@ def start(stack, tmp_path):
         servers = [await stack.enter_async_context(serving(each, **settings)) for each in pages]
         path = tmp_path / "brproxy.toml"
         write(path, {"a": servers[0].url})
-        proxy = await stack.enter_async_context(
-            running_proxy(await fill_in(load_config(path)), path=path)
-        )
+        proxy = await stack.enter_async_context(running_proxy(await fill_in(load_config(path)), path=path))
         for server in servers:
             server.asked.clear()
         return *servers, proxy, path
@@ -101,7 +99,7 @@ async def test_who_has_never_answered_is_asked_again_with_a_reload_but_not_with_
     for _ in range(3):
         await proxy.reloading.reload()
     monkeypatch.setattr(returning, "ASKED_AGAIN_S", 0.0)
-    proxy.returning._silent_next_s = 0.0
+    proxy.parts.returning._silent_next_s = 0.0
     server.pages = SGLANG
     await proxy.reloading.reload()
     await until(lambda: limits(proxy, "a") == WorkerLimits(256, 440_000, capacity_is_found=True))

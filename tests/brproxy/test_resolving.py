@@ -104,7 +104,7 @@ async def test_a_resolver_that_fails_changes_nothing_and_is_told_once(start, cap
     proxy, _ = await start(dns)
     dns.addresses = []
     for _ in range(3):
-        await proxy.resolving.look()
+        await proxy.parts.resolving.look()
     await proxy.reloading.reload()
     assert names(proxy) == ["p@10.0.0.1"]
     told = [message for message in caplog.messages if "look up" in message]
@@ -154,7 +154,7 @@ async def test_a_reload_follows_names_that_are_new_and_forgets_those_that_are_go
     await proxy.reloading.reload()
     assert names(proxy) == ["p"]
     dns.asked.clear()
-    await proxy.resolving.look()
+    await proxy.parts.resolving.look()
     assert (names(proxy), dns.asked) == (["p"], [])
 
 

@@ -132,7 +132,7 @@ async def test_one_that_has_started_anew_is_asked_though_its_checks_saw_nothing(
     server, proxy, roster = await start(SGLANG)
     await until(lambda: roster.member(0).is_routable)
     server.pages = OTHER
-    proxy.returning.restarted("default", roster.member(0))
+    proxy.parts.returning.restarted(proxy.service.fleet.groups[0], roster.member(0))
     await until(lambda: roster.member(0).limits.slots == 64)
 
 

@@ -24,7 +24,7 @@ class Group:
     def __init__(self, *limits):
         self.ledger = Ledger(Roster.of(limits or [WorkerLimits(8)]))
         self.roster = self.ledger.roster
-        self.signals = GroupSignals("g", self.ledger, OffsetSettings())
+        self.signals = GroupSignals(self.ledger, OffsetSettings())
         self.now_s = 0.0
 
     def poll(self, reports, times=1, renamed=None):
@@ -241,7 +241,7 @@ def test_metrics_have_a_series_for_what_was_said_and_none_for_what_was_not():
     clock.advance_to(5.0)
     found = {
         (sample.name.removeprefix("brproxy_"), *sorted(sample.labels.values())): sample.value
-        for family in EngineMetrics([group.signals], clock).collect()
+        for family in EngineMetrics(lambda: {"g": group.signals}, clock).collect()
         for sample in family.samples
     }
     missing = {"0": {*VLLM_WANTED} - {"running"}, "1": {*VLLM_WANTED} - {"kv_capacity_tokens"}}

@@ -69,9 +69,12 @@ async def test_every_command(config, serve):
     code, out, _ = await ask("list")
     header, *rows = [line.split() for line in out.splitlines() if line.strip()]
     assert (code, header[:5]) == (0, ["group", "name", "url", "state", "health"])
-    assert [row[:5] for row in rows] == [
+    *workers, names, group = rows
+    assert [row[:5] for row in workers] == [
         ["default", f"dp-{i}", DEAD[i], "active", "healthy"] for i in range(2)
     ]
+    assert names == ["group", "state", "workers", "requests", "waiting", "models"]
+    assert group == ["default", "active", "2", "0", "0", "any"]
     expected = [
         (("add", DEAD[2], "name=late", "slots=3"), (0, "worker late [default]: added\n", "")),
         (

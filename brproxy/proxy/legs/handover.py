@@ -127,6 +127,10 @@ class Handover:
         """Ask again who a worker is that prefills: it may be another by now."""
         self._pages.pop(worker, None)
 
+    def forget_pages(self) -> None:
+        """Ask all workers that prefill again who they are, as they may be reached otherwise."""
+        self._pages.clear()
+
     def is_out(self, worker: WorkerIndex) -> bool:
         """Tell whether a worker was taken out: what it has prefilled is not to be had."""
         member = self.group.member(worker)
@@ -197,6 +201,15 @@ class Handover:
         """Tell whether one more prompt may be freed by a decode leg now."""
         return self.transfer.frees_by_decode() and len(self._tasks) < self.limits.free_at_once_max
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is done in the background, or prefilled beside a decode leg."""
+        return bool(self._tasks or self._running)
+
+    def end_prefills(self) -> None:
+        """End what is prefilled beside decode legs, as if the workers were out."""
+        self._end_prefills(self._running.values())
+
     async def close(self) -> None:
         """End what is done in the background."""
         for task in tuple(self._tasks):
@@ -211,9 +224,12 @@ class Handover:
             # As those that come now, they are not split.
             self.group.driver.give_up(NotPrefilledError("no worker that prefills is left"))
         if change is Change.UNHEALTHY and self.is_out(member.index):
-            for scope, other in self._running.items():
-                if other is member and not scope.expired():
-                    scope.reschedule(asyncio.get_running_loop().time())
+            self._end_prefills([member])
+
+    def _end_prefills(self, members: Collection[Member]) -> None:
+        for scope, member in self._running.items():
+            if member in members and not scope.expired():
+                scope.reschedule(asyncio.get_running_loop().time())
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Protocol
 
 import orjson
 from aiohttp import web
+
+from brproxy.proxy.errors import ProxyError
+from brproxy.proxy.posts import read_post
 
 PATH = "/v1/metaserver"
 NAME = "leg"
@@ -33,18 +35,19 @@ class Metaserver:
     """Who waits, by name: the transfer's, which is in the URL that a decode worker gets, and the request's.
 
     Decode workers that drop a URL's query say the request's id, which is not one request's alone where two
-    clients give the same: then the first has it. ``body_s`` is the limit for a post to come (seconds).
+    clients give the same: then the first has it. ``readers`` are of the groups that are there, ``body_s`` is
+    the limit for a post to come (seconds).
     """
 
-    def __init__(self, readers: Sequence[ReadPost], body_s: float) -> None:
-        self._readers = tuple(readers)
+    def __init__(self, readers: Callable[[], Sequence[ReadPost]], body_s: float) -> None:
+        self._readers = readers
         self._body_s = body_s
         self._waiting: dict[str, WaitsForPrefill] = {}
 
     @property
     def is_used(self) -> bool:
         """Whether there are posts that can be read."""
-        return bool(self._readers)
+        return bool(self._readers())
 
     def __len__(self) -> int:
         """Return the names that are waited for."""
@@ -66,17 +69,11 @@ class Metaserver:
 
         200; 400 for what is no post, 408 for one that does not come, 404 for an unknown request, 502.
         """
-        length = request.content_length
-        if length is None or length > BYTES_MAX:
-            return _answer(
-                HTTPStatus.BAD_REQUEST, f"must be JSON with a length, of {BYTES_MAX} bytes at most"
-            )
         try:
-            async with asyncio.timeout(self._body_s):
-                body = await request.read()
-        except TimeoutError:
-            return _answer(HTTPStatus.REQUEST_TIMEOUT, f"did not come within {self._body_s:g} s")
-        post = next(filter(None, (read(body) for read in self._readers)), None)
+            body = await read_post(request, BYTES_MAX, self._body_s)
+        except ProxyError as error:
+            return _answer(error.status, str(error))
+        post = next(filter(None, (read(body) for read in self._readers())), None)
         if post is None:
             return _answer(HTTPStatus.BAD_REQUEST, "must be a JSON object with request_id and where KV goes")
         name, params = post
@@ -87,6 +84,6 @@ class Metaserver:
         return _answer(HTTPStatus.BAD_GATEWAY if failure else HTTPStatus.OK, failure)
 
 
-def _answer(status: HTTPStatus, message: str) -> web.Response:
+def _answer(status: int, message: str) -> web.Response:
     body = {"status": "error", "message": message} if message else {"status": "ok"}
     return web.Response(status=status, body=orjson.dumps(body), content_type="application/json")
