@@ -64,9 +64,10 @@ class GroupBuilder:
     def build(self, config: Config, workers: Sequence[Worker]) -> list[GroupService]:
         """Build the group of ``workers``, and the one that prefills for it, as ``config`` has them."""
         halves: dict[str, list[Worker]] = {}
-        for worker in sorted(workers, key=lambda worker: worker.role == "prefill"):
+        for worker in workers:
             halves.setdefault(worker.barrier_group, []).append(worker)
         services = [self._service(config, name, half) for name, half in halves.items()]
+        services.sort(key=lambda service: service.group.prefills)
         if len(services) > 1:
             decoding, prefilling = services
             transfer = make_transfer(workers[0].handover)

@@ -6,6 +6,9 @@ import ssl
 import pytest
 import trustme
 
+from brproxy.config import parse_config
+from brproxy.validation import ConfigError
+
 DOCUMENT = {"model": "emulated", "prompt": "x", "max_tokens": 1}
 OWN = {"Authorization": "Bearer worker", "X-Own": "1"}
 
@@ -139,3 +142,26 @@ async def test_without_one_of_them_there_is_no_connection(missing, tls_worker, f
         del given["client_key_file"]
     proxy = await start_proxy([], workers=[{"url": tls_worker, **given}], limits={"retries_max": 0})
     assert (await ask(client, proxy))[0] == 502
+
+
+async def test_other_files_count_for_new_connections_and_no_older_one_is_kept(
+    tls_worker, files, start_proxy, client, until
+):
+    unknown = {"ca_file": files["ca_file"]}
+    proxy = await start_proxy([], workers=[{"url": tls_worker, **unknown}], limits={"retries_max": 0})
+    deployment = proxy.running.deployment
+
+    def reload(given):
+        config = parse_config({"worker": [{"url": tls_worker, **given}]}, "test")
+        return deployment.change(config.worker, "test")
+
+    (endpoint,) = proxy.running.service.groups["default"].endpoints
+    for given, status in ((files, 200), (unknown, 502), (files, 200)):
+        changes = reload(given)
+        assert "reached otherwise" in str(changes)
+        assert endpoint.take_idle() is None, "it was made with other files"
+        assert (await ask(client, proxy))[0] == status
+        await until(lambda: not proxy.ledger.bound)
+    with pytest.raises(ConfigError, match="ca_file"):
+        reload(files | {"ca_file": "/nowhere"})
+    assert (await ask(client, proxy))[0] == 200
