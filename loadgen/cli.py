@@ -21,6 +21,7 @@ from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.compare import compare as run_comparison
 from loadgen.commands.comparison_plan import DEFAULT_POLICIES, options_given, plan_from_file
 from loadgen.commands.emulate import emulate as run_emulator
+from loadgen.commands.processes import run_to_end
 from loadgen.commands.run import run as run_replay
 from loadgen.commands.scenario import Arrivals, PrefillServers, Scenario, WorkloadChoice
 from loadgen.commands.simulate import simulate_all
@@ -313,7 +314,7 @@ app.command("bench-proxy")(bench_proxy)
 
 def _compare(scenario: Scenario, settings: ComparisonSettings) -> Report:
     with Bars() as bars:
-        return uvloop.run(run_comparison(scenario, settings, bars.begin, bars.finished))
+        return run_to_end(run_comparison(scenario, settings, bars.begin, bars.finished))
 
 
 def _cluster(

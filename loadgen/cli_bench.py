@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-import uvloop
 from rich.console import Console
 
 from brproxy.command import USAGE_ERROR
@@ -14,6 +13,7 @@ from loadgen.commands.bench import CASES as BENCH_CASES
 from loadgen.commands.bench import bench as run_bench
 from loadgen.commands.bench import bench_table
 from loadgen.commands.bench_proxy import DIRECT, OWN, SPLIT, BenchSettings, bench_proxies, parse_port
+from loadgen.commands.processes import run_to_end
 from loadgen.dataplane.loads import parse_phase
 from loadgen.dataplane.proxies import parse_proxy
 from loadgen.options import Out, Seed, listed
@@ -77,7 +77,7 @@ def bench_proxy(
         ready_s_max=ready_s,
     )
     # No progress bar: redrawing it would take CPU time from what is measured.
-    report = uvloop.run(bench_proxies(settings, lambda line: typer.echo(line, err=True)))
+    report = run_to_end(bench_proxies(settings, lambda line: typer.echo(line, err=True)))
     if out is not None:
         report.write(out)
     if report.loads:

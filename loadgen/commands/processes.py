@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import uvloop
 
 from brproxy.types import BrproxyError
+
+Result = TypeVar("Result")
 
 START_S_MAX = 120.0
 STOP_S_MAX = 10.0
 LINES_KEPT = 20
 _LINE_BYTES_MAX = 1 << 16
+_KILLED_BY = 128
+"""What a shell adds to a signal's number for the exit code."""
 
 
 class ProcessError(BrproxyError):
@@ -74,7 +82,7 @@ async def _drain(output: asyncio.StreamReader) -> None:
 
 
 async def stop(process: asyncio.subprocess.Process) -> None:
-    """End a process: SIGTERM, and SIGKILL if that does not help within STOP_S_MAX."""
+    """End a process: SIGTERM, and SIGKILL if that does not help in STOP_S_MAX, or nobody waits so long."""
     if process.returncode is not None:
         return
     process.terminate()
@@ -84,3 +92,33 @@ async def stop(process: asyncio.subprocess.Process) -> None:
     except TimeoutError:
         process.kill()
         await process.wait()
+    except asyncio.CancelledError:
+        process.kill()
+        raise
+
+
+def run_to_end(main: Coroutine[Any, Any, Result]) -> Result:
+    """Run ``main`` on an event loop; signals that end a process end what it has started first.
+
+    SIGTERM and SIGHUP end this process with an exit code as a shell gives it; SIGINT as with any command.
+    """
+    ended_by: list[int] = []
+
+    async def until_signal() -> Result:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def end(number: int) -> None:
+            ended_by.append(number)
+            if task is not None:
+                task.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, end, number)
+        return await main
+
+    try:
+        return uvloop.run(until_signal())
+    except asyncio.CancelledError:
+        if not ended_by:
+            raise
+        raise SystemExit(_KILLED_BY + ended_by[0]) from None
