@@ -50,7 +50,7 @@ class Figures:
 
 
 async def _serve(reader, writer, gap_s):
-    """Answer checks, and anything else with a stream of TOKENS chunks, ``gap_s`` apart."""
+    """Answer requests with a stream of TOKENS chunks, ``gap_s`` apart, and checks; it has no other pages."""
     try:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -58,6 +58,9 @@ async def _serve(reader, writer, gap_s):
             await reader.readexactly(int(rest.partition(b"\r\n")[0]) if found else 0)
             if head.startswith(b"GET /health"):
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                continue
+            if head.startswith(b"GET "):
+                writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
                 continue
             writer.write(HEAD)
             for event in STREAM.splitlines(keepends=True)[::2]:
