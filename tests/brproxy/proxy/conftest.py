@@ -5,8 +5,10 @@ import socket
 
 import pytest
 
+from brproxy.proxy.commented import Comments
 from brproxy.relay.connection import WorkerConnection
 from brproxy.relay.server import ClientProtocol
+from tests.brproxy.proxy.waiting_clients import IN_TURN
 from tests.brproxy.wire import RawClient
 
 
@@ -126,3 +128,27 @@ def transports(monkeypatch):
 
         monkeypatch.setattr(protocol, "connection_made", connection_made)
     return made
+
+
+@pytest.fixture
+def commented(monkeypatch):
+    """Return what would comment, as it begins to."""
+    found = []
+    comment_later = Comments._comment_later
+
+    def noting(self):
+        comment_later(self)
+        if self not in found:
+            found.append(self)
+
+    monkeypatch.setattr(Comments, "_comment_later", noting)
+    return found
+
+
+@pytest.fixture
+def start_commented(raw_worker, start_proxy):
+    async def start_commented(*scripts, **tables):
+        workers = [await raw_worker(script) for script in scripts]
+        return await start_proxy([worker.url for worker in workers], **IN_TURN | tables), workers
+
+    return start_commented

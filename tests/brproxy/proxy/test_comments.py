@@ -4,89 +4,31 @@ import asyncio
 import gc
 import socket
 
-import orjson
 import pytest
 
-from brproxy.proxy.commented import COMMENT, Comments
+from brproxy.proxy.commented import COMMENT
 from brproxy.relay.server import ClientProtocol
 from tests.brproxy.proxy.test_garbage import what_only_the_collector_frees
 from tests.brproxy.proxy.test_semantics import ASK, CHAT, CHUNK, CHUNKED_STREAM, DONE, chunks, fixed
 from tests.brproxy.proxy.test_words import DEAD
-from tests.brproxy.wire import WireError, as_chunk, post
+from tests.brproxy.proxy.waiting_clients import (
+    BY_HAND,
+    JSON,
+    OFTEN,
+    REFUSED,
+    SERVED,
+    Script,
+    comments,
+)
+from tests.brproxy.wire import as_chunk, post
 
 BOTH_LOOPS = True
-IN_TURN = {"routing": {"policy": "round-robin"}}
-SERVED = CHUNKED_STREAM + chunks(CHUNK, DONE)
-OFTEN = {"timeouts": {"keepalive_comments_s": 0.02}}
-# Nobody sees one that comes by itself: they are said by hand.
-BY_HAND = {"timeouts": {"keepalive_comments_s": 3600}}
-REFUSED = b'data: {"error":{"message":"full","type":"Service Unavailable","code":503}}\n\n'
-JSON = b"Content-Type: application/json"
-
-
-@pytest.fixture
-def commented(monkeypatch):
-    """Return what would comment, as it begins to."""
-    found = []
-    comment_later = Comments._comment_later
-
-    def noting(self):
-        comment_later(self)
-        if self not in found:
-            found.append(self)
-
-    monkeypatch.setattr(Comments, "_comment_later", noting)
-    return found
-
-
-class Script:
-    """A worker that answers each request, once ``go_on`` is set, by the next of ``answers``."""
-
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        self.asked = asyncio.Event()
-        self.go_on = asyncio.Event()
-
-    async def __call__(self, worker, reader, writer):
-        while True:
-            await worker.read_request(reader)
-            self.asked.set()
-            await self.go_on.wait()
-            answer = self.answers.pop(0)
-            if answer is None:
-                return
-            writer.write(answer)
-
-
-@pytest.fixture
-def start(raw_worker, start_proxy):
-    async def start(*scripts, **tables):
-        workers = [await raw_worker(script) for script in scripts]
-        return await start_proxy([worker.url for worker in workers], **IN_TURN | tables), workers
-
-    return start
-
-
-async def comments(client, count=1):
-    """Wait until so many comments have come."""
-    while client.received.count(COMMENT) < count:
-        data = await client.reader.read(1 << 16)
-        assert data, f"the connection ended behind {client.received!r}"
-        client.received += data
-
-
-async def broken(client):
-    """Return what a client has had of an answer that has no clean end."""
-    try:
-        return await client.answer()
-    except WireError as error:
-        return error.answer
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-async def test_while_it_prefills_and_nothing_from_there_on(version, start, raw):
+async def test_while_it_prefills_and_nothing_from_there_on(version, start_commented, raw):
     script = Script(SERVED)
-    proxy, _ = await start(script, **OFTEN)
+    proxy, _ = await start_commented(script, **OFTEN)
     client = await raw(proxy)
     client.send(post(CHAT, ASK, version=version))
     await comments(client, 3)
@@ -100,9 +42,9 @@ async def test_while_it_prefills_and_nothing_from_there_on(version, start, raw):
     await proxy.idle()
 
 
-async def test_while_it_waits_in_the_pool(start, raw):
+async def test_while_it_waits_in_the_pool(start_commented, raw):
     script = Script(SERVED, SERVED)
-    proxy, _ = await start(
+    proxy, _ = await start_commented(
         script, worker={"slots": 1}, routing={"policy": "br-0"}, timeouts=OFTEN["timeouts"]
     )
     first, second = await raw(proxy), await raw(proxy)
@@ -118,7 +60,7 @@ async def test_while_it_waits_in_the_pool(start, raw):
 
 
 @pytest.mark.parametrize("length", [False, True])
-async def test_a_worker_s_long_silence_between_tokens_gets_none(length, start, raw, commented):
+async def test_a_worker_s_long_silence_between_tokens_gets_none(length, start_commented, raw, commented):
     """``length``: its stream has a Content-Length, which the client's, with comments ahead, cannot have."""
     stream = CHUNK * 2 + DONE
     go_on = asyncio.Event()
@@ -135,7 +77,7 @@ async def test_a_worker_s_long_silence_between_tokens_gets_none(length, start, r
         writer.write(CHUNK + DONE if length else chunks(CHUNK, DONE))
         await reader.read()
 
-    proxy, _ = await start(script, **BY_HAND)
+    proxy, _ = await start_commented(script, **BY_HAND)
     client = await raw(proxy)
     client.send(post(CHAT, ASK))
     while CHUNK not in client.received:
@@ -159,7 +101,7 @@ TURNED_DOWN = {
 
 @pytest.mark.parametrize("when", ["before", "after", "both"])
 @pytest.mark.parametrize("turned_down", TURNED_DOWN.values(), ids=TURNED_DOWN)
-async def test_the_request_still_moves(turned_down, when, start, raw, commented):
+async def test_the_request_still_moves(turned_down, when, start_commented, raw, commented):
     first, second = Script(turned_down, None), Script(SERVED)
     if turned_down == b"HTTP/1.1 200":
 
@@ -171,7 +113,7 @@ async def test_the_request_still_moves(turned_down, when, start, raw, commented)
 
     else:
         first_script = first
-    proxy, workers = await start(first_script, second, **BY_HAND)
+    proxy, workers = await start_commented(first_script, second, **BY_HAND)
     client = await raw(proxy)
     client.send(post(CHAT, ASK))
     await first.asked.wait()
@@ -191,55 +133,6 @@ async def test_the_request_still_moves(turned_down, when, start, raw, commented)
     await proxy.idle()
 
 
-ERRORS = {
-    "/v1/chat/completions": b"",
-    "/generate": b"",
-    "/v1/messages": b"event: error\n",
-    "/v1/responses": b"event: error\n",
-}
-
-
-@pytest.mark.parametrize(("path", "line"), ERRORS.items(), ids=ERRORS)
-@pytest.mark.parametrize("status", [b"400 Bad Request", b"500 Oops", b"503 Busy"])
-async def test_an_error_of_the_worker_is_an_error_event(status, path, line, start, raw, commented):
-    script = Script(fixed(b'{"error":{"message":"no such thing"}}', JSON, status=status))
-    proxy, _ = await start(script, **BY_HAND)
-    client = await raw(proxy)
-    client.send(post(path, ASK))
-    await script.asked.wait()
-    commented[0]._comment()
-    script.go_on.set()
-    answer = await broken(client)
-    assert answer.status == 200
-    assert answer.body == COMMENT + line + b'data: {"error":{"message":"no such thing"}}\n\n'
-    await proxy.idle()
-
-
-@pytest.mark.parametrize(("path", "line"), ERRORS.items(), ids=ERRORS)
-async def test_an_error_of_the_proxy_is_an_error_event(path, line, start, raw):
-    script = Script(SERVED)
-    proxy, _ = await start(
-        script,
-        worker={"slots": 1},
-        routing={"policy": "br-0"},
-        limits={"pool_wait_s_max": 0.3},
-        timeouts=OFTEN["timeouts"],
-    )
-    first, second = await raw(proxy), await raw(proxy)
-    first.send(post(CHAT, ASK))
-    await script.asked.wait()
-    second.send(post(path, ASK))
-    answer = await broken(second)
-    *waiting, event = answer.body.split(COMMENT)
-    assert waiting
-    assert not b"".join(waiting)
-    assert event.startswith(line + b"data: ")
-    assert b"no worker had a free slot and KV room within 0.3 s" in event
-    script.go_on.set()
-    assert (await first.answer()).body.endswith(DONE)
-    await proxy.idle()
-
-
 ANSWERS = {
     "reply": (b"200 OK", b"application/json"),
     "error": (b"400 Bad Request", b"application/json"),
@@ -249,7 +142,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize(("status", "media_type"), ANSWERS.values(), ids=ANSWERS)
 async def test_no_comment_comes_between_a_head_of_another_form_and_its_body(
-    status, media_type, start, raw, commented
+    status, media_type, start_commented, raw, commented
 ):
     go_on = asyncio.Event()
 
@@ -261,7 +154,7 @@ async def test_no_comment_comes_between_a_head_of_another_form_and_its_body(
         await reader.read()
 
     # Two of them: an error may be told by a dead engine only where another could take the request.
-    proxy, _ = await start(script, script, **BY_HAND)
+    proxy, _ = await start_commented(script, script, **BY_HAND)
     client = await raw(proxy)
     client.send(post(CHAT, ASK))
     while not commented or commented[0]._sink.client.followed_by is None:
@@ -286,9 +179,9 @@ async def test_no_comment_comes_between_a_head_of_another_form_and_its_body(
         ("/v1/unknown", b'{"model":"m","stream":true}'),
     ],
 )
-async def test_only_who_waits_for_events_gets_them(path, body, start, raw, commented, settled):
+async def test_only_who_waits_for_events_gets_them(path, body, start_commented, raw, commented, settled):
     script = Script(fixed(b"{}"))
-    proxy, _ = await start(script, **OFTEN)
+    proxy, _ = await start_commented(script, **OFTEN)
     client = await raw(proxy)
     client.send(post(path, body))
     await script.asked.wait()
@@ -298,9 +191,9 @@ async def test_only_who_waits_for_events_gets_them(path, body, start, raw, comme
     assert (await client.answer()).body == b"{}"
 
 
-async def test_without_the_key_there_are_none(start, raw, commented):
+async def test_without_the_key_there_are_none(start_commented, raw, commented):
     script = Script(SERVED)
-    proxy, _ = await start(script)
+    proxy, _ = await start_commented(script)
     client = await raw(proxy)
     client.send(post(CHAT, ASK))
     await script.asked.wait()
@@ -309,9 +202,9 @@ async def test_without_the_key_there_are_none(start, raw, commented):
     assert not commented
 
 
-async def test_a_client_that_does_not_read_is_told_no_more(start, raw, commented, transports):
+async def test_a_client_that_does_not_read_is_told_no_more(start_commented, raw, commented, transports):
     script = Script(SERVED)
-    proxy, _ = await start(script, timeouts=BY_HAND["timeouts"] | {"drain_s": 0.1})
+    proxy, _ = await start_commented(script, timeouts=BY_HAND["timeouts"] | {"drain_s": 0.1})
     client = await raw(proxy, receive_bytes=1 << 16)
     client.writer.transport.pause_reading()
     client.send(post(CHAT, ASK))
@@ -339,9 +232,9 @@ async def test_a_client_that_does_not_read_is_told_no_more(start, raw, commented
     await proxy.idle()
 
 
-async def test_who_leaves_while_it_waits_leaves_nothing(start, raw, commented):
+async def test_who_leaves_while_it_waits_leaves_nothing(start_commented, raw, commented):
     script = Script(SERVED)
-    proxy, _ = await start(script, **OFTEN)
+    proxy, _ = await start_commented(script, **OFTEN)
     client = await raw(proxy)
     client.send(post(CHAT, ASK))
     await comments(client)
@@ -350,9 +243,9 @@ async def test_who_leaves_while_it_waits_leaves_nothing(start, raw, commented):
     assert commented[0]._timer is None
 
 
-async def test_a_page_may_read_them_and_nothing_is_compressed(start, raw):
+async def test_a_page_may_read_them_and_nothing_is_compressed(start_commented, raw):
     script = Script(SERVED)
-    proxy, workers = await start(
+    proxy, workers = await start_commented(
         script,
         listen={"port": 0, "cors_origins": ["https://a.example"]},
         estimate={"ask_usage": False},
@@ -367,9 +260,9 @@ async def test_a_page_may_read_them_and_nothing_is_compressed(start, raw):
     assert b"\r\nAccept-Encoding: identity\r\n" in workers[0].requests[0]
 
 
-async def test_they_leave_nothing_to_collect(start, raw):
+async def test_they_leave_nothing_to_collect(start_commented, raw):
     script = Script(*[SERVED] * 4)
-    proxy, _ = await start(script, **OFTEN)
+    proxy, _ = await start_commented(script, **OFTEN)
     client = await raw(proxy)
     gc.disable()
     try:
@@ -385,17 +278,3 @@ async def test_they_leave_nothing_to_collect(start, raw):
         assert what_only_the_collector_frees() == set()
     finally:
         gc.enable()
-
-
-async def test_the_words_of_an_error_are_those_of_the_worker(start, raw, commented):
-    """A reply that is no error and no stream is told as what it is: one event, and no clean end."""
-    script = Script(fixed(b'{"text":"x"}', JSON))
-    proxy, _ = await start(script, **BY_HAND)
-    client = await raw(proxy)
-    client.send(post("/v1/messages", ASK))
-    await script.asked.wait()
-    commented[0]._comment()
-    script.go_on.set()
-    answer = await broken(client)
-    assert orjson.loads(answer.body.removeprefix(COMMENT + b"data: ")) == {"text": "x"}
-    await proxy.idle()

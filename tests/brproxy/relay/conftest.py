@@ -4,7 +4,9 @@ import asyncio
 
 import pytest
 
+from brproxy.relay.endpoint import Endpoint, EndpointSettings
 from brproxy.relay.server import RelayServer
+from tests.brproxy.relay.endpoints import SETTINGS, Worker
 from tests.brproxy.wire import RawClient, WireError
 
 
@@ -43,3 +45,29 @@ def within():
             pytest.fail(f"{otherwise} ({error!r})")
 
     return wait
+
+
+@pytest.fixture
+async def start(stack):
+    """Return a function that starts a worker."""
+
+    async def make(host="127.0.0.1", tls=None):
+        worker = Worker()
+        server = await asyncio.start_server(worker.handle, host, 0, ssl=tls)
+        stack.callback(server.close)
+        worker.port = server.sockets[0].getsockname()[1]
+        return worker
+
+    return make
+
+
+@pytest.fixture
+async def pool_of(stack):
+    """Return a function that makes the pool of an origin; what is idle at the end is closed."""
+
+    def make(origin, **settings):
+        pool = Endpoint(origin, EndpointSettings(**(SETTINGS | settings)))
+        stack.callback(pool.close)
+        return pool
+
+    return make

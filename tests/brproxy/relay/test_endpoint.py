@@ -3,99 +3,14 @@
 import asyncio
 import resource
 import socket
-import ssl
 
 import pytest
-import trustme
 
-from brproxy.relay.connection import Exchange
 from brproxy.relay.endpoint import Endpoint, EndpointSettings, Reach
 from brproxy.relay.errors import ShortageError, WorkerFailedError
-from brproxy.relay.tls import TlsFileError, TlsFiles
+from tests.brproxy.relay.endpoints import SETTINGS, ask, refusal
 
 BOTH_LOOPS = True
-HANG_S = 60.0
-SETTINGS = {"connect_s": HANG_S, "keepalive_s": 4.0, "idle_max": 8, "head_bytes_max": 4096}
-ASK = b"GET / HTTP/1.1\r\nHost: w\r\n\r\n"
-
-
-class Asking(Exchange):
-    """An exchange that is done when its response is."""
-
-    def __init__(self):
-        super().__init__(bodiless=False)
-        self.receive = lambda _piece: None
-        self.outcome = asyncio.get_running_loop().create_future()
-
-    def interim(self, head):
-        raise AssertionError
-
-    upgraded = worker_paused = worker_resumed = interim
-
-    def head(self, head):
-        pass
-
-    def end(self, piece, trailers):
-        self.outcome.set_result(piece)
-
-    def lost(self, error):
-        self.outcome.set_exception(error)
-
-    def crashed(self, error):
-        self.outcome.set_exception(error)
-
-
-async def ask(connection):
-    """Send a request on ``connection`` and return the body of the response."""
-    exchange = Asking()
-    connection.send(exchange, ASK)
-    return await asyncio.wait_for(exchange.outcome, HANG_S)
-
-
-class Worker:
-    """Answers every request with the number of its connection."""
-
-    def __init__(self):
-        self.writers = []
-        self.ended = []
-        self.port = 0
-
-    async def handle(self, reader, writer):
-        number = len(self.writers)
-        self.writers.append(writer)
-        try:
-            while await reader.readuntil(b"\r\n\r\n"):
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d" % number)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            self.ended.append(number)
-        finally:
-            writer.close()
-
-
-@pytest.fixture
-async def start(stack):
-    """Return a function that starts a worker."""
-
-    async def make(host="127.0.0.1", tls=None):
-        worker = Worker()
-        server = await asyncio.start_server(worker.handle, host, 0, ssl=tls)
-        stack.callback(server.close)
-        worker.port = server.sockets[0].getsockname()[1]
-        return worker
-
-    return make
-
-
-@pytest.fixture
-async def pool_of(stack):
-    """Return a function that makes the pool of an origin; what is idle at the end is closed."""
-
-    def make(origin, **settings):
-        pool = Endpoint(origin, EndpointSettings(**(SETTINGS | settings)))
-        stack.callback(pool.close)
-        return pool
-
-    return make
 
 
 @pytest.fixture
@@ -218,14 +133,6 @@ async def test_addresses_of_both_kinds_and_names(host, name, start, pool_of):
     assert await ask(await pool.connect()) == b"0"
 
 
-async def refusal(pool):
-    """Return what connecting fails with."""
-    with pytest.raises(WorkerFailedError) as caught:
-        await asyncio.wait_for(pool.connect(), HANG_S)
-    assert caught.value.unreachable, "it counts against the worker's health"
-    return str(caught.value)
-
-
 async def test_open_files_that_have_run_out_say_nothing_about_a_worker(start, pool_of):
     worker = await start("127.0.0.1")
     pool = pool_of(f"http://127.0.0.1:{worker.port}")
@@ -285,102 +192,6 @@ async def test_a_worker_that_does_not_accept_is_not_waited_for(pool_of):
         assert await refusal(pool_of(origin, connect_s=0.05)) == f"cannot connect to {origin} in time"
 
 
-@pytest.fixture
-def authority():
-    return trustme.CA()
-
-
-@pytest.fixture
-def server_tls(authority):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    return context
-
-
-@pytest.fixture
-def trusted(authority, tmp_path, monkeypatch):
-    """Have this process trust the authority, as a deployment would."""
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-
-
-@pytest.mark.usefixtures("trusted")
-async def test_tls(start, pool_of, server_tls):
-    worker = await start(tls=server_tls)
-    pool = pool_of(f"https://127.0.0.1:{worker.port}")
-    connection = await pool.connect()
-    for _ in range(2):
-        assert await ask(connection) == b"0"
-        assert pool.take_idle() is connection
-    connection.abandon()
-
-
-@pytest.mark.usefixtures("trusted")
-async def test_the_tls_context_is_made_once_and_not_by_a_request(start, server_tls, stack, monkeypatch):
-    made = []
-    original = ssl.create_default_context
-
-    def create(*arguments, **keywords):
-        made.append(arguments)
-        return original(*arguments, **keywords)
-
-    worker = await start(tls=server_tls)
-    monkeypatch.setattr(ssl, "create_default_context", create)
-    settings = EndpointSettings(**SETTINGS)
-    Endpoint("http://127.0.0.1:1", settings)
-    assert not made, "nobody speaks TLS"
-    endpoints = [Endpoint(f"https://127.0.0.1:{worker.port}", settings) for _ in range(3)]
-    assert len(made) == 1
-    for endpoint in endpoints:
-        for _ in range(2):
-            stack.callback((await endpoint.connect()).abandon)
-    assert len(made) == 1
-
-
-async def test_a_certificate_that_nobody_vouches_for_is_named(start, pool_of, server_tls):
-    worker = await start(tls=server_tls)
-    origin = f"https://127.0.0.1:{worker.port}"
-    told = await refusal(pool_of(origin))
-    assert told.startswith(f"cannot connect to {origin}: ")
-    assert "certificate verify failed" in told
-
-
-@pytest.mark.usefixtures("trusted")
-async def test_a_certificate_for_another_name_is_named(start, pool_of, server_tls):
-    worker = await start(tls=server_tls)
-    told = await refusal(pool_of(f"https://localhost:{worker.port}"))
-    assert "certificate is not valid for 'localhost'" in told
-
-
-async def test_tls_with_a_worker_that_speaks_none(start, pool_of):
-    worker = await start()
-    told = await refusal(pool_of(f"https://127.0.0.1:{worker.port}", connect_s=0.05))
-    assert told.endswith(" in time"), "it waits for the end of a request's head"
-
-
-@pytest.mark.usefixtures("trusted")
-async def test_a_worker_that_closes_at_once(pool_of, server_tls, stack):
-    class Closing(asyncio.Protocol):
-        def connection_made(self, transport):
-            transport.write(b"nobody has asked")
-            transport.close()
-
-    # With TLS 1.2 the worker can speak last, so that this comes with the end of the handshake.
-    server_tls.maximum_version = ssl.TLSVersion.TLSv1_2
-    server = await asyncio.get_running_loop().create_server(Closing, "127.0.0.1", 0, ssl=server_tls)
-    stack.callback(server.close)
-    origin = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    pool = pool_of(origin)
-    with pytest.raises(WorkerFailedError) as caught:
-        # uvloop reads only when the connection is handed out already; then the request on it fails.
-        await ask(await pool.connect())
-    assert type(caught.value) is WorkerFailedError, "a new connection is never stale"
-    if isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop):
-        assert str(caught.value) == f"{origin} closed the connection at once"
-        assert caught.value.unreachable
-    assert pool.take_idle() is None
-
-
 async def test_what_goes_to_a_worker_with_a_base_path_and_fields_of_its_own(stack):
     reach = Reach(((b"Authorization", b"Bearer k"), (b"X-A", b"1")))
     endpoint = Endpoint("http://w:1/base", EndpointSettings(**SETTINGS), reach)
@@ -404,11 +215,3 @@ async def test_who_gets_requests_as_they_are(origin, reach, is_plain, stack):
     endpoint = Endpoint(origin, EndpointSettings(**SETTINGS), reach)
     stack.callback(endpoint.close)
     assert endpoint.is_plain is is_plain
-
-
-@pytest.mark.parametrize("missing", ["authorities", "certificate"])
-async def test_files_of_tls_that_cannot_be_used_are_named(missing):
-    reach = Reach(tls=TlsFiles(**{missing: "/nowhere/x.pem"}))
-    with pytest.raises(TlsFileError, match=r"^'/nowhere/x.pem' .*No such file or directory$") as caught:
-        Endpoint("https://w:1", EndpointSettings(**SETTINGS), reach)
-    assert caught.value.name == missing
