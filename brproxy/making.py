@@ -8,7 +8,6 @@ from brproxy.build import GroupBuilder, reach_of, settle
 from brproxy.config import Config
 from brproxy.config_workers import Worker
 from brproxy.fleet import Group
-from brproxy.prediction.predictor import AnyPredictor
 from brproxy.proxy.retiring import Retiring
 from brproxy.proxy.service import Service
 
@@ -42,7 +41,7 @@ class GroupMaker:
         for service in services:
             before = self._leaving(service.group)
             if before is not None:
-                service.group.dispatcher.predictor.restore(before.state())
+                _learn_from(before, service.group)
             self._service.groups.add(service)
         return [service.group for service in services]
 
@@ -67,11 +66,19 @@ class GroupMaker:
             for url in known.keys() - there:
                 del known[url]
 
-    def _leaving(self, group: Group) -> AnyPredictor | None:
-        """Return what the last group in the place of ``group`` predicts by, None without one."""
+    def _leaving(self, group: Group) -> Group | None:
+        """Return the last group in the place of ``group`` that leaves, None without one."""
         leaving = [
             each
             for each in self._service.fleet.groups
             if each.leaves and each.of == group.of and each.prefills == group.prefills
         ]
-        return leaving[-1].dispatcher.predictor if leaving else None
+        return leaving[-1] if leaving else None
+
+
+def _learn_from(before: Group, group: Group) -> None:
+    dispatcher = group.dispatcher
+    try:
+        dispatcher.predictor.restore(before.dispatcher.predictor.state())
+    except Exception as error:  # noqa: BLE001 - a predictor that raises costs what was learnt, not a reload
+        dispatcher.faults.note("predictor", error)

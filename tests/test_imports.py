@@ -85,7 +85,7 @@ ALLOWED = {
     | {"plans", "proxy", "roster", "validation"},
     "admin": {"config_sections", "config_workers", "deployment", "reloading", "listening", "validation"}
     | {"types", "fleet", "plans", "roster", "proxy", "relay"},
-    "making": {"build", "config", "config_workers", "fleet", "prediction", "proxy"},
+    "making": {"build", "config", "config_workers", "fleet", "proxy"},
     "parts": {"build", "config", "deployment", "making", "reloading", "resolving", "returning", "proxy"}
     | {"offsets", "signals", "telemetry", "fault_tolerance"},
     "workers_command": {"types", "admin", "config", "config_sections", "origins"},

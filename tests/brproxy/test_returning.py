@@ -11,6 +11,7 @@ from brproxy.config import parse_config
 from brproxy.config_workers import Worker
 from brproxy.discovery import fill_in
 from brproxy.roster import WorkerLimits
+from brproxy.starting import found_at, of_urls
 from tests.brproxy.conftest import HANG_S
 from tests.brproxy.engine_pages import MODEL, SGLANG, VLLM, loads, models, server_info, serving
 
@@ -148,3 +149,29 @@ async def test_what_fails_is_told_and_the_next_is_asked(start, caplog, monkeypat
     monkeypatch.undo()
     await goes_out_and_comes_back_as(server, roster, OTHER)
     await until(lambda: roster.member(0).limits.kv_capacity_tokens == 10_000)
+
+
+async def test_without_a_file_who_comes_back_is_asked_and_followed_the_same(stack, caplog):
+    server = await stack.enter_async_context(serving(SGLANG, status=503))
+    found = await found_at(of_urls([server.url]))
+    assert server.asked.count("/v1/models") == 1
+    given = parse_config(
+        {
+            "listen": {"port": 0},
+            "health": {"interval_s": 0.02, "timeout_s": HANG_S, "unhealthy_after": 1},
+            "telemetry": {"enabled": False},
+            "worker": [{"url": server.url}],
+        },
+        "x",
+    )
+    config = found.model_copy(update={key: getattr(given, key) for key in ("listen", "health", "telemetry")})
+    assert await fill_in(config) == config
+    assert server.asked.count("/v1/models") == 1, "nobody is asked twice"
+    proxy = await stack.enter_async_context(running_proxy(config))
+    (group,) = proxy.service.fleet.groups
+    member = group.roster.member(0)
+    assert member.limits == WorkerLimits(256, 440_000, capacity_is_found=True)
+    await until(lambda: member.is_routable)
+    await goes_out_and_comes_back_as(server, group.roster, OTHER)
+    await until(lambda: member.limits == WorkerLimits(64, 10_000, capacity_is_found=True))
+    assert any(line.endswith(f"it serves other now, and served {MODEL}") for line in caplog.messages)

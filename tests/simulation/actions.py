@@ -115,8 +115,9 @@ class Trouble:
     "health-never", "health-endless", "health-error", "out-of-files", "clock-jump" (by ``lasts_s``),
     "policy-raises", "predictor-raises", "shutdown" (of the proxy: nothing comes after it),
     "member-leaves" (and comes back), "member-joins" (a new one, in the same group), "member-drains" (and is
-    resumed), "page-fails" (the page at its bootstrap port), "limits-fall" and "limits-rise" (of a member, and
-    are as before again).
+    resumed), "group-anew" and "group-cut" (the group of ``worker`` is removed by a reload and comes again
+    with the next; what it has may end, or has half a second), "page-fails" (the page at its bootstrap port),
+    "limits-fall" and "limits-rise" (of a member, and are as before again).
     """
 
     at_s: float

@@ -186,8 +186,16 @@ class Checks:
     def follow(self, proxy: RunningProxy) -> None:
         """Check ``proxy``, which nobody has asked anything so far, behind every event from now on."""
         self._proxy = proxy
-        self._groups = [GroupChecks(service) for service in proxy.service.groups.values()]
+        self._groups = [GroupChecks(service) for service in proxy.service.groups.each()]
+        proxy.service.groups.follow(self)
         self._tasks = {task for task in asyncio.all_tasks(self._loop) if not _is_periodic(str(task))}
+
+    def group_came(self, service: GroupService) -> None:
+        """Check a group that has come, too."""
+        self._groups.append(GroupChecks(service))
+
+    def group_gone(self, service: GroupService) -> None:
+        """Go on to check one that has gone: nothing of it may come back."""
 
     def check(self) -> None:
         """Raise Violation; called behind every event."""
@@ -236,7 +244,10 @@ class Checks:
                 "returns-to-zero", f"{handlers._requests} requests, {len(watch._watched)} exchanges"
             )
         workers = sum(len(service.endpoints) for service in self._proxy.service.groups.values())
-        members = [one for group in self._proxy.service.fleet.groups for one in group.roster.members]
+        groups = self._proxy.service.fleet.groups
+        if any(group.leaves for group in groups):
+            raise Violation("nothing-left", f"groups that were to go: {groups}")
+        members = [one for group in groups for one in group.roster.members]
         if any(one.state is not MemberState.ACTIVE for one in members):
             raise Violation("nothing-left", f"members that were to go: {members}")
         tasks = self._tasks_since_start()

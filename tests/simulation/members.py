@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from brproxy.fleet import Group
+from brproxy.fleet import Fleet, Group
 from brproxy.roster import Member, MemberState, WorkerLimits
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.workers import Worker
 
 
 class Members:
-    """The members of ``groups`` and their ``workers``; ``start`` starts one more of a group."""
+    """The members of the groups of ``fleet``, and their ``workers``; ``start`` starts one more of a group."""
 
     def __init__(
         self,
         loop: VirtualLoop,
-        groups: tuple[Group, ...],
+        fleet: Fleet,
         workers: list[Worker],
         start: Callable[[Group], Worker],
     ) -> None:
         self._loop = loop
-        self._groups = groups
+        self._fleet = fleet
         self._workers = workers
         self._start = start
         self._out_s: dict[Worker, int] = {}
@@ -78,7 +78,7 @@ class Members:
 
     def join_like(self, worker: Worker) -> None:
         """Add a new worker to the group of ``worker``."""
-        self.join(self._group_of(worker) or self._groups[0])
+        self.join(self._group_of(worker) or next(group for group in self._fleet.groups if not group.leaves))
 
     def _resume(self, group: Group, member: Any) -> None:
         if member in group.roster.members and not member.leaves:
@@ -93,6 +93,8 @@ class Members:
             group.remove(member.key)
 
     def _come_back(self, group: Group, member: Any) -> None:
+        if group.leaves:
+            return
         if member in group.roster.members:
             # Its last request has not ended yet.
             self._loop.call_later(1.0, self._come_back, group, member)
@@ -102,8 +104,8 @@ class Members:
             group.add(member.key, limits, member.origin, member.lines, member.rank)
 
     def _group_of(self, worker: Worker) -> Group | None:
-        for group in self._groups:
-            if any(member.origin == worker.url for member in group.roster.members):
+        for group in self._fleet.groups:
+            if not group.leaves and any(member.origin == worker.url for member in group.roster.members):
                 return group
         return None
 
@@ -119,7 +121,7 @@ class Members:
         To be called once a second.
         """
         workers = {worker.url: worker for worker in self._workers}
-        for group in self._groups:
+        for group in self._fleet.groups:
             members = group.roster.members
             others, may = any(other.is_routable for other in members), group.roster.routable()
             for origin in dict.fromkeys(member.origin for member in members):

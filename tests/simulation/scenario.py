@@ -24,7 +24,8 @@ CLIENT_FAULTS = frozenset(
         *("head", "token-ids", "token-numbers", "uploads", "upgrades", "pages", "bad-requests", "bursts"),
     }
 )
-WORLD_FAULTS = frozenset(
+GROUP_FAULTS = frozenset({"group-anew", "group-cut"})
+WORLD_FAULTS = GROUP_FAULTS | frozenset(
     {
         *("connect-refused", "connect-silent", "connect-reset", "restart", "freeze", "out-of-files"),
         *("health-late", "health-never", "health-endless", "health-error", "clock-jump"),
@@ -49,7 +50,12 @@ class Draw:
         share = rng.choice((0.0, 0.1, 0.25, 0.25, 0.5, 1.0))
         # Sorted: the order of a set is another in every process. Drawn for all: what is allowed changes
         # nothing about the others.
-        self._faults = {name for name in sorted(FAULTS) if (rng.random() < share) & (name in allowed)}
+        self._faults = {
+            name for name in sorted(FAULTS - GROUP_FAULTS) if (rng.random() < share) & (name in allowed)
+        }
+        # By a generator of its own: whether groups come and go changes nothing about all else.
+        self._of_groups = random.Random(f"groups {name or seed}")
+        self._faults |= {each for each in sorted(GROUP_FAULTS & allowed) if self._of_groups.random() < share}
         self._ids = 0
 
     def scenario(self) -> Scenario:
@@ -72,9 +78,13 @@ class Draw:
             visits += [self._visit(at_s, groups) for _ in range(rng.randint(3, 12))]
         troubles = [
             self._trouble(kind, rng.random() * length_s, len(workers))
-            for kind in sorted(WORLD_FAULTS & self._faults)
+            for kind in sorted((WORLD_FAULTS - GROUP_FAULTS) & self._faults)
             if kind != "shutdown" or rng.random() < 0.3
             for _ in range(rng.randint(1, 2))
+        ]
+        troubles += [
+            Trouble(self._of_groups.random() * length_s, kind, self._of_groups.randrange(len(workers)), 0.0)
+            for kind in sorted(GROUP_FAULTS & self._faults)
         ]
         actions: list[Action] = sorted([*visits, *troubles], key=lambda action: action.at_s)
         return Scenario(self._seed, self._settings(), workers, tuple(actions))

@@ -17,6 +17,7 @@ from brproxy.config import Config, parse_config
 from brproxy.config_sections import Listen
 from brproxy.fleet import Group
 from brproxy.learning import Learner
+from brproxy.proxy.service import GroupService
 from tests.simulation.actions import Ask, Scenario, Trouble, Visit
 from tests.simulation.checks import Checks, Violation
 from tests.simulation.clients import OWN_STATUS, Client
@@ -36,6 +37,9 @@ PATIENCE_S = 600.0
 RUNS_MAX = 3
 """Times that a request may come to a worker that does not refuse it: one, one more as that broke off, and one
 on a connection that was closed already."""
+
+CUT_S = 0.5
+"""What a group that was removed has for its requests where these are cut off (seconds)."""
 
 SETTLE_S = 16.0
 """After which workers are healthy again, and everything idle was closed."""
@@ -77,6 +81,7 @@ class World:
         self._cluster = None if parted is None else Cluster(self._loop, parted)
         self._bootstrap_ports: dict[str, int] = {}
         self._members: Members
+        self._proxy: RunningProxy
         self._legs: LegChecks | None = None
         self._requests = 0
         self._is_stopped = False
@@ -139,18 +144,43 @@ class World:
         return parse_config({**settings, "worker": workers}, "simulation")
 
     def _follow(self, proxy: RunningProxy) -> None:
-        for group in proxy.service.fleet.groups:
-            dispatcher: Any = group.dispatcher
-            policy = _Moody(dispatcher.policy, "policy", self._raising)
-            predictor = _Moody(dispatcher.predictor, "predictor", self._raising)
-            dispatcher.policy = dispatcher._foresight._policy = policy
-            dispatcher.predictor = dispatcher._foresight._predictor = predictor
-            for ended in dispatcher.happenings._ended:
-                if isinstance(ended.__self__, Learner):
-                    ended.__self__.predictor = predictor
-        self._members = Members(self._loop, proxy.service.fleet.groups, self._workers, self._join)
+        for service in proxy.service.groups.each():
+            self.group_came(service)
+        proxy.service.groups.follow(self)
+        self._proxy = proxy
+        self._members = Members(self._loop, proxy.service.fleet, self._workers, self._join)
         self._bootstrap_ports = proxy.service.bootstrap_ports
         self._checks.follow(proxy)
+
+    def group_came(self, service: GroupService) -> None:
+        """Have the policy and the predictor of a group raise when they are to."""
+        dispatcher: Any = service.group.dispatcher
+        dispatcher.decide_by(_Moody(dispatcher.policy, "policy", self._raising))
+        predictor = _Moody(dispatcher.predictor, "predictor", self._raising)
+        dispatcher.predictor = dispatcher._foresight._predictor = predictor
+        for ended in dispatcher.happenings._ended:
+            if isinstance(ended.__self__, Learner):
+                ended.__self__.predictor = predictor
+
+    def group_gone(self, service: GroupService) -> None:
+        """Leave it alone."""
+
+    def _change_workers(self, trouble: Trouble, worker: Worker) -> None:
+        if not trouble.kind.startswith("group-"):
+            self._members.happen(trouble.kind, worker, trouble.lasts_s)
+            return
+        is_cut = trouble.kind == "group-cut"
+        self._loop.upheavals += is_cut
+        self._make_anew(trouble.worker, CUT_S if is_cut else PATIENCE_S)
+
+    def _make_anew(self, worker: int, drain_s: float) -> None:
+        """Remove the group of a worker by one reload, and have it again by the next."""
+        proxy, group = self._proxy, self._scenario.workers[worker][2] or "all"
+        retiring: Any = proxy.parts._retiring
+        retiring._drain_s = drain_s
+        workers = proxy.deployment.config.worker
+        for wanted in ([one for one in workers if one.group != group], workers):
+            proxy.deployment.change(wanted, "simulation")
 
     def _start_worker(self, group: str, ranks: int = 0, *, prefills: bool = False) -> Worker:
         parts = self._loop, len(self._workers), self._records, self._checks.wrong, ranks
@@ -234,8 +264,8 @@ class World:
         elif kind.startswith("health-"):
             worker.health = kind
             later(trouble.lasts_s, setattr, worker, "health", "well")
-        elif kind.startswith(("member-", "limits-")):
-            self._members.happen(kind, worker, trouble.lasts_s)
+        elif kind.startswith(("group-", "member-", "limits-")):
+            self._change_workers(trouble, worker)
         elif kind == "page-fails":
             worker.page = ("silent", "error", "garbage", "empty")[int(trouble.at_s * 10) % 4]
             later(trouble.lasts_s, setattr, worker, "page", "well")
