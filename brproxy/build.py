@@ -12,6 +12,7 @@ import numpy as np
 from brproxy.clock import Clock, MonotonicClock
 from brproxy.config import Config
 from brproxy.config_workers import Worker
+from brproxy.counters import build_counting
 from brproxy.deployment import join
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.engines.dialect import make_dialect
@@ -146,6 +147,7 @@ def build_service(config: Config, clock: Clock | None = None, builder: GroupBuil
     groups.follow(_Counting(metrics))
     watch = Watch(look_interval_s(config), partial(_look_after, groups))
     limits = config.limits
+    estimator = TokenEstimator(config.estimate.bytes_per_token, limits.models_max)
     return Service(
         groups=groups,
         reaches=builder.reaches,
@@ -153,7 +155,8 @@ def build_service(config: Config, clock: Clock | None = None, builder: GroupBuil
         fleet=fleet,
         watch=watch,
         departures=Departures(groups, watch, config.timeouts.gone_s),
-        estimator=TokenEstimator(config.estimate.bytes_per_token, limits.models_max),
+        estimator=estimator,
+        counting=build_counting(config, groups, estimator, clock),
         metrics=metrics,
         clock=clock,
         limits=service_limits(config),

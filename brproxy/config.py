@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, create_model, field_validator
 
 from brproxy.config_affinity import Affinity
-from brproxy.config_asking import Discovery, FaultTolerance, HealthChecks, TelemetryPolls
+from brproxy.config_asking import Discovery, FaultTolerance, HealthChecks, Prompts, TelemetryPolls
 from brproxy.config_sections import (
     Admin,
     Estimate,
@@ -101,6 +101,7 @@ class Config(Section):
     telemetry: TelemetryPolls = Field(default_factory=TelemetryPolls)
     fault_tolerance: FaultTolerance = Field(default_factory=FaultTolerance)
     estimate: Estimate = Field(default_factory=Estimate)
+    prompts: Prompts = Field(default_factory=Prompts)
     affinity: Affinity = Field(default_factory=Affinity)
     log: Log = Field(default_factory=Log)
 

@@ -1,10 +1,12 @@
-"""Sections of the configuration on what the proxy asks workers: how and who they are, and their load."""
+"""Sections of the configuration on what the proxy asks workers: how and who they are, their load, prompts."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal, Self
 
-from brproxy.config_sections import Seconds
+from pydantic import Field, model_validator
+
+from brproxy.config_sections import MIB, Seconds
 from brproxy.validation import Section
 
 
@@ -61,6 +63,55 @@ class Discovery(Section):
         strict=False,
         description='Between two look-ups of a host whose addresses are "each" a worker (seconds).',
     )
+
+
+class Prompts(Section):
+    """Prompts counted exactly, beside their requests, which go on by the estimate meanwhile."""
+
+    exact: Literal["off", "engine", "file"] = Field(
+        default="off",
+        description="Who counts prompts that are text: the \"engine\" (vLLM's and SGLang's /tokenize), a "
+        '"file" with the model\'s tokenizer, or nobody ("off").',
+    )
+    tokenizer: str = Field(
+        default="",
+        description="The tokenizer.json to count by; it needs `pip install 'brproxy[tokenizer]'`.",
+    )
+    tokenizer_model: str = Field(
+        default="", description="Model that it is of, as requests name it; empty: of all models."
+    )
+    wait_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=60,
+        strict=False,
+        description="How long a request may wait for its count before it is given a worker; 0: not at all "
+        "(seconds).",
+    )
+    timeout_s: Seconds = Field(default=2.0, description="For one count (seconds).")
+    in_flight_max: int = Field(
+        default=16, ge=1, le=4096, description="Prompts counted at the same time; others are not (prompts)."
+    )
+    per_second_max: int = Field(
+        default=200, ge=1, le=1_000_000, description="Prompts counted in a second; others are not (prompts)."
+    )
+    body_bytes_max: int = Field(
+        default=MIB, ge=1024, description="Request whose prompt is counted; longer ones are not (bytes)."
+    )
+    failures_max: int = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="Failures in a row after which a worker is not asked for pause_s (failures).",
+    )
+    pause_s: Seconds = Field(default=30.0, description="That it is then left alone (seconds).")
+
+    @model_validator(mode="after")
+    def _has_its_file(self) -> Self:
+        if self.exact == "file" and not self.tokenizer:
+            msg = 'exact = "file" needs tokenizer, which is not given'
+            raise ValueError(msg)
+        return self
 
 
 class TelemetryPolls(Section):

@@ -23,7 +23,17 @@ from brproxy.foresight import Foresight, RoutingError
 from brproxy.happenings import Happenings
 from brproxy.learning import Learner
 from brproxy.ledger import Ledger
-from brproxy.lifecycle import AFTER, NOBODY, Entry, Event, LifecycleError, entry_of
+from brproxy.lifecycle import (
+    AFTER,
+    NOBODY,
+    TERMINAL,
+    Entry,
+    Event,
+    LifecycleError,
+    State,
+    bounded,
+    entry_of,
+)
 from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.roster import Change, Member
@@ -31,6 +41,7 @@ from brproxy.routing.policy import AnyPolicy, least
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, RoundState
 from brproxy.sessions import SessionLimits, Sessions
 from brproxy.types import (
+    TOKENS_MAX,
     BrproxyError,
     InvalidInputError,
     PendingRequest,
@@ -198,6 +209,18 @@ class Dispatcher:
         self.ledger.take_back(entry, now_s)
         self.waiting.enter(entry)
         self.happenings.retried(entry, member)
+
+    def correct_prompt(self, entry: Entry, prompt_tokens: int) -> None:
+        """Replace the estimate of a prompt by its count, whether it waits or is bound; not once it has ended.
+
+        One that waits counts as the largest worker's capacity at most, as when it came: it must be placed.
+        """
+        if entry.state is State.PENDING:
+            longest = min(self.ledger.kv_capacity_tokens_max, TOKENS_MAX)
+            entry.prompt_tokens = bounded(prompt_tokens, longest)
+            entry.cached_tokens = min(entry.cached_tokens, entry.prompt_tokens)
+        elif entry.state not in TERMINAL:
+            self.ledger.correct_prompt(entry.id, prompt_tokens)
 
     def expired(self, now_s: float) -> list[RequestId]:
         """Return the requests that have waited longer than the limit; the caller ends them."""

@@ -114,6 +114,10 @@ class TokenEstimator:
             return min(ceil(min(tokens * factor, tokens_at_most(text))), tokens_max)
         return min(ceil(tokens * factor), tokens_max)
 
+    def template_tokens(self, model: str, text: TextCounts) -> int:
+        """Return the estimate of what a model's template puts around the messages of a chat; 0 for a text."""
+        return round(self._models.get(model, self._unlearnt).template_tokens(text))
+
     def learn_prompt(self, model: str, user: str, text: TextCounts, prompt_tokens: int) -> None:
         """Learn from a worker's report that ``text`` was ``prompt_tokens``.
 

@@ -23,6 +23,7 @@ from brproxy.reloading import Reloading
 from brproxy.resolving import Resolver, Resolving
 from brproxy.returning import Returning
 from brproxy.signals import GroupSignals
+from brproxy.telemetry.count_metrics import CountMetrics
 from brproxy.telemetry.engine_metrics import EngineMetrics
 from brproxy.telemetry.fault_metrics import FaultMetrics
 from brproxy.telemetry.handover_metrics import HandoverMetrics
@@ -83,6 +84,8 @@ class Parts:
         adapters = self._handlers.adapters
         for part in (self._prober, self._poller, self._faults, self.returning, self.resolving, adapters):
             await part.stop()
+        if self._service.counting is not None:
+            await self._service.counting.close()
 
     def _follow(self) -> None:
         groups, config = self._service.groups, self._config
@@ -124,6 +127,7 @@ class Parts:
 
         service.metrics.also(EngineMetrics(self._poller.signals, service.clock))
         service.metrics.also(HandoverMetrics(handovers))
+        service.metrics.also(CountMetrics(service.counting.stats if service.counting else None))
         service.metrics.also(FaultMetrics(lambda: self._faults.recoveries))
 
 

@@ -21,6 +21,7 @@ _DEVIATIONS = (0.08, 0.1, 0.4, 0.3, 0.3, 0.2, 1.5, 30.0)
 """How far from that a model may well be: the standard deviation of each."""
 
 _BYTE_CLASSES = 6
+_MESSAGES, _CHATS = 6, 7
 _LOWEST = (0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.0, 0.0)
 _HIGHEST = (2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 256.0, 256.0)
 _BOUNDS = tuple(zip(_LOWEST, _HIGHEST, strict=True))
@@ -81,6 +82,10 @@ class Regression:
     def tokens(self, counts: TextCounts) -> float:
         """Return the estimate for a text."""
         return _product(self._weights, counts)
+
+    def template_tokens(self, counts: TextCounts) -> float:
+        """Return what of the estimate is of no text: what stands around the messages of a chat."""
+        return self._weights[_MESSAGES] * counts[_MESSAGES] + self._weights[_CHATS] * counts[_CHATS]
 
     def learn(self, counts: TextCounts, tokens: int) -> bool:
         """Learn that a text is ``tokens``; return False, and learn nothing, if it cannot be."""

@@ -17,7 +17,7 @@ CORE = (
     BASE
     | STATES
     | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "sessions", "dispatcher"}
-    | {"rounds", "fleet", "regression", "estimate"}
+    | {"rounds", "fleet", "regression", "estimate", "prompt_counts"}
 )
 ALLOWED = {
     "types": set(),
@@ -51,6 +51,8 @@ ALLOWED = {
     | STATES
     | {"ledger", "happenings", "learning", "foresight", "sessions", "routing", "prediction"},
     "fleet": BASE | {"dispatcher", "roster"},
+    "prompt_counts": {"types", "dispatcher", "happenings", "lifecycle"},
+    "tokenizer_file": {"types"},
     "telemetry": CORE | {"engines", "signals", "fault_tolerance"},
     "validation": {"types"},
     "state_file": {"prediction"},
@@ -69,7 +71,7 @@ ALLOWED = {
     "relay": {"types", "transitions", "origins", "logs"},
     "proxy": CORE
     | {"adapters", "engines", "telemetry", "relay", "journey", "logs", "ranks", "signals", "origins"}
-    | {"fault_tolerance"},
+    | {"fault_tolerance", "tokenizer_file"},
     "listening": {"types", "config_sections"},
     "findings": {"config_workers", "engines"},
     "first_file": {"config_workers", "engines", "findings"},
@@ -89,8 +91,9 @@ ALLOWED = {
     "parts": {"build", "config", "deployment", "making", "reloading", "resolving", "returning", "proxy"}
     | {"offsets", "signals", "telemetry", "fault_tolerance"},
     "workers_command": {"types", "admin", "config", "config_sections", "origins"},
+    "counters": {"clock", "config", "estimate", "prompt_counts", "tokenizer_file", "proxy", "relay"},
     "build": CORE
-    | {"deployment", "plans"}
+    | {"counters", "deployment", "plans"}
     | {"state_file", "engines", "telemetry", "config", "config_workers", "open_files", "proxy", "relay"},
     "app": {"build", "clock", "config", "config_sections", "listening", "open_files", "proxy", "relay"}
     | {"state_file", "discovery", "admin", "deployment", "parts", "reloading", "resolving"},
@@ -140,6 +143,7 @@ PURE = (
     "dispatcher",
     "health",
     "fleet",
+    "prompt_counts",
     "regression",
     "estimate",
     "journey",

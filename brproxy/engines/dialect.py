@@ -98,6 +98,8 @@ class Dialect(ABC):
     """Whether it tells its load with responses, asked by a header field (see ``load_field.py``)."""
     TELLS_FAULTS: ClassVar[bool] = False
     """Whether it can say that a rank has failed, and be told to go on (``fault_pages.py``)."""
+    TOKENIZE_PATH: ClassVar[str] = ""
+    """Where the engine counts a prompt, to be asked with POST; empty: nowhere."""
     USAGE_TAKES_FINGERPRINT: ClassVar[bool] = False
     """Whether asking for usage moves ``system_fingerprint`` from a sequence's last event to usage's own."""
 
@@ -149,6 +151,14 @@ class Dialect(ABC):
     def read_load(self, body: bytes) -> LoadReading:
         """Return what the page at LOAD_PATH says of each rank; never raises."""
         return LoadReading()
+
+    def tokenize_body(self, path: str, body: bytes) -> bytes | None:
+        """Return what TOKENIZE_PATH is asked about a request; None where that would be another prompt."""
+        return None
+
+    def read_tokenized(self, body: bytes) -> int | None:
+        """Return the count that TOKENIZE_PATH answers (tokens), None without one; never raises."""
+        return None
 
     @abstractmethod
     def is_refusal(self, status: int) -> bool:

@@ -98,9 +98,11 @@ def prompt_keys(*, text_is_prompt: bool) -> frozenset[str]:
     return _NATIVE_PROMPT_KEYS if text_is_prompt else _PROMPT_KEYS
 
 
-def prompt_size(document: Mapping[str, Any], *, text_is_prompt: bool = False) -> PromptSize:
-    """Return the size of everything in ``document`` that the model reads."""
-    texts: list[str] = []
+def prompt_size(
+    document: Mapping[str, Any], *, text_is_prompt: bool = False, texts: list[str] | None = None
+) -> PromptSize:
+    """Return the size of all in ``document`` that the model reads; its texts are put into ``texts``."""
+    texts = [] if texts is None else texts
     tokens = messages = 0
     prompts = 1
     is_all = NOT_ONLY_TEXT.isdisjoint(document) or not any(map(document.get, NOT_ONLY_TEXT))

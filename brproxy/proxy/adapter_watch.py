@@ -18,7 +18,7 @@ from brproxy.engines.body import read_json
 from brproxy.engines.identity import MODELS, identify
 from brproxy.logs import SparingLog
 from brproxy.proxy import errors
-from brproxy.proxy.asking import Question, ask
+from brproxy.proxy.asking import IDENTITY, Question, ask, credentials_of
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.collect import Reply
 from brproxy.proxy.posts import read_post
@@ -35,9 +35,7 @@ PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter
 BYTES_MAX = 1 << 16
 """A name, a path and some options (bytes)."""
 
-_IDENTITY = b"Accept-Encoding: identity\r\n"
 _MAY_HAVE_MORE = frozenset({Change.ADDED, Change.HEALTHY, Change.RESUMED})
-_CREDENTIALS = frozenset({b"authorization", b"api-key", b"x-api-key"})
 
 
 class AdapterWatch:
@@ -90,7 +88,7 @@ class AdapterWatch:
             if not group.group.leaves and group.group.serves(base if isinstance(base, str) else "")
             for endpoint in group.endpoints
         ]
-        lines = _IDENTITY + _credentials(request.raw_headers)
+        lines = IDENTITY + credentials_of(request.raw_headers)
         timeout_s = service.relay_limits.first_byte_s
         question = Question(request.path, timeout_s, limits.control_bytes_max, lines=lines, document=body)
         answers = await asyncio.gather(*(_answer(endpoint, question) for _, endpoint in asked))
@@ -119,7 +117,7 @@ class AdapterWatch:
 
     async def _ask(self, group: GroupService, endpoint: Endpoint) -> None:
         limits = self._service.limits
-        question = Question(MODELS, limits.control_timeout_s, limits.control_bytes_max, lines=_IDENTITY)
+        question = Question(MODELS, limits.control_timeout_s, limits.control_bytes_max, lines=IDENTITY)
         try:
             reply = await ask(endpoint, question)
             identity = identify({MODELS: reply.body}) if reply.head.status == HTTPStatus.OK else None
@@ -134,10 +132,6 @@ class AdapterWatch:
         if identity is not None:
             names = frozenset(model.name for model in identity.models if model.parent)
             group.adapters.told(group.behind(endpoint), names)
-
-
-def _credentials(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
-    return b"".join(b"%b: %b\r\n" % field for field in fields if field[0].lower() in _CREDENTIALS)
 
 
 async def _answer(endpoint: Endpoint, question: Question) -> Reply | WorkerFailedError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -27,6 +28,14 @@ log = logging.getLogger(__name__)
 
 HEALTH_BYTES_MAX = 1 << 16
 """Read of a health check's body, which nobody looks at: a connection is kept for a short one only (bytes)."""
+
+IDENTITY = b"Accept-Encoding: identity\r\n"
+_CREDENTIALS = frozenset({b"authorization", b"api-key", b"x-api-key"})
+
+
+def credentials_of(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the lines by which a client with these header fields says who it is."""
+    return b"".join(b"%b: %b\r\n" % field for field in fields if field[0].lower() in _CREDENTIALS)
 
 
 @dataclass(frozen=True, slots=True)

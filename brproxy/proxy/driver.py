@@ -289,5 +289,6 @@ class Lease:
         self._ledger.rest(self.entry.id)
 
     def correct_prompt(self, prompt_tokens: int) -> None:
-        """Replace the prompt estimate by what the worker reports."""
+        """Replace the prompt estimate by what the worker reports, which no count replaces again."""
+        self.entry.request.count_number = 0
         self._ledger.correct_prompt(self.entry.id, prompt_tokens)

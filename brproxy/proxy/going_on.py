@@ -240,4 +240,5 @@ async def _in_parts(
             output_tokens_max=completion.tokens_left,
             prompt_hash=None,
             prefix_hash=None,
+            count_number=0,
         )

@@ -10,13 +10,14 @@ from brproxy.fleet import UnknownModelError
 from brproxy.lifecycle import NOBODY
 from brproxy.proxy import errors
 from brproxy.proxy.adapter_watch import PATHS, AdapterWatch
+from brproxy.proxy.asking import credentials_of
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.commented import CommentedAttempts, CommentedFailoverAttempts, Split, commented
 from brproxy.proxy.driver import DecisionFailedError, NoWorkerError, WaitExpiredError
 from brproxy.proxy.errors import ProxyError
 from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.going_on import FailoverAttempts, run_split_in_parts
-from brproxy.proxy.incoming import Reader
+from brproxy.proxy.incoming import Incoming, Reader
 from brproxy.proxy.legs.split import run_split
 from brproxy.proxy.pages import MODELS_PATH, Page, Pages
 from brproxy.proxy.service import GroupService, Service
@@ -94,15 +95,29 @@ class Handlers:
             sink.request_id = incoming.request_id
             group = service.choose(incoming.facts.model or _model_in_path(incoming.path))
             pending = self._pending(incoming.facts)
-            if group.handover is not None:
-                await self._split(service, group, group.handover, pending, incoming, sink)
-                return
-            adapters = group.adapters
-            avoid = adapters.lacking(pending.model) if adapters.names else NOBODY
-            with group.driver.admit(pending, avoid) as lease:
-                await self._attempts(service, group, lease, incoming, sink).run()
+            counting, counted = service.counting, None
+            if counting is not None:
+                counted = counting.begin(group, incoming, pending, credentials_of(request.raw_headers))
+            if counted is None:
+                await self._serve(group, pending, incoming, sink)
+            else:
+                with counted:
+                    await counted.wait()
+                    await self._serve(group, pending, incoming, sink)
         finally:
             self._requests -= 1
+
+    async def _serve(
+        self, group: GroupService, pending: PendingRequest, incoming: Incoming, sink: ClientSink
+    ) -> None:
+        """Have a worker of ``group`` answer, or two of them; raises as ``_answer``."""
+        if group.handover is not None:
+            await self._split(self._service, group, group.handover, pending, incoming, sink)
+            return
+        adapters = group.adapters
+        avoid = adapters.lacking(pending.model) if adapters.names else NOBODY
+        with group.driver.admit(pending, avoid) as lease:
+            await self._attempts(self._service, group, lease, incoming, sink).run()
 
     def _no_room(self) -> ProxyError:
         reason = f"{self._requests} requests are in the proxy already"

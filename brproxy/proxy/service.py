@@ -23,6 +23,7 @@ from brproxy.telemetry.metrics import Metrics
 from brproxy.types import WorkerIndex
 
 if TYPE_CHECKING:
+    from brproxy.proxy.counting import Counting
     from brproxy.proxy.departures import Departures
     from brproxy.proxy.groups import Groups
     from brproxy.proxy.in_band import InBand
@@ -190,7 +191,8 @@ class Service:
     """Everything behind the handlers; ``groups`` are by name.
 
     ``reaches`` and ``bootstrap_ports`` are by origin: what a worker needs besides that is noted here before
-    it is added. ``metaserver``: where decode workers ask for prefills. Limits are others after a reload.
+    it is added. ``metaserver``: where decode workers ask for prefills. ``counting``: has prompts counted,
+    None where they are only estimated. Limits are others after a reload.
     """
 
     groups: Groups
@@ -200,6 +202,7 @@ class Service:
     watch: Watch
     departures: Departures
     estimator: TokenEstimator
+    counting: Counting | None
     metrics: Metrics
     clock: Clock
     limits: ServiceLimits

@@ -22,6 +22,11 @@ def models_page(model: str, *, sglang: bool) -> dict[str, Any]:
     return {"object": "list", "data": [entry]}
 
 
+def tokenize_page(tokens: int) -> dict[str, Any]:
+    """Return the answer to ``/tokenize``; the ids are of no vocabulary."""
+    return {"count": tokens, "max_model_len": MODEL_TOKENS_MAX, "tokens": list(range(tokens))}
+
+
 def version_page() -> dict[str, Any]:
     """Return the answer to vLLM's ``/version``."""
     return {"version": "0.33.0"}

@@ -21,7 +21,7 @@ from loadgen.emulator.handover import Holdings
 from loadgen.emulator.handover_wire import DELIVER_PATH, TransferFailedError, read_rank, read_room
 from loadgen.emulator.legs import Leg, Legs
 from loadgen.emulator.metrics import VllmCollector
-from loadgen.emulator.pages import models_page, server_info_page, version_page
+from loadgen.emulator.pages import models_page, server_info_page, tokenize_page, version_page
 from loadgen.emulator.prefill_side import PrefillSide
 from loadgen.emulator.settings import EmulatorSettings, Role, Transfer
 from loadgen.emulator.wire import (
@@ -32,6 +32,7 @@ from loadgen.emulator.wire import (
     GenerationRequest,
     RequestError,
     error_body,
+    read_prompt,
     read_request,
 )
 
@@ -54,6 +55,7 @@ class Worker:
         app = web.Application(client_max_size=_BODY_BYTES_MAX)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._text)
+        app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/v1/models", self._models)
         if self._settings.sglang:
             app.router.add_get("/server_info", self._server_info)
@@ -74,6 +76,13 @@ class Worker:
 
     async def _models(self, _request: web.Request) -> web.Response:
         return _json(orjson.dumps(models_page(self._settings.model, sglang=self._settings.sglang)))
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        try:
+            tokens = read_prompt(await request.read())
+        except RequestError as error:
+            return _json(error_body(400, "BadRequestError", str(error), error.param), 400)
+        return _json(orjson.dumps(tokenize_page(tokens)))
 
     async def _version(self, _request: web.Request) -> web.Response:
         return _json(orjson.dumps(version_page()))

@@ -56,12 +56,7 @@ def error_body(status: int, kind: str, message: str, param: str | None = None) -
 
 def read_request(body: bytes, *, chat: bool, length_header: str | None) -> GenerationRequest:
     """Read a request; raises RequestError. A token is a whitespace-separated word or a token id."""
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(f"The body must be JSON: {error}", "body") from error
-    if not isinstance(document, dict):
-        raise RequestError("The body must be a JSON object", "body")
+    document = _read_object(body)
     if document.get("n", 1) != 1:
         raise RequestError("This emulated engine serves n = 1 only", "n")
     options = document.get("stream_options") or {}
@@ -82,6 +77,22 @@ def read_request(body: bytes, *, chat: bool, length_header: str | None) -> Gener
         length_limited=length_limited,
         handles={name: document[name] for name in HANDLES if name in document},
     )
+
+
+def read_prompt(body: bytes) -> int:
+    """Return the tokens of what ``/tokenize`` is asked about; raises RequestError."""
+    document = _read_object(body)
+    return _prompt_tokens(document, chat="messages" in document)
+
+
+def _read_object(body: bytes) -> dict[str, Any]:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"The body must be JSON: {error}", "body") from error
+    if not isinstance(document, dict):
+        raise RequestError("The body must be a JSON object", "body")
+    return document
 
 
 def _natural_length(header: str | None) -> int | None:

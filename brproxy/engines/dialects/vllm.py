@@ -8,6 +8,7 @@ from brproxy.engines.dialect import register_dialect
 from brproxy.engines.dialects.openai import OpenAIDialect
 from brproxy.engines.load import LoadReading
 from brproxy.engines.load_pages import read_vllm_metrics
+from brproxy.engines.tokenize import TOKENIZE_PATH, Asked, read_tokenized, tokenize_body
 
 # EngineDeadError (v1/engine/exceptions.py), and what the engines before it said.
 _DEATHS = (
@@ -29,6 +30,7 @@ class VllmDialect(OpenAIDialect):
 
     HEALTH_PATH: ClassVar[str] = "/health"
     LOAD_PATH: ClassVar[str] = "/metrics"
+    TOKENIZE_PATH: ClassVar[str] = TOKENIZE_PATH
     LOAD_IN_BAND: ClassVar[bool] = True
     TELLS_FAULTS: ClassVar[bool] = True
     USAGE_TAKES_FINGERPRINT: ClassVar[bool] = True
@@ -36,6 +38,14 @@ class VllmDialect(OpenAIDialect):
     def read_load(self, body: bytes) -> LoadReading:
         """See Dialect.read_load."""
         return read_vllm_metrics(body)
+
+    def tokenize_body(self, path: str, body: bytes) -> bytes | None:
+        """See Dialect.tokenize_body."""
+        return tokenize_body(path, body, Asked.VLLM)
+
+    def read_tokenized(self, body: bytes) -> int | None:
+        """See Dialect.read_tokenized."""
+        return read_tokenized(body)
 
     def is_refusal_error(self, error: object) -> bool:
         """See OpenAIDialect.is_refusal_error."""

@@ -187,6 +187,7 @@ class Prefilled:
         if leg.reply is None:
             return False
         self.request.prompt_tokens = lease.entry.prompt_tokens
+        self.request.count_number = lease.entry.request.count_number
         handoff = self._handles(leg, leg.reply)
         if handoff is not None:
             self._hold(lease, handoff)

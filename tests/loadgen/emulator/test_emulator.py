@@ -42,6 +42,22 @@ async def page(client, url):
         return orjson.loads(await response.read()) if response.status == 200 else None
 
 
+@pytest.mark.parametrize(
+    ("asked", "status", "count"),
+    [
+        ({"prompt": "three words here"}, 200, 3),
+        ({"messages": [{"role": "user", "content": "two words"}]}, 200, 2),
+        ({"prompt": ["a", "b"]}, 400, None),
+        ({"messages": []}, 400, None),
+    ],
+)
+async def test_a_worker_counts_prompts(start, client, asked, status, count):
+    url = (await start(1)).urls[0]
+    async with client.post(url + "/tokenize", json={"model": "emulated", **asked}) as response:
+        assert response.status == status
+        assert orjson.loads(await response.read()).get("count") == count
+
+
 @pytest.mark.parametrize("sglang", [False, True])
 async def test_a_worker_says_which_engine_it_is(start, client, sglang):
     url = (await start(1, kv_capacity_tokens=5000, slots=3, sglang=sglang)).urls[0]
