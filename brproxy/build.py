@@ -29,6 +29,7 @@ from brproxy.proxy.cors import Cors
 from brproxy.proxy.departures import Departures
 from brproxy.proxy.driver import GroupDriver
 from brproxy.proxy.groups import Groups
+from brproxy.proxy.kept_events import Aborts
 from brproxy.proxy.legs.handover import Handover, HandoverLimits
 from brproxy.proxy.legs.metaserver import Metaserver, ReadPost
 from brproxy.proxy.service import (
@@ -166,6 +167,7 @@ def build_service(config: Config, clock: Clock | None = None, builder: GroupBuil
         cors=Cors(config.listen.cors_origins),
         metaserver=Metaserver(lambda: _post_readers(groups), config.timeouts.client_body_s),
         hops=Hops(config.forwarding.x_forwarded, via=config.forwarding.via),
+        aborts=Aborts(),
         ask_usage=config.estimate.ask_usage,
         sessions=SessionReading(config.affinity.enabled, config.affinity.by_messages),
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),

@@ -66,9 +66,9 @@ class EventFacts(NamedTuple):
 
     ``has_tokens``: it carries output. ``usage_only``: it carries nothing but usage. ``refused``: the engine
     says that it did not take the request. ``error``: it reports an error of any kind. ``died``: the engine
-    behind the API server is dead. ``done``: the last. ``finishes``: it says why a sequence ended.
-    ``sequence``: the one that its usage is of, None if that is of the whole response. ``answer_id``: what a
-    later request may go on from, "" unless it is said.
+    behind the API server is dead. ``done``: the last. ``finishes``: it says why a sequence ended,
+    ``aborts``: that it did so before its time. ``sequence``: the one that its usage is of, None if that is of
+    the whole response. ``answer_id``: what a later request may go on from, "" unless it is said.
     """
 
     has_tokens: bool = False
@@ -79,6 +79,7 @@ class EventFacts(NamedTuple):
     done: bool = False
     died: bool = False
     finishes: bool = False
+    aborts: bool = False
     sequence: int | None = None
     answer_id: str = ""
 

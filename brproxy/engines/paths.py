@@ -30,7 +30,7 @@ class PathKind(NamedTuple):
     others ``text`` is an option. ``has_stream_options``: a stream reports usage if it is asked there.
     ``streams``: who asks for a stream there gets server-sent events. ``ends_with_done``: a complete stream
     ends with ``[DONE]``. ``reads_json``: it can do nothing with another body, forms aside. ``names_answers``:
-    a request may name the answer that it goes on from.
+    a request may name the answer that it goes on from. ``aborts``: it ends what others have asked for.
     """
 
     work: Work
@@ -40,6 +40,7 @@ class PathKind(NamedTuple):
     ends_with_done: bool = False
     reads_json: bool = True
     names_answers: bool = False
+    aborts: bool = False
 
 
 UNKNOWN = PathKind(Work.UNKNOWN, reads_json=False)
@@ -47,6 +48,7 @@ _GENERATES = PathKind(Work.GENERATES)
 _STREAMS = PathKind(Work.GENERATES, streams=True)
 _SCHEDULED = PathKind(Work.SCHEDULED)
 _ASKS = PathKind(Work.ASKS, reads_json=False)
+_ABORTS = PathKind(Work.ASKS, reads_json=False, aborts=True)
 
 _KINDS = {
     "completions": PathKind(Work.GENERATES, has_stream_options=True, streams=True, ends_with_done=True),
@@ -74,6 +76,10 @@ _KINDS = {
     "count_tokens": _ASKS,
     "render": _ASKS,
     "cancel": _ASKS,
+    "abort_requests": _ABORTS,
+    "abort_request": _ABORTS,
+    "pause": _ABORTS,
+    "pause_generation": _ABORTS,
 }
 
 _WITHOUT_WORK = frozenset({"GET", "HEAD", "OPTIONS", "DELETE", "TRACE", "CONNECT"})

@@ -8,10 +8,12 @@ exact a stream ends with an error, and what the client has had nothing of is gen
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import ClassVar, Final, ParamSpec, TypeVar
+from typing import ClassVar, Final, ParamSpec, Self, TypeVar
 
 from brproxy.engines.continuing import read_completion
 from brproxy.engines.paths import Work, path_kind
@@ -31,6 +33,7 @@ from brproxy.proxy.legs.prefill_first import DecodeLeg
 from brproxy.proxy.legs.split import Kinds, run_split
 from brproxy.proxy.legs.together import PairedLegs
 from brproxy.proxy.service import GroupService, Service
+from brproxy.relay.errors import ClientGoneError
 from brproxy.roster import Member
 from brproxy.types import PendingRequest, WorkerIndex
 
@@ -38,6 +41,42 @@ log = logging.getLogger(__name__)
 
 COMMENT: Final = b": another worker goes on\n\n"
 """Goes out where a worker has died, between what it said and what another does."""
+
+
+class Failovers:
+    """Counts what comes of the failovers of one request; ``counts`` are those of its group.
+
+    Outcomes: "finished"; "failed", whatever for; "left", the client has; "no_worker", nobody else was there.
+    """
+
+    __slots__ = ("_counts", "_is_under_way")
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self._counts = counts
+        self._is_under_way = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._end("finished")
+        else:
+            self._end("left" if issubclass(kind, asyncio.CancelledError | ClientGoneError) else "failed")
+
+    def begin(self, *, has_others: bool) -> None:
+        """Note that a worker has died, and whether there is another one to go on."""
+        # Whoever went on until now has not come to the end.
+        self._end("failed")
+        self._is_under_way = True
+        if not has_others:
+            self._end("no_worker")
+
+    def _end(self, outcome: str) -> None:
+        if self._is_under_way:
+            self._counts[outcome] += 1
+            self._is_under_way = False
+
 
 Part = Callable[[PendingRequest, frozenset[WorkerIndex]], Awaitable[None]]
 """Has a worker answer the request as it is now, none of those that are named."""
@@ -112,6 +151,7 @@ class FailoverAttempts(Attempts):
     def __init__(
         self, service: Service, group: GroupService, lease: Lease, incoming: Incoming, sink: ClientSink
     ) -> None:
+        _note_abort(service, incoming, sink)
         keeper = keeper_of(service, incoming, sink, None) if incoming.facts.stream else None
         self._keeper = None if keeper is None or keeper.completion is None else keeper
         if self._keeper is not None:
@@ -134,7 +174,8 @@ class FailoverAttempts(Attempts):
             with lease:
                 await make(self._service, group, lease, self._incoming, self._sink).run()
 
-        await _in_parts(part, keeper, group, request, self._incoming, self._sink)
+        with Failovers(_failovers_of(self._service, group)) as failovers:
+            await _in_parts(part, keeper, group, request, self._incoming, self._sink, failovers)
 
 
 async def run_split_in_parts(
@@ -146,6 +187,7 @@ async def run_split_in_parts(
     sink: ClientSink,
 ) -> None:
     """See run_split: another worker goes on where one gives a request up, or dies."""
+    _note_abort(service, incoming, sink)
     keeper = keeper_of(service, incoming, sink, handover)
     if keeper is None:
         await run_split(service, group, handover, request, incoming, sink)
@@ -161,7 +203,14 @@ async def run_split_in_parts(
     async def part(request: PendingRequest, _avoid: frozenset[WorkerIndex]) -> None:
         await run_split(service, group, handover, request, incoming, sink, kinds)
 
-    await _in_parts(part, keeper, group, request, incoming, sink)
+    with Failovers(_failovers_of(service, group)) as failovers:
+        await _in_parts(part, keeper, group, request, incoming, sink, failovers)
+
+
+def _note_abort(service: Service, incoming: Incoming, sink: ClientSink) -> None:
+    """Take note of a request that ends those of others: streams that are ended then, are so because of it."""
+    if path_kind(incoming.path, sink.client.method).aborts:
+        service.aborts.asked_s = service.clock.now_s()
 
 
 def keeper_of(
@@ -177,14 +226,20 @@ def keeper_of(
         return None
     if not asks_again and not (limits.failovers_max and facts.stream):
         return None
+    aborts, began_s = service.aborts, service.clock.now_s()
     return Keeper(
         lambda: read_completion(
             incoming.path, body, streams=facts.stream, text_bytes_max=limits.kept_text_bytes_max
         ),
         handover.transfer.asks_again if handover is not None and asks_again else None,
+        lambda: aborts.asked_s >= began_s,
         failovers_max=limits.failovers_max if facts.stream else 0,
         recomputed_max=limits.recomputed_max,
     )
+
+
+def _failovers_of(service: Service, group: GroupService) -> Counter[str]:
+    return service.metrics.groups[group.group.name].failovers
 
 
 def _begin(keeper: Keeper, incoming: Incoming) -> None:
@@ -203,6 +258,7 @@ async def _in_parts(
     request: PendingRequest,
     incoming: Incoming,
     sink: ClientSink,
+    failovers: Failovers,
 ) -> None:
     """Answer the client by one part after another; raises what ``part`` does."""
     body = incoming.upload.beginning
@@ -218,9 +274,11 @@ async def _in_parts(
         if keeper.is_cut and keeper.member is not None:
             died = keeper.member
             avoid = frozenset({died.index})
-            if not group.group.roster.has_others(avoid):
+            has_others = group.group.roster.has_others(avoid)
+            failovers.begin(has_others=has_others)
+            if not has_others:
                 raise stream_broke_off()
-            log.warning("worker %s died in mid-stream, and another one goes on from there", died.key)
+            log.warning("worker %s has not ended a stream, and another one goes on from there", died.key)
             sink.pass_on(COMMENT)
         elif not keeper.is_given_up:
             return

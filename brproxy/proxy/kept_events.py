@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 from brproxy.engines.continuing import Completion
 from brproxy.engines.dialect import EventFacts
@@ -17,19 +18,29 @@ def _never(_data: bytes) -> bool:
     return False
 
 
+class Aborts:
+    """When a client last asked engines to end what runs (the clock's seconds)."""
+
+    __slots__ = ("asked_s",)
+
+    def __init__(self) -> None:
+        self.asked_s = -inf
+
+
 class Keeper:
     """What is kept of a request that several workers may answer, one after the other.
 
     ``completion`` is what it has had so far; None: that cannot be gone on from. ``asks_again`` tells whether
-    a worker gives it up. It may go on ``failovers_left`` times after a worker that has died, and
-    ``recomputed_left`` times after one that gave it up. Of the part that runs: ``is_given_up``, ``is_cut``
-    tell how it ended, ``member`` at which worker.
+    a worker gives it up, ``was_aborted`` whether a client has asked for an end of what runs. It may go on
+    ``failovers_left`` times after a worker that has died, and ``recomputed_left`` times after one that gave
+    it up. Of the part that runs: ``is_given_up``, ``is_cut`` tell how it ended, ``member`` at which worker.
     """
 
     def __init__(
         self,
         read: Callable[[], Completion | None],
         asks_again: Callable[[bytes], bool] | None,
+        was_aborted: Callable[[], bool],
         *,
         failovers_max: int,
         recomputed_max: int,
@@ -38,6 +49,7 @@ class Keeper:
         self.completion = read()
         self.is_watched = asks_again is not None
         self.asks_again = asks_again or _never
+        self.was_aborted = was_aborted
         self.failovers_left = failovers_max
         self.recomputed_left = recomputed_max
         self.is_given_up = self.is_cut = False
@@ -100,7 +112,7 @@ class KeptEvents(EventReader):
             if (facts.refused or facts.died) and not self.is_taken:
                 self._rest = events[position:]
                 return facts
-            if facts.died and keeper.may_fail_over and self._is_death(event):
+            if keeper.may_fail_over and self._is_death(event, facts):
                 keeper.is_cut = True
                 return None
             passed = self._passed(event, facts)
@@ -114,9 +126,12 @@ class KeptEvents(EventReader):
         # By a call: a type checker does not know who else sets it.
         return self._keeper.is_given_up
 
-    def _is_death(self, event: bytes) -> bool:
+    def _is_death(self, event: bytes, facts: EventFacts) -> bool:
+        """Tell whether an event says that the engine is dead, or that it ends the stream as it stops."""
+        if facts.aborts:
+            return not self._keeper.was_aborted()
         # Accounts may take other errors for one as well.
-        return self._account.dialect.read_event(event_data(event) or b"").died
+        return facts.died and self._account.dialect.read_event(event_data(event) or b"").died
 
     def _passed(self, event: bytes, facts: EventFacts) -> bytes:
         """Return what the client gets of an event."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from brproxy.proxy.departures import Departures
     from brproxy.proxy.groups import Groups
     from brproxy.proxy.in_band import InBand
+    from brproxy.proxy.kept_events import Aborts
     from brproxy.proxy.legs.handover import Handover
     from brproxy.proxy.legs.metaserver import Metaserver
 
@@ -192,7 +193,8 @@ class Service:
 
     ``reaches`` and ``bootstrap_ports`` are by origin: what a worker needs besides that is noted here before
     it is added. ``metaserver``: where decode workers ask for prefills. ``counting``: has prompts counted,
-    None where they are only estimated. Limits are others after a reload.
+    None where they are only estimated. ``aborts``: when clients asked for an end of others' requests. Limits
+    are others after a reload.
     """
 
     groups: Groups
@@ -212,6 +214,7 @@ class Service:
     hops: Hops
     cors: Cors
     metaserver: Metaserver
+    aborts: Aborts
     ask_usage: bool
     hash_prompts: bool
     sessions: SessionReading

@@ -60,11 +60,15 @@ class Histogram:
 
 
 class GroupMetrics(Observer):
-    """What has happened in one barrier group; ``retries`` are by member, whose name may change."""
+    """What has happened in one barrier group; ``retries`` are by member, whose name may change.
+
+    ``failovers`` are by what came of them.
+    """
 
     def __init__(self, group: Group) -> None:
         self.outcomes: Counter[State] = Counter()
         self.retries: dict[Member, int] = dict.fromkeys(group.roster.members, 0)
+        self.failovers: Counter[str] = Counter()
         self.output_tokens = 0
         self.admitted = 0
         self.wait_s = Histogram(_WAIT_S)
@@ -153,6 +157,11 @@ class Metrics(Collector):
         retries = CounterMetricFamily(
             "brproxy_retries", "Requests taken back from a failed worker", labels=["group", "worker"]
         )
+        failovers = CounterMetricFamily(
+            "brproxy_failovers",
+            "Streams whose worker died, by whether another one went on to the end",
+            labels=["group", "outcome"],
+        )
         tokens = CounterMetricFamily("brproxy_output_tokens", "Tokens streamed to clients", labels=["group"])
         admitted = CounterMetricFamily("brproxy_admitted", "Requests bound to a worker", labels=["group"])
         for name, metrics in self.groups.items():
@@ -160,6 +169,8 @@ class Metrics(Collector):
                 requests.add_metric([name, outcome.name.lower()], count)
             for worker, count in metrics.retries.items():
                 retries.add_metric([name, worker.key], count)
+            for ending, count in metrics.failovers.items():
+                failovers.add_metric([name, ending], count)
             tokens.add_metric([name], metrics.output_tokens)
             admitted.add_metric([name], metrics.admitted)
         rejected = CounterMetricFamily(
@@ -173,7 +184,7 @@ class Metrics(Collector):
         for group in self._fleet.groups:
             for part, count in group.dispatcher.faults.counts.items():
                 errors.add_metric([group.name, part], count)
-        yield from (requests, retries, tokens, admitted, rejected, errors)
+        yield from (requests, retries, failovers, tokens, admitted, rejected, errors)
         yield from self._sessions()
 
     def _sessions(self) -> Iterator[Metric]:

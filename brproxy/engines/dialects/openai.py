@@ -36,6 +36,8 @@ _PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,20})\b(?![.eE])')
 # Of a reply of the responses API; what it holds has ids of other forms.
 _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[!-!#-\[\]-~]{1,256})"')
 _ID_BEFORE_BYTE = 4096
+# vLLM's and SGLang's, of sequences that were ended by request, or as the engine stops.
+_ABORT = "abort"
 _META_KEY = b'"meta_info"'
 _CACHED_KEYS = ("cache_read_input_tokens", "cache_creation_input_tokens")
 _ERROR_BYTES_MAX = 1 << 16
@@ -95,15 +97,18 @@ class OpenAIDialect(Dialect):
         choices = document.get("choices")
         if isinstance(choices, list):
             usage = _usage_in(document)
-            has_tokens = finishes = False
+            has_tokens = finishes = aborts = False
             for choice in choices:
                 has_tokens = has_tokens or _has_output(choice)
-                finishes = finishes or (type(choice) is dict and choice.get("finish_reason") is not None)
+                reason = choice.get("finish_reason") if type(choice) is dict else None
+                finishes = finishes or reason is not None
+                aborts = aborts or reason == _ABORT
             return EventFacts(
                 has_tokens=has_tokens,
                 usage=usage,
                 usage_only=not choices and usage is not None,
                 finishes=finishes,
+                aborts=aborts,
                 sequence=_sequence(choices[0]) if usage is not None and choices else None,
             )
         meta = document.get("meta_info")

@@ -22,6 +22,13 @@ DIED = {
 }
 
 
+ABORTED = {
+    "id": "cmpl-x",
+    "choices": [{"index": 0, "text": " lost", "finish_reason": "abort"}],
+    "usage": {"prompt_tokens": 1, "total_tokens": 3, "completion_tokens": 2},
+}
+
+
 def sse(document):
     return b"data: %b\n\n" % (document if isinstance(document, bytes) else json.dumps(document).encode())
 
@@ -126,7 +133,7 @@ def text(documents):
     return "".join(choice["text"] for document in documents for choice in document.get("choices", []))
 
 
-@pytest.mark.parametrize("says", [None, DIED])
+@pytest.mark.parametrize("says", [None, DIED, ABORTED])
 @pytest.mark.parametrize("after", [1, 2, 5])
 async def test_a_stream_goes_on_where_its_worker_died(start, client, after, says):
     proxy, engines = await start()
@@ -220,6 +227,97 @@ async def test_it_does_not_go_on(start, client, count, running, tables):
     assert "error" in told(received)[-1]
     assert sum(len(engine.asked) for engine in engines) == 1
     await proxy.idle()
+
+
+def failovers(proxy):
+    return dict(proxy.running.service.metrics.groups["default"].failovers)
+
+
+@pytest.mark.parametrize(
+    ("more", "tables"),
+    [({}, {"limits": {"failovers_max": 0}}), ({"path": "/v1/chat/completions"}, {}), ({"seed": 1}, {})],
+    ids=["off", "a chat", "not exact"],
+)
+async def test_an_abort_passes_as_it_is_where_nobody_goes_on(start, client, more, tables):
+    proxy, engines = await start(**tables)
+    engines[0].dies = engines[1].dies = [(2, ABORTED)]
+    _, received, is_whole = await ask(client, proxy, **more)
+    assert is_whole
+    assert received.endswith(b"data: [DONE]\n\n")
+    assert told(received)[-1]["choices"] == ABORTED["choices"]
+    assert len(engines[0].asked + engines[1].asked) == 1
+    assert failovers(proxy) == {}
+    await proxy.idle()
+
+
+@pytest.mark.parametrize("path", ["/inference/v1/abort_requests", "/abort_request", "/pause"])
+async def test_an_abort_that_was_asked_for_is_the_answer(start, client, until, path):
+    proxy, engines = await start(worker={"slots": 8})
+    for engine in engines:
+        engine.dies = [(2, ABORTED)]
+        engine.open.clear()
+    asking = asyncio.create_task(ask(client, proxy))
+    await until(lambda: any(engine.asked for engine in engines))
+    busy = engines[0] if engines[0].asked else engines[1]
+    for engine in engines:
+        if engine is not busy:
+            engine.open.set()
+            engine.dies = []
+    abort = client.post(proxy.url + path, json={"prompt": "go", "max_tokens": 6, "request_ids": ["x"]})
+    async with abort as response:
+        await response.read()
+    busy.open.set()
+    _, received, is_whole = await asking
+    assert is_whole
+    assert told(received)[-1]["choices"] == ABORTED["choices"]
+    # What begins after that has been asked for by nobody.
+    engines[0].dies = engines[1].dies = [(2, ABORTED)]
+    _, received, is_whole = await ask(client, proxy)
+    assert text(told(received)) == "".join(WORDS)
+    await proxy.idle()
+
+
+async def test_what_came_of_it_is_counted(start, client, until):
+    proxy, engines = await start(3)
+    engines[0].dies = engines[1].dies = engines[2].dies = [(1, None)]
+    # One dies, goes on at another one that dies as well, and comes to its end at the third.
+    for engine in engines:
+        engine.dies = [(1, None)] if engine is not engines[2] else []
+    for _ in range(2):
+        _, _, is_whole = await ask(client, proxy)
+        assert is_whole
+    counts = failovers(proxy)
+    assert counts["finished"] >= 1
+    assert sum(counts.values()) == 2
+    for engine in engines:
+        engine.dies = [(1, None)] * 9
+    assert not (await ask(client, proxy))[2]
+    assert failovers(proxy)["failed"] == counts.get("failed", 0) + 2
+    async with client.get(proxy.url + "/metrics") as response:
+        assert 'brproxy_failovers_total{group="default",outcome="finished"}' in await response.text()
+    await proxy.idle()
+
+
+async def test_of_one_worker_nobody_can_go_on(start, client):
+    proxy, engines = await start(1)
+    engines[0].dies = [(2, None)]
+    assert not (await ask(client, proxy))[2]
+    assert failovers(proxy) == {"no_worker": 1}
+
+
+async def test_a_client_that_leaves_meanwhile_is_counted_as_such(start, client, until):
+    proxy, engines = await start(2)
+    for engine in engines:
+        engine.dies = [(2, None)]
+        engine.open.clear()
+    asking = asyncio.create_task(ask(client, proxy))
+    await until(lambda: any(engine.asked for engine in engines))
+    dying, other = engines if engines[0].asked else engines[::-1]
+    dying.open.set()
+    await until(lambda: other.asked)
+    asking.cancel()
+    await proxy.idle()
+    assert failovers(proxy) == {"left": 1}
 
 
 async def test_it_goes_on_beside_comments_and_leaves_nothing_to_collect(start, client):
