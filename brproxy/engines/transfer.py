@@ -148,6 +148,10 @@ class Transfer(ABC):
         """
         return None
 
+    def tells_of_prompt(self, path: str, body: bytes) -> bool:
+        """Tell whether a request asks what only the prefill worker can tell; never raises."""
+        return False
+
     def asks_again(self, data: bytes) -> bool:
         """Tell whether a decode worker's event or reply says that it needs a new prefill; never raises."""
         return False

@@ -7,6 +7,7 @@ from typing import ClassVar, Final
 import orjson
 
 from brproxy.engines.edits import JsonObject
+from brproxy.engines.input_logprobs import asks_input_logprobs
 from brproxy.engines.transfer import (
     Handoff,
     Order,
@@ -43,6 +44,10 @@ class SglangTransfer(Transfer):
     ORDER: ClassVar[Order] = Order.TOGETHER
     DECODES_ALONE: ClassVar[bool] = False
     NESTED_LIMIT: ClassVar[str] = "max_new_tokens"
+
+    def tells_of_prompt(self, path: str, body: bytes) -> bool:
+        """See Transfer.tells_of_prompt."""
+        return asks_input_logprobs(path, body)
 
     def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
         """See Transfer.prefill_body."""

@@ -16,7 +16,7 @@ from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.decode_first import DecodeFirstLegs
 from brproxy.proxy.legs.handover import Handover, NotPrefilledError
 from brproxy.proxy.legs.prefill_first import DecodeLeg, MakeDecodeLeg, prefill_then_decode
-from brproxy.proxy.legs.together import PairedLegs
+from brproxy.proxy.legs.together import MergedLegs, PairedLegs
 from brproxy.proxy.service import GroupService, Service
 from brproxy.types import PendingRequest
 
@@ -78,7 +78,9 @@ async def _split(
     if handover.transfer.ORDER is Order.PREFILL_FIRST:
         await prefill_then_decode(service, group, handover, request, incoming, sink, kinds.prefill_first)
         return
-    legs = kinds.together if handover.transfer.ORDER is Order.TOGETHER else kinds.decode_first
+    legs: MakeLegs = kinds.together if handover.transfer.ORDER is Order.TOGETHER else kinds.decode_first
+    if handover.transfer.tells_of_prompt(incoming.path, incoming.upload.beginning or b""):
+        legs = MergedLegs
     with group.driver.admit(request) as lease:
         await legs(service, group, lease, incoming, sink, handover).run()
 

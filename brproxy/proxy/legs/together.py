@@ -20,6 +20,7 @@ from brproxy.proxy.exchange.client_sink import ClientSink
 from brproxy.proxy.exchange.collect import Reply
 from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.exchange.handles import PairedAnswer
+from brproxy.proxy.exchange.merged import MergedAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.handover import Handover, prefill_of
 from brproxy.proxy.service import GroupService, Service
@@ -183,6 +184,32 @@ class PairedLegs(Attempts):
         self._journey.happened(Event.FINISHED)
         if sink.ends_by_close:
             sink.client.close()
+
+
+class MergedLegs(PairedLegs):
+    """The same for a request that asks about its prompt, which only the worker that prefills can tell."""
+
+    __slots__ = ()
+
+    ANSWER: ClassVar[type[PairedAnswer]] = MergedAnswer
+
+    def _answer_of(self, member: Member) -> WorkerAnswer:
+        answer = super()._answer_of(member)
+        if isinstance(answer, MergedAnswer):
+            answer.expect()
+        return answer
+
+    def _prefilled(self, prefill: asyncio.Task[Reply]) -> None:
+        is_ours = prefill is self._prefill
+        super()._prefilled(prefill)
+        if not is_ours or prefill.cancelled() or prefill.exception() is not None:
+            return
+        reply, answer = prefill.result(), self._answer
+        if reply.head.status < HTTPStatus.BAD_REQUEST and isinstance(answer, MergedAnswer):
+            answer.prefilled(reply.body)
+
+    def _request(self, member: Member, endpoint: Endpoint) -> bytes:
+        return self._leg(member, endpoint, self._decode_body, is_read=True)
 
 
 def _reason(failure: Reply | Exception | None) -> str:
