@@ -127,15 +127,19 @@ class GroupChecks(Observer):
             raise Violation("books", f"{len(table)} rows of numbers for {len(rows)} requests")
         columns = ledger.roster.columns
         load, requests, takers = [0] * columns, [0] * columns, [0] * columns
+        prefill = [0] * columns
         for row, entry in enumerate(rows):
             request_id, worker, kv_tokens = table[row][:3]
             load[worker] += kv_tokens
             requests[worker] += 1
             takers[worker] += entry.sequences > 0
+            prefill[worker] += entry.prompt_tokens if entry.first_token_s is None else 0
             if entry.row != row or entry.worker != worker or request_id != entry.id or kv_tokens < 0:
                 raise Violation("books", f"row {row} is not that of {entry}")
         if load != ledger._kv_tokens or requests != ledger._requests:
             raise Violation("books", f"rows say {load} KV tokens, {requests} requests, the ledger {ledger!r}")
+        if prefill != ledger._prefill_tokens:
+            raise Violation("books", f"rows say {prefill} tokens to prefill, not {ledger._prefill_tokens}")
         for worker, most in self._of_before.items():
             self._of_before[worker] = min(most, takers[worker])
         most = [max(slots, self._of_before.get(g, 0)) for g, slots in enumerate(ledger._slots)]
@@ -243,6 +247,9 @@ class Checks:
             raise Violation(
                 "returns-to-zero", f"{handlers._requests} requests, {len(watch._watched)} exchanges"
             )
+        counting: Any = self._proxy.service.counting
+        if counting is not None and (len(counting.counts) or counting._gate.in_flight or counting._tasks):
+            raise Violation("returns-to-zero", f"{len(counting.counts)} prompts, {counting._tasks}")
         workers = sum(len(service.endpoints) for service in self._proxy.service.groups.values())
         groups = self._proxy.service.fleet.groups
         if any(group.leaves for group in groups):

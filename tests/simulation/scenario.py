@@ -95,7 +95,17 @@ class Draw:
 
     def _settings(self) -> dict[str, dict[str, object]]:
         rng = self._rng
+        # By a generator of its own: whether prompts are counted changes nothing about all else.
+        counts = random.Random(f"counts {self._seed}")
         return {
+            "prompts": {
+                "exact": counts.choice(("off", "off", "engine")),
+                "wait_s": counts.choice((0.0, 0.0, 0.3)),
+                "timeout_s": 1.0,
+                "in_flight_max": counts.choice((1, 16)),
+                "failures_max": 2,
+                "pause_s": 2.0,
+            },
             "routing": {
                 "policy": rng.choice(POLICIES),
                 "tick_ms": rng.choice((20, 100)),

@@ -30,6 +30,13 @@ vllm:num_requests_waiting{engine="0"} %d
 vllm:num_preemptions_total{engine="0"} 0.0
 """
 _USAGES = (b"NaN", b"-3", b"1e308", b"", b"1.0", b"0.5", b"+Inf", b"\xff\x00")
+_COUNTS = (
+    *((b"200 OK", b""), (b"200 OK", b""), (b"200 OK", b'{"count":18446744073709551616}')),
+    *((b"200 OK", b'{"count":-1}'), (b"400 Bad Request", b"{}"), (b"200 OK", b'{"count":0}')),
+    *((b"500 Broken", b"no"), (b"404 Not Found", b"{}"), (b"200 OK", b"\xff\x00")),
+)
+"""Status and body, b"" for a true one."""
+_COUNTS_LATE_S = (0.0, 0.0, 0.2, 0.0, 0.7, 0.0, 1.5)
 _ENDLESS = bytes(1 << 16)
 _NUMBER = re.compile(rb"x-sim: (\d+)")
 _MODELS = b'{"object":"list","data":[{"id":"a"},{"id":"b"}]}'
@@ -123,7 +130,7 @@ class Worker:
         self.health = "well"
         self.load = "none"
         self.kv_capacity_tokens = KV_CAPACITY_TOKENS
-        self._pages = 0
+        self._pages = self._counts = 0
         self._loop = loop
         self._records = records
         self._wrong = wrong
@@ -201,7 +208,7 @@ class Worker:
         line, *lines = head.split(b"\r\n")
         known = {name.lower(): value.strip() for name, _, value in (one.partition(b":") for one in lines)}
         if NAME not in known:
-            return await self._serve_proxy(wire, line)
+            return await self._serve_proxy(wire, line, known)
         self._see_rank(lines)
         record = self._records[int(known[NAME])]
         number = record.came
@@ -312,9 +319,11 @@ class Worker:
         if self._thaw is not None:
             await asyncio.shield(self._thaw)
 
-    async def _serve_proxy(self, wire: Wire, line: bytes) -> bool:
-        """Answer what the proxy itself asks: health and models."""
+    async def _serve_proxy(self, wire: Wire, line: bytes, known: dict[bytes, bytes]) -> bool:
+        """Answer what the proxy itself asks: health and models, and how long a prompt is."""
         await self._pause(0.0)
+        if line.startswith(b"POST /tokenize "):
+            return await self._count(wire, known)
         # What a client has sent without a number is no check.
         health = self.health if line.startswith((b"GET", b"HEAD")) else "well"
         if health == "health-never":
@@ -334,6 +343,18 @@ class Worker:
             len(_MODELS),
         )
         await wire.send(head if line.startswith(b"HEAD") else head + _MODELS)
+        return True
+
+    async def _count(self, wire: Wire, known: dict[bytes, bytes]) -> bool:
+        """Answer what the size of a prompt is: mostly some number, at times late, never or nonsense."""
+        body = await self._body(wire, known)
+        if body is None:
+            return False
+        self._counts += 1
+        await self._pause(_COUNTS_LATE_S[self._counts % len(_COUNTS_LATE_S)])
+        status, answer = _COUNTS[self._counts % len(_COUNTS)]
+        answer = answer or b'{"count":%d,"max_model_len":4096,"tokens":[]}' % (len(body) // 5)
+        await wire.send(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(answer), answer))
         return True
 
     def _load_page(self) -> bytes:
