@@ -108,11 +108,12 @@ class TokenEstimator:
 
         It is a guess, so it is never more than ``tokens_max``, what a worker can hold: the prompt may fit.
         """
-        tokens = self._models.get(model, self._unlearnt).tokens(text)
         factor = self._users.value((model, user))
+        tokens = self._models.get(model, self._unlearnt).tokens(text) * factor
         if factor > 1:
-            return min(ceil(min(tokens * factor, tokens_at_most(text))), tokens_max)
-        return min(ceil(tokens * factor), tokens_max)
+            tokens = min(tokens, tokens_at_most(text))
+        estimate = ceil(tokens)
+        return estimate if estimate < tokens_max else tokens_max
 
     def template_tokens(self, model: str, text: TextCounts) -> int:
         """Return the estimate of what a model's template puts around the messages of a chat; 0 for a text."""
@@ -124,8 +125,8 @@ class TokenEstimator:
         Of those that say what was expected few are learnt from: they are most, once a model is known.
         """
         regression = self._models.get(model) or Regression(self._bytes_per_token)
-        expected = regression.tokens(text) * self._users.value((model, user))
-        if abs(prompt_tokens - expected) <= max(_EXPECTED * prompt_tokens, _ROUNDED):
+        off = abs(prompt_tokens - regression.tokens(text) * self._users.value((model, user)))
+        if off <= _EXPECTED * prompt_tokens or off <= _ROUNDED:
             self._as_expected += 1
             if self._as_expected % _EXPECTED_PER_LESSON:
                 return

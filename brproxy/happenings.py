@@ -8,14 +8,9 @@ fault of its own: the others are told, and what happens goes on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec
-
 from brproxy.faults import Faults
 from brproxy.lifecycle import Entry, Event
 from brproxy.roster import Member
-
-P = ParamSpec("P")
-
 
 class Observer:
     """Looks on; a subclass says by overriding what it wants to be told. Nothing here may block."""
@@ -37,7 +32,10 @@ class Observer:
 
 
 class Happenings:
-    """The observers of one group, told in the order in which they came."""
+    """The observers of one group, told in the order in which they came.
+
+    Each is told in a loop of its own: passing arguments through would cost as much as the call.
+    """
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
@@ -63,20 +61,27 @@ class Happenings:
 
     def arrived(self, entry: Entry) -> None:
         """See Observer.arrived."""
-        if self._arrived:
-            self._tell(self._arrived, entry)
+        for observer in self._arrived:
+            try:
+                observer(entry)
+            except Exception as error:  # noqa: BLE001 - who looks on takes nothing with it
+                self._faults.note("observer", error)
 
     def bound(self, entry: Entry, waited_s: float) -> None:
         """See Observer.bound."""
         for observer in self._bound:
             try:
                 observer(entry, waited_s)
-            except Exception as error:  # noqa: BLE001 - who looks on takes nothing with it
+            except Exception as error:  # noqa: BLE001 - as above
                 self._faults.note("observer", error)
 
     def retried(self, entry: Entry, member: Member) -> None:
         """See Observer.retried."""
-        self._tell(self._retried, entry, member)
+        for observer in self._retried:
+            try:
+                observer(entry, member)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._faults.note("observer", error)
 
     def ended(self, entry: Entry, event: Event, waited_s: float | None) -> None:
         """See Observer.ended."""
@@ -88,12 +93,8 @@ class Happenings:
 
     def decided(self, duration_s: float, admitted: int) -> None:
         """See Observer.decided."""
-        self._tell(self._decided, duration_s, admitted)
-
-    # Not for what is told of each request: passing arguments through costs as much as the call.
-    def _tell(self, observers: list[Callable[P, None]], *what: P.args, **named: P.kwargs) -> None:
-        for observer in observers:
+        for observer in self._decided:
             try:
-                observer(*what, **named)
-            except Exception as error:  # noqa: BLE001 - who looks on takes nothing with it
+                observer(duration_s, admitted)
+            except Exception as error:  # noqa: BLE001 - as above
                 self._faults.note("observer", error)

@@ -137,8 +137,9 @@ def entry_of(request_id: RequestId, request: PendingRequest, now_s: float, promp
     if prompt_tokens < 0:
         msg = f"prompt_tokens must be at least 0, got {prompt_tokens}"
         raise InvalidInputError(msg)
-    prompt_tokens = min(prompt_tokens, prompt_tokens_max)
-    entry = Entry(request_id, request, now_s, now_s, prompt_tokens=min(prompt_tokens, TOKENS_MAX))
+    if prompt_tokens > prompt_tokens_max or prompt_tokens > TOKENS_MAX:
+        prompt_tokens = min(prompt_tokens_max, TOKENS_MAX)
+    entry = Entry(request_id, request, now_s, now_s, prompt_tokens=prompt_tokens)
     if request.sequences != 1:
         entry.sequences = bounded(request.sequences, SEQUENCES_MAX)
     return entry

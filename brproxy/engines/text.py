@@ -62,10 +62,10 @@ def counts_like(seen: bytes, text_bytes: int, messages: int) -> TextCounts:
 
 def _ascii_counts(seen: bytes, text_bytes: int, messages: int) -> TextCounts:
     kinds = seen.translate(_KINDS, _FREQUENT)
-    blanks, digits = kinds.count(_BLANK), kinds.count(_DIGIT)
-    others = len(kinds) - blanks - digits
-    whole = len(seen)
-    if whole != text_bytes and whole:
+    blanks, digits, others = kinds.count(_BLANK), kinds.count(_DIGIT), len(kinds)
+    others -= blanks + digits
+    if len(seen) != text_bytes and seen:
+        whole = len(seen)
         blanks = blanks * text_bytes // whole
         digits = digits * text_bytes // whole
         others = others * text_bytes // whole

@@ -139,8 +139,8 @@ class Attempts:
 
     async def _send(self, *, afresh: bool) -> Action:
         """Send the request to its worker and return what is to be done when that has come to an end."""
-        service, upload = self._service, self._incoming.upload
-        member, endpoint = self._group.reach(self._worker)
+        service, group, upload = self._service, self._group, self._incoming.upload
+        member, endpoint = group.reach(self._worker)
         # What cannot be sent twice does not go where it may find a closed door.
         connection = endpoint.take_idle() if upload.is_whole and not afresh else None
         if connection is None:
@@ -150,8 +150,8 @@ class Attempts:
                 return self._not_connected(endpoint, error)
         self._outcome = service.watch.loop.create_future()
         answer = self._answer_of(member)
-        if self._group.in_band is not None:
-            answer.load_taker = self._group.in_band.taker(self._incoming.lines)
+        if group.in_band is not None:
+            answer.load_taker = group.in_band.taker(self._incoming.lines)
         # Put together there and not kept: the frame stays as long as the stream.
         answer.send(connection, self._request(member, endpoint), whole=upload.is_whole)
         service.watch.add(answer)
@@ -163,35 +163,31 @@ class Attempts:
             service.watch.discard(answer)
             answer.close()
 
-    def _account(self, kind: type[Account] = Account) -> Account:
-        """Return what books an answer."""
-        return kind(
+    def _answer_of(self, member: Member, account_kind: type[Account] = Account) -> WorkerAnswer:
+        """Return what takes the answer of this worker; ``account_kind`` makes what books it."""
+        service, sink, incoming = self._service, self._sink, self._incoming
+        account = account_kind(
             self._lease,
             self._group.dialect,
-            self._incoming.facts,
-            self._service.estimator,
+            incoming.facts,
+            service.estimator,
             usage_was_added=self._usage_was_added,
         )
-
-    def _answer_of(self, member: Member) -> WorkerAnswer:
-        """Return what takes the answer of this worker."""
         return self.ANSWER(
             self,
-            self._sink,
-            self._account(),
-            self._service.relay_limits,
-            path=self._incoming.path,
+            sink,
+            account,
+            service.relay_limits,
+            path=incoming.path,
             member=member,
-            bodiless=self._sink.client.method == "HEAD",
+            bodiless=sink.client.method == "HEAD",
         )
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:
         """Return the request as this worker gets it, as far as it has been read."""
-        upload = self._incoming.upload
-        framing = upload.framing(self._sink.client.method)
+        framing, beginning = self._incoming.upload.framed(self._sink.client.method)
         # What the proxy asked for must be found in the stream, to be taken out again.
-        head = self._head(member, endpoint, framing, is_read=self._usage_was_added)
-        return head + upload.framed_beginning()
+        return self._head(member, endpoint, framing, is_read=self._usage_was_added) + beginning
 
     def _leg(self, member: Member, endpoint: Endpoint, body: bytes, *, is_read: bool) -> bytes:
         """Return the request with ``body`` in place of the client's; ``is_read``: see _head."""

@@ -18,6 +18,7 @@ from typing import ClassVar, Final, ParamSpec, Self, TypeVar
 from brproxy.engines.continuing import read_completion
 from brproxy.engines.paths import Work, path_kind
 from brproxy.lifecycle import NOBODY
+from brproxy.proxy.accounting import Account
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.errors import ProxyError, stream_broke_off
@@ -101,8 +102,8 @@ class _Kept(Attempts):
             self._lease.fail()
         super().finished()
 
-    def _answer_of(self, member: Member) -> WorkerAnswer:
-        answer = super()._answer_of(member)
+    def _answer_of(self, member: Member, account_kind: type[Account] = Account) -> WorkerAnswer:
+        answer = super()._answer_of(member, account_kind)
         if isinstance(answer, KeptAnswer | KeptDecodeAnswer | KeptPairedAnswer):
             answer.keeper = self.keeper
         return answer

@@ -52,12 +52,13 @@ class Reader:
         target = origin_form(client.target)
         path = request.path if target is client.target else path_of(target)
         fields = request_fields(request.raw_headers, self._dropped)
+        media_type = fields.media_type
         if not upload.take_whole():
-            await upload.read(fields.media_type, names_group=len(self._service.groups) > 1)
+            await upload.read(media_type, names_group=len(self._service.groups) > 1)
         facts = self._dialect.read_request(
             path,
             client.method,
-            fields.media_type,
+            media_type,
             upload.beginning or b"",
             hashes=self._service.hash_prompts,
             session=self._asked(fields) if self._service.sessions.are_read else None,
@@ -74,7 +75,7 @@ class Reader:
             request_id,
             upload,
             facts,
-            fields.media_type == "multipart/form-data",
+            media_type == "multipart/form-data",
         )
 
     def _asked(self, fields: Fields) -> SessionAsk:

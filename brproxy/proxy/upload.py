@@ -62,16 +62,13 @@ class Upload:
         self.is_whole = True
         self.is_spent = False
 
-    def framing(self, method: str) -> bytes:
-        """Return the line of the request's head that frames the body."""
-        if self.is_whole:
-            return body_length(method, self.beginning)
-        return CHUNKED if self._length is None else b"Content-Length: %d\r\n" % self._length
-
-    def framed_beginning(self) -> bytes:
-        """Return what was read, as it goes out."""
+    def framed(self, method: str) -> tuple[bytes, bytes]:
+        """Return the line of the request's head that frames the body, and what was read as it goes out."""
         beginning = self.beginning or b""
-        return beginning if self.is_whole else self._framed(beginning)
+        if self.is_whole:
+            return body_length(method, self.beginning), beginning
+        framing = CHUNKED if self._length is None else b"Content-Length: %d\r\n" % self._length
+        return framing, self._framed(beginning)
 
     def forget(self) -> None:
         """Let go of a body that is not sent again: a prompt may be large, and its stream take minutes."""

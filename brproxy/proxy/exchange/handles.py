@@ -53,8 +53,9 @@ class PrefillAnswer(WorkerAnswer):
         *,
         path: str,
         member: Member,
+        bodiless: bool,
     ) -> None:
-        super().__init__(attempt, sink, account, limits, path=path, member=member, bodiless=False)
+        super().__init__(attempt, sink, account, limits, path=path, member=member, bodiless=bodiless)
         self._prefill = attempt
         self.orphaned: asyncio.Future[bytes | None] | None = None
 
@@ -147,8 +148,9 @@ class DecodeAnswer(WorkerAnswer):
         *,
         path: str,
         member: Member,
+        bodiless: bool,
     ) -> None:
-        super().__init__(attempt, sink, account, limits, path=path, member=member, bodiless=False)
+        super().__init__(attempt, sink, account, limits, path=path, member=member, bodiless=bodiless)
         self._decode = attempt
 
     def head(self, head: ResponseHead) -> None:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from brproxy.engines.transfer import Handoff
 from brproxy.journey import Action, Event
@@ -304,16 +304,11 @@ class DecodeLeg(Attempts):
         self._body = body
         return await super()._send(afresh=afresh)
 
-    def _answer_of(self, member: Member) -> WorkerAnswer:
-        self._answer = self.ANSWER(
-            self,
-            self._sink,
-            # Whatever fails where nothing is to be fetched is the request's or the engine's own.
-            self._account(DecodeAccount if self.may_serve_alone(Event.DIED) else Account),
-            self._service.relay_limits,
-            path=self._incoming.path,
-            member=member,
-        )
+    def _answer_of(self, member: Member, account_kind: type[Account] = Account) -> WorkerAnswer:
+        # Whatever fails where nothing is to be fetched is the request's or the engine's own.
+        if self.may_serve_alone(Event.DIED):
+            account_kind = DecodeAccount
+        self._answer = cast(DecodeAnswer, super()._answer_of(member, account_kind))
         return self._answer
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:

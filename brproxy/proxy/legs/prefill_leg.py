@@ -7,7 +7,6 @@ from brproxy.journey import RERUNS_MAX, RULES, Action, Event, State
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
-from brproxy.proxy.exchange.deciding import WorkerAnswer
 from brproxy.proxy.exchange.handles import PrefillAnswer
 from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.handover import Handover, NotPrefilledError
@@ -31,6 +30,7 @@ class PrefillLeg(Attempts):
     __slots__ = ("_body", "_handover", "_runs", "handoff", "orphan", "reply")
 
     ASKS_USAGE = False
+    ANSWER = PrefillAnswer
 
     def __init__(
         self, service: Service, handover: Handover, lease: Lease, incoming: Incoming, sink: ClientSink
@@ -72,16 +72,6 @@ class PrefillLeg(Attempts):
         if is_deserted and self._handover.transfer.DECODES_ALONE:
             return NotPrefilledError(str(self._error))
         return super()._failure()
-
-    def _answer_of(self, member: Member) -> WorkerAnswer:
-        return PrefillAnswer(
-            self,
-            self._sink,
-            self._account(),
-            self._service.relay_limits,
-            path=self._incoming.path,
-            member=member,
-        )
 
     async def _send(self, *, afresh: bool) -> Action:
         """As Attempts._send; raises TransferError for a request that cannot be split."""

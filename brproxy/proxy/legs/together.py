@@ -14,6 +14,7 @@ from typing import ClassVar, cast
 from brproxy.engines.transfer import Handoff
 from brproxy.journey import RERUNS_MAX, Action, Event
 from brproxy.proxy import errors
+from brproxy.proxy.accounting import Account
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -131,11 +132,11 @@ class PairedLegs(Attempts):
                 # Seen, whoever asks.
                 prefill.exception()
 
-    def _answer_of(self, member: Member) -> WorkerAnswer:
+    def _answer_of(self, member: Member, account_kind: type[Account] = Account) -> WorkerAnswer:
         # The worker that decodes can be reached: now the other leg goes out beside its own.
         self._prefill = self._service.watch.loop.create_task(self._prefill_leg())
         self._prefill.add_done_callback(self._prefilled)
-        self._answer = cast(PairedAnswer, super()._answer_of(member))
+        self._answer = cast(PairedAnswer, super()._answer_of(member, account_kind))
         return self._answer
 
     async def _prefill_leg(self) -> Reply:
