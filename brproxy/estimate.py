@@ -113,7 +113,7 @@ class TokenEstimator:
         if factor > 1:
             tokens = min(tokens, tokens_at_most(text))
         estimate = ceil(tokens)
-        return estimate if estimate < tokens_max else tokens_max
+        return min(tokens_max, estimate)
 
     def template_tokens(self, model: str, text: TextCounts) -> int:
         """Return the estimate of what a model's template puts around the messages of a chat; 0 for a text."""

@@ -8,9 +8,11 @@ fault of its own: the others are told, and what happens goes on.
 from __future__ import annotations
 
 from collections.abc import Callable
+
 from brproxy.faults import Faults
 from brproxy.lifecycle import Entry, Event
 from brproxy.roster import Member
+
 
 class Observer:
     """Looks on; a subclass says by overriding what it wants to be told. Nothing here may block."""

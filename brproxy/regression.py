@@ -100,12 +100,12 @@ class Regression:
                 gain = spreads[index] / variance
                 moved = weights[index] + gain * surprise
                 lowest, highest = _BOUNDS[index]
-                weights[index] = lowest if moved < lowest else highest if moved > highest else moved
+                weights[index] = lowest if moved < lowest else min(moved, highest)
                 # By rounding, what a huge count leaves comes out as nothing, or as less. What it may have
                 # moved by until the next report is added here, no further than where it began: what is known
                 # of a weight is never less than nothing.
                 drift, left = self._drifts[index], variances[index] * (1 - gain * count)
                 left = left + drift if left > drift else 2 * drift
                 prior = self._prior_variances[index]
-                variances[index] = left if left < prior else prior
+                variances[index] = min(prior, left)
         return True

@@ -11,10 +11,12 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from brproxy.engines.body import parsed
-from brproxy.engines.rewrite import MEMBERS_MAX, Member, members, object_start, top_level
+from brproxy.engines.rewrite import MEMBERS_MAX, Places, object_start, places, top_level
 
 _ESCAPED_BYTES_MAX: Final = 6
 """Most bytes that one ASCII character of a key takes, written as an escape."""
+
+_MEMBER: Final = b'"%b":%b'
 
 _LIST_OF_SEVERAL = re.compile(rb'\[[ \t\r\n]*+["\[{]')
 
@@ -23,17 +25,20 @@ NAME_CHARACTERS_MAX = 64
 
 
 class JsonObject:
-    """An object in UTF-8 of fewer than MEMBERS_MAX members. Of several of one name the last counts."""
+    """The object in UTF-8 that ``body`` is, of fewer than MEMBERS_MAX members.
 
-    __slots__ = ("_body", "_found", "_last", "_start")
+    Of several of one name the last counts.
+    """
 
-    def __init__(self, body: bytes, start: int, found: list[Member]) -> None:
-        self._body = body
+    __slots__ = ("_last", "_names", "_spans", "_start", "body")
+
+    def __init__(self, body: bytes, start: int, found: Places) -> None:
+        self.body = body
         self._start = start + 1
-        self._found = [
-            (member.key if b"\\" not in member.key else _name(member.key), member) for member in found
-        ]
-        self._last = dict(self._found)
+        self._names, self._spans = found
+        if b"\\" in b"".join(self._names):
+            self._names = [name if b"\\" not in name else _name(name) for name in self._names]
+        self._last = dict(zip(self._names, self._spans, strict=True))
 
     def __contains__(self, name: str) -> bool:
         """Tell whether a member has this name."""
@@ -44,10 +49,14 @@ class JsonObject:
         """What its members are called; "" for a name that is none of those that are asked for."""
         return [name.decode("utf-8", "replace") for name in self._last]
 
+    def has_none_of(self, names: frozenset[bytes]) -> bool:
+        """Tell whether no member has one of ``names`` (ASCII)."""
+        return names.isdisjoint(self._last)
+
     def value(self, name: str) -> bytes | None:
         """Return the value of a member as it is written, None where there is no such member."""
-        member = self._last.get(name.encode())
-        return None if member is None else self._body[member.start : member.end]
+        span = self._last.get(name.encode())
+        return None if span is None else self.body[span[0] : span[1]]
 
     def edited(self, values: Mapping[str, bytes], without: Collection[str] = ()) -> bytes:
         """Return the object with each of ``values`` as the only member of its name, and none of ``without``.
@@ -55,33 +64,38 @@ class JsonObject:
         Names are ASCII without quotes and backslashes, values JSON. All other members keep their bytes and
         their order; those that are set stand before them.
         """
-        pieces: list[bytes | memoryview] = []
-        body = memoryview(self._body)
-        written = [(name.encode(), value) for name, value in values.items()]
-        pieces.append(body[: self._start])
-        pieces.append(b",".join([b'"%b":%b' % item for item in written]))
-        dropped = {name for name, _ in written}.union([name.encode() for name in without])
-        is_first = not values
-        end = self._start
-        for name, member in self._found:
-            start, end = end, member.end
-            if name in dropped:
-                continue
-            if start == self._start:
-                # Only the first member of all has no comma before it.
-                pieces.append(b"" if is_first else b",")
-            elif is_first:
-                start = self._body.index(b",", start) + 1
-            pieces.append(body[start:end])
-            is_first = False
-        pieces.append(body[end:])
+        written = list(map(str.encode, values))
+        dropped = {*written, *map(str.encode, without)}
+        body, spans, end = memoryview(self.body), self._spans, self._start
+        pieces: list[bytes | memoryview] = [
+            body[:end],
+            b",".join(map(_MEMBER.__mod__, zip(written, values.values(), strict=True))),
+        ]
+        leaving: list[int] = []
+        if not dropped.isdisjoint(self._last):
+            leaving = [at for at, name in enumerate(self._names) if name in dropped]
+        # Those that stay are copied in runs, each from behind the one before it: mostly few are dropped.
+        is_first, first = not written, 0
+        for at in (*leaving, len(spans)):
+            if at > first:
+                start = spans[first - 1][1] if first else end
+                if not first:
+                    # Only the first member of all has no comma before it.
+                    pieces.append(b"" if is_first else b",")
+                elif is_first:
+                    start = self.body.index(b",", start) + 1
+                pieces.append(body[start : spans[at - 1][1]])
+                is_first = False
+            first = at + 1
+        pieces.append(body[spans[-1][1] if spans else end :])
         return b"".join(pieces)
 
 
 def read_object(body: bytes) -> JsonObject | None:
     """Return the object that ``body`` is, None if it is none, or has too many members to know all."""
-    start, found = object_start(body), members(body)
-    if start is None or found is None or len(found) >= MEMBERS_MAX:
+    start = object_start(body)
+    found = None if start is None else places(body, start)
+    if start is None or found is None or len(found[0]) >= MEMBERS_MAX:
         return None
     return JsonObject(body, start, found)
 

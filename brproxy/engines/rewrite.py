@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from operator import itemgetter, methodcaller
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -32,15 +33,22 @@ def _nested(depth: int) -> str:
     return rf"(?:[^\[\]{{}}\"]++|{_STRING}{inside})*+"
 
 
-_STRING: Final = r'"(?:[^"\\]++|\\.)*+"'
+_CHARACTERS: Final = r'(?:[^"\\]++|\\.)*+'
+_STRING: Final = f'"{_CHARACTERS}"'
 _DEPTH_MAX: Final = 6
 _MEMBER = re.compile(
-    rf"[ \t\r\n]*+({_STRING})[ \t\r\n]*+:[ \t\r\n]*+"
-    rf"({_STRING}|[\[{{]{_nested(_DEPTH_MAX)}[\]}}]|[^ \t\r\n,:\[\]{{}}\"]++)[ \t\r\n]*+([,}}])".encode(),
+    rf'[ \t\r\n]*+"({_CHARACTERS})"[ \t\r\n]*+:[ \t\r\n]*+'
+    rf"({_STRING}|[\[{{]{_nested(_DEPTH_MAX)}[\]}}]|[^ \t\r\n,:\[\]{{}}\"]++)[ \t\r\n]*+(?:,|(?=\}}))"
+    rf"|.++".encode(),
     re.DOTALL,
 )
-"""A whole member of ordinary JSON. Nothing is tried twice, so that it costs what its length costs."""
+"""A whole member of ordinary JSON, with the comma behind it, or else all the rest.
 
+Nothing is tried twice, so that it costs what its length costs.
+"""
+_key, _span = itemgetter(1), methodcaller("span", 2)
+
+_COMMA: Final = ord(",")
 _OPENING: Final = b"[{"
 _CLOSING: Final = b"]}"
 _SEPARATING: Final = b":,"
@@ -59,6 +67,10 @@ class Member(NamedTuple):
     key: bytes
     start: int
     end: int
+
+
+Places = tuple[list[bytes], list[tuple[int, int]]]
+"""Of each member its key, and in the other list where its value is: for whoever needs few of them."""
 
 
 class Block(NamedTuple):
@@ -126,15 +138,20 @@ def members(body: bytes) -> list[Member] | None:
     What is inside of values is not checked, nor is what stands behind the object.
     """
     opening = object_start(body)
-    if opening is None:
-        return None
+    found = None if opening is None else places(body, opening)
+    return None if found is None else [Member(key, *span) for key, span in zip(*found, strict=True)]
+
+
+def places(body: bytes, opening: int) -> Places | None:
+    """As ``members``, of the object that opens at ``opening``."""
     found = _ordinary(body, opening + 1) if len(body) - opening <= TOKENS_BYTES_MAX else None
     return _scanned(body, opening) if found is None else found
 
 
-def _scanned(body: bytes, opening: int) -> list[Member] | None:
-    """See members: whatever the body may be."""
-    found: list[Member] = []
+def _scanned(body: bytes, opening: int) -> Places | None:
+    """See places: whatever the body may be."""
+    keys: list[bytes] = []
+    spans: list[tuple[int, int]] = []
     key_start, colon = opening + 1, -1
     for position, character in top_level(body, opening):
         if character == b":":
@@ -145,33 +162,31 @@ def _scanned(body: bytes, opening: int) -> list[Member] | None:
             key = body[key_start:colon].strip(_WHITESPACE)
             if len(key) < 2 or key[:1] != b'"' or key[-1:] != b'"':
                 return None
-            found.append(Member(key[1:-1], *_trimmed(body, colon + 1, position)))
-        elif character == b"," or found or body[key_start:position].strip(_WHITESPACE):
+            keys.append(key[1:-1])
+            spans.append(_trimmed(body, colon + 1, position))
+        elif character == b"," or keys or body[key_start:position].strip(_WHITESPACE):
             return None
-        if character != b"," or len(found) == MEMBERS_MAX:
-            return found
+        if character != b"," or len(keys) == MEMBERS_MAX:
+            return keys, spans
         key_start, colon = position + 1, -1
     return None
 
 
-def _ordinary(body: bytes, start: int) -> list[Member] | None:
+def _ordinary(body: bytes, start: int) -> Places | None:
     """Return the members from ``start`` on, the first one's; None for what only the scan can tell."""
-    found: list[Member] = []
-    separator = b","
-    while separator == b",":
-        member = _MEMBER.match(body, start)
-        if member is None:
-            return None
-        key_start, key_end = member.span(1)
-        found.append(Member(body[key_start + 1 : key_end - 1], *member.span(2)))
-        if len(found) == MEMBERS_MAX:
-            break
-        separator, start = member[3], member.end()
-    return found
+    # One after the other, by the interpreter's own loop: there is always one, and the last is the rest.
+    found = list(_MEMBER.finditer(body, start))
+    rest = found.pop().start() if found else start
+    if body[rest : rest + 1] != b"}" or (found and body[rest - 1] == _COMMA):
+        return None
+    del found[MEMBERS_MAX:]
+    return list(map(_key, found)), list(map(_span, found))
 
 
 def object_start(body: bytes) -> int | None:
     """Return where the opening brace is: behind nothing but whitespace and a byte order mark."""
+    if body.startswith(b"{"):
+        return 0
     start = 3 if body.startswith(b"\xef\xbb\xbf") else 0
     # Whitespace may be megabytes: look for what ends it without copying them.
     brace = body.find(b"{", start)

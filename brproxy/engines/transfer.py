@@ -37,6 +37,10 @@ _LIMITS: Final = {
 _OF_NO_PREFILL: Final = ("stream_options", "background")
 _LIMIT_OF_CHATS: Final = "max_completion_tokens"
 _OFF: Final = (None, b"false", b"null")
+# What chats have none of: then nothing has to be looked up.
+_OF_SEQUENCES: Final = frozenset({b"n", b"use_beam_search", _NESTED.encode()})
+_OF_PROMPT: Final = frozenset({b"prompt_logprobs", b"echo", _NESTED.encode()})
+_PROMPTS: Final = frozenset({b"prompt", b"text", b"input_ids", b"prompt_embeds"})
 _MINIMA: Final = ("min_tokens", "min_completion_tokens", "min_new_tokens")
 
 
@@ -80,6 +84,10 @@ class Handoff(NamedTuple):
     metaserver: str = ""
 
 
+Body = bytes | JsonObject
+"""A client's body, or what ``Transfer.read`` has made of it."""
+
+
 class Transfer(ABC):
     """How one kind of engine hands KV over."""
 
@@ -95,15 +103,22 @@ class Transfer(ABC):
     NESTED_LIMIT: ClassVar[str] = "max_tokens"
     """How ``sampling_params`` call the limit of tokens."""
 
+    def read(self, path: str, body: Body) -> JsonObject:
+        """Return the body that both legs are made of; raises TransferError for one that is not handed over.
+
+        What has been read is returned as it is, so that it is read and judged once for both.
+        """
+        return body if isinstance(body, JsonObject) else one_prompt(path, body)
+
     @abstractmethod
-    def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def prefill_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """Return what the prefill worker gets; raises TransferError for a body that cannot be rewritten."""
 
     @abstractmethod
-    def decode_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def decode_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """Return what the decode worker gets; raises TransferError for a body that cannot be rewritten."""
 
-    def free_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def free_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """Return a decode leg that only fetches and frees; raises TransferError.
 
         It asks for one token and no stream. Who freed the KV already may keep that of others where it was:
@@ -197,6 +212,8 @@ def one_sequence(path: str, body: bytes, kinds: Collection[str] = _GENERATES) ->
         msg = f"{path} is not handed over: it must end in one of {', '.join(kinds)}"
         raise TransferError(msg)
     document = json_object(body)
+    if document.has_none_of(_OF_SEQUENCES):
+        return document
     if {document.value("n"), _nested(document, "n")} - {None, b"1", b"null"} or document.value(
         "use_beam_search"
     ) not in _OFF:
@@ -217,11 +234,12 @@ def one_prompt(path: str, body: bytes) -> JsonObject:
     Who decodes has not run the prompt, and cannot tell the probabilities of its tokens.
     """
     document = one_sequence(path, body)
-    of_prompt = {document.value("prompt_logprobs"), _nested(document, "prompt_logprobs")}
-    is_echoed = document.value("echo") not in _OFF and document.value("logprobs") not in _OFF
-    if of_prompt - {None, b"null"} or is_echoed:
-        msg = "a request that is handed over must not ask for the prompt's logprobs"
-        raise TransferError(msg)
+    if not document.has_none_of(_OF_PROMPT):
+        of_prompt = {document.value("prompt_logprobs"), _nested(document, "prompt_logprobs")}
+        is_echoed = document.value("echo") not in _OFF and document.value("logprobs") not in _OFF
+        if of_prompt - {None, b"null"} or is_echoed:
+            msg = "a request that is handed over must not ask for the prompt's logprobs"
+            raise TransferError(msg)
     if (prompts_of(document) or 1) > 1:
         msg = "a request that is handed over must have one prompt: send each of a list by itself"
         raise TransferError(msg)
@@ -279,6 +297,8 @@ def prompts_of(document: JsonObject) -> int | None:
 
     Counts to SEQUENCES_MAX + 1 at most.
     """
+    if document.has_none_of(_PROMPTS):
+        return None
     values = (document.value(name) for name in ("prompt", "text", "input_ids", "prompt_embeds"))
     counts = [elements(value, SEQUENCES_MAX + 1) for value in values if value is not None]
     return max((count for count in counts if count is not None), default=None)

@@ -203,12 +203,13 @@ class Lease:
     left is CANCEL; any other exception is FAIL. A request that expired while it waited has ended already.
     """
 
-    __slots__ = ("_driver", "_ledger", "_outcome", "entry")
+    __slots__ = ("_driver", "_is_kept", "_ledger", "_outcome", "entry")
 
     def __init__(self, driver: GroupDriver, entry: Entry) -> None:
         self._driver = driver
         self._ledger = driver.group.dispatcher.ledger
         self._outcome = _FINISH
+        self._is_kept = False
         self.entry = entry
 
     def __enter__(self) -> Self:
@@ -220,7 +221,7 @@ class Lease:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.entry.state in TERMINAL:
+        if self.entry.state in TERMINAL or self._is_kept:
             return
         if exc_type is None:
             # A handler can only leave before a worker was found by failing.
@@ -261,6 +262,10 @@ class Lease:
     def remember_as(self, session_key: int) -> None:
         """Have the request's session be known by ``session_key`` when the request has ended."""
         self.entry.request.session_keys = (session_key,)
+
+    def keep(self) -> None:
+        """Have the request go on when the block is left, however that is: ``finish`` ends it."""
+        self._is_kept = True
 
     def fail(self) -> None:
         """Have the request end as FAILED, although its handler leaves in good order."""

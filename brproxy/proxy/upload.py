@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from aiohttp import web
 from aiohttp.streams import StreamReader
 
+from brproxy.engines.edits import JsonObject
 from brproxy.engines.multipart import FormScanner
 from brproxy.proxy import errors
 from brproxy.proxy.body_room import BodyRoom
@@ -36,7 +37,7 @@ class Upload:
     """The body of one request. ``beginning`` is what was read, the whole if ``is_whole``; None: no body.
 
     ``is_spent``: the request cannot be sent again, since more than the beginning has been passed on to a
-    worker, or the body was let go of.
+    worker, or the body was let go of. ``document`` is what a transfer has read of it.
     """
 
     __slots__ = (
@@ -47,6 +48,7 @@ class Upload:
         "_room",
         "_room_bytes",
         "beginning",
+        "document",
         "is_spent",
         "is_whole",
     )
@@ -59,6 +61,7 @@ class Upload:
         self._content: StreamReader | None = None
         self._length: int | None = None
         self.beginning: bytes | None = None
+        self.document: JsonObject | None = None
         self.is_whole = True
         self.is_spent = False
 
@@ -74,7 +77,7 @@ class Upload:
         """Let go of a body that is not sent again: a prompt may be large, and its stream take minutes."""
         if self.is_whole:
             self.is_spent = True
-            self.beginning = None
+            self.beginning = self.document = None
             forget_body(self._request)
             self.give_back()
 

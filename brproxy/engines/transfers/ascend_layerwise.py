@@ -13,10 +13,10 @@ from brproxy.engines.recomputed import is_recomputed
 from brproxy.engines.transfer import (
     PARAMS,
     PARAMS_BYTES_MAX,
+    Body,
     Handoff,
     Order,
     Transfer,
-    one_prompt,
     one_token,
     register_transfer,
 )
@@ -40,15 +40,15 @@ class AscendLayerwiseTransfer(Transfer):
     ORDER: ClassVar[Order] = Order.DECODE_FIRST
     ASKS_AGAIN: ClassVar[bool] = True
 
-    def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def prefill_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """See Transfer.prefill_body."""
         values = {PARAMS: handoff.params or b"null"}
-        return one_token(path, one_prompt(path, body), values, min_tokens=b"1")
+        return one_token(path, self.read(path, body), values, min_tokens=b"1")
 
-    def decode_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def decode_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """See Transfer.decode_body."""
         params = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": handoff.metaserver}
-        return one_prompt(path, body).edited({PARAMS: orjson.dumps(params)})
+        return self.read(path, body).edited({PARAMS: orjson.dumps(params)})
 
     def read_post(self, body: bytes) -> tuple[str, bytes] | None:
         """See Transfer.read_post."""

@@ -9,11 +9,11 @@ import orjson
 from brproxy.engines.body import SLOW_BYTES_MAX, parsed
 from brproxy.engines.transfer import (
     PARAMS,
+    Body,
     Handoff,
     Order,
     Transfer,
     TransferError,
-    one_prompt,
     one_token,
     register_transfer,
 )
@@ -36,16 +36,16 @@ class MooncakeTransfer(Transfer):
     ORDER: ClassVar[Order] = Order.TOGETHER
     BOOTSTRAP_PATH: ClassVar[str] = "/query"
 
-    def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def prefill_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """See Transfer.prefill_body."""
         params = {
             "do_remote_decode": True,
             "do_remote_prefill": False,
             "transfer_id": handoff.transfer_id,
         }
-        return one_token(path, one_prompt(path, body), {PARAMS: orjson.dumps(params)})
+        return one_token(path, self.read(path, body), {PARAMS: orjson.dumps(params)})
 
-    def decode_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def decode_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """See Transfer.decode_body; raises TransferError also without an engine id."""
         if not handoff.engine_id or not handoff.prefill_host:
             msg = f"no engine id of {handoff.prefill_host or 'the prefill worker'}: its /query must name one"
@@ -58,7 +58,7 @@ class MooncakeTransfer(Transfer):
             "remote_engine_id": handoff.engine_id,
             "transfer_id": handoff.transfer_id,
         }
-        return one_prompt(path, body).edited({PARAMS: orjson.dumps(params)})
+        return self.read(path, body).edited({PARAMS: orjson.dumps(params)})
 
     def read_bootstrap(self, body: bytes, rank: int | None) -> str | None:
         """See Transfer.read_bootstrap."""

@@ -7,10 +7,10 @@ from typing import ClassVar
 from brproxy.engines.edits import read_object
 from brproxy.engines.transfer import (
     PARAMS,
+    Body,
     Handoff,
     Order,
     Transfer,
-    one_prompt,
     one_token,
     params_in,
     register_transfer,
@@ -44,14 +44,14 @@ class NixlTransfer(Transfer):
     MIN_TOKENS: ClassVar[bytes | None] = None
     """What a prefill leg says of ``min_tokens``; None: nothing."""
 
-    def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def prefill_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """See Transfer.prefill_body."""
-        document = one_prompt(path, body)
+        document = self.read(path, body)
         return one_token(path, document, {PARAMS: _PREFILL_PARAMS}, min_tokens=self.MIN_TOKENS)
 
-    def decode_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def decode_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """See Transfer.decode_body."""
-        return one_prompt(path, body).edited({PARAMS: handoff.params or b"null"})
+        return self.read(path, body).edited({PARAMS: handoff.params or b"null"})
 
     def read_reply(self, body: bytes) -> bytes | None:
         """See Transfer.read_reply."""

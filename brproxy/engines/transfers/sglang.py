@@ -9,6 +9,7 @@ import orjson
 from brproxy.engines.edits import JsonObject
 from brproxy.engines.input_logprobs import asks_input_logprobs
 from brproxy.engines.transfer import (
+    Body,
     Handoff,
     Order,
     Transfer,
@@ -49,15 +50,19 @@ class SglangTransfer(Transfer):
         """See Transfer.tells_of_prompt."""
         return asks_input_logprobs(path, body)
 
-    def prefill_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def read(self, path: str, body: Body) -> JsonObject:
+        """See Transfer.read."""
+        return body if isinstance(body, JsonObject) else one_sequence(path, body, _SERVES)
+
+    def prefill_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """See Transfer.prefill_body."""
-        document = one_sequence(path, body, _SERVES)
+        document = self.read(path, body)
         values = {"stream": b"false"} | _meeting(document, handoff)
         return document.edited(values, {*_OURS, "stream_options"})
 
-    def decode_body(self, path: str, body: bytes, handoff: Handoff) -> bytes:
+    def decode_body(self, path: str, body: Body, handoff: Handoff) -> bytes:
         """See Transfer.decode_body."""
-        document = one_sequence(path, body, _SERVES)
+        document = self.read(path, body)
         return document.edited(_meeting(document, handoff), _OURS)
 
 

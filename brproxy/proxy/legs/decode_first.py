@@ -79,9 +79,8 @@ class DecodeFirstLegs(Attempts):
         incoming = self._incoming
         self._handoff = handover.handoff(incoming.request_id, None)
         # Before there is a connection: it can fail.
-        self._decode_body = handover.transfer.decode_body(
-            incoming.path, incoming.upload.beginning or b"", self._handoff
-        )
+        document = handover.document(incoming)
+        self._decode_body = handover.transfer.decode_body(incoming.path, document, self._handoff)
         names = self._handoff.transfer_id, incoming.request_id.decode("latin-1")
         self._metaserver.expect(self, *names)
         try:
@@ -119,7 +118,8 @@ class DecodeFirstLegs(Attempts):
         member, endpoint = self._handover.group.reach(worker)
         incoming = self._incoming
         handoff = self._handoff._replace(params=params)
-        body = self._handover.transfer.prefill_body(incoming.path, incoming.upload.beginning or b"", handoff)
+        document = self._handover.document(incoming)
+        body = self._handover.transfer.prefill_body(incoming.path, document, handoff)
         request = self._leg(member, endpoint, body, is_read=True)
         try:
             bytes_max = self._service.relay_limits.response_parse_bytes_max

@@ -6,16 +6,18 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlencode
 
+from brproxy.engines.edits import JsonObject
 from brproxy.engines.transfer import Handoff, Order, Transfer
 from brproxy.origins import read_worker_url
 from brproxy.proxy.asking import Question, ask, collected
 from brproxy.proxy.exchange.collect import Reply
+from brproxy.proxy.incoming import Incoming
 from brproxy.proxy.legs.metaserver import NAME, PATH
 from brproxy.ranks import line_number
 from brproxy.relay.endpoint import Endpoint
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROOMS: Final = 1 << 62
+ROOM_BITS: Final = 62
+# As a plain name: looking a member of an enumeration up costs more than comparing it.
+_DECODE_FIRST: Final = Order.DECODE_FIRST
 _PAGE_BYTES_MAX = 1 << 20
 
 WHAT = ("split", "alone", "again", "recomputed", "expired", "unfetched", "stranded", "freed")
@@ -57,7 +61,19 @@ class HandoverLimits:
 
 def prefill_of(request: PendingRequest) -> PendingRequest:
     """Return what the prefill of a request is to a worker: its prompt and a token, of which nobody learns."""
-    return replace(request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None)
+    # Made anew: a copy by the names of all fields costs as much as choosing a worker.
+    return PendingRequest(
+        request.prompt_tokens,
+        request.model,
+        output_tokens_max=1,
+        runs_to_max=True,
+        user=request.user,
+        output_tokens_true=request.output_tokens_true,
+        prompt_is_exact=request.prompt_is_exact,
+        sequences=request.sequences,
+        session_keys=request.session_keys,
+        goes_on=request.goes_on,
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -69,7 +85,7 @@ class Handover:
     """The prefill side of a decode group.
 
     ``group`` are the workers that prefill, ``bootstrap_ports`` their ports by origin. ``draw`` returns a
-    random integer below its argument, ``connect`` what reaches an origin. ``counts`` are by WHAT.
+    random integer of so many bits, ``connect`` what reaches an origin. ``counts`` are by WHAT.
     """
 
     def __init__(
@@ -133,8 +149,7 @@ class Handover:
 
     def is_out(self, worker: WorkerIndex) -> bool:
         """Tell whether a worker was taken out: what it has prefilled is not to be had."""
-        member = self.group.member(worker)
-        return member.state is MemberState.ACTIVE and not self.routable()[worker]
+        return not self.routable()[worker] and self.group.member(worker).state is MemberState.ACTIVE
 
     async def collected(
         self, worker: WorkerIndex, request: bytes, *, bytes_max: int, wants_body: bool
@@ -175,22 +190,31 @@ class Handover:
 
     def handoff(self, request_id: bytes, prefill: Member | None) -> Handoff:
         """Return what the legs of a request share, new for each try; None: nobody is to prefill yet."""
-        room = self._draw(ROOMS)
-        handoff = Handoff(
-            transfer_id=f"{request_id.decode('latin-1')}-{room:x}",
-            room=room,
-        )
-        if self.transfer.ORDER is Order.DECODE_FIRST:
-            url = f"{self.limits.metaserver_url}{PATH}?{urlencode({NAME: handoff.transfer_id})}"
-            handoff = handoff._replace(metaserver=url)
+        room = self._draw(ROOM_BITS)
+        transfer_id = f"{request_id.decode('latin-1')}-{room:x}"
+        metaserver = ""
+        if self.transfer.ORDER is _DECODE_FIRST:
+            metaserver = f"{self.limits.metaserver_url}{PATH}?{urlencode({NAME: transfer_id})}"
         if prefill is None:
-            return handoff
-        return handoff._replace(
-            prefill_host=_host(prefill.origin),
-            bootstrap_port=self._bootstrap_ports.get(prefill.origin),
-            prefill_rank=line_number(prefill.lines),
-            prefill_ranks=len(self.group.behind(self.group.endpoint(prefill.index))),
+            return Handoff(transfer_id, room, metaserver=metaserver)
+        return Handoff(
+            transfer_id,
+            room,
+            _host(prefill.origin),
+            self._bootstrap_ports.get(prefill.origin),
+            line_number(prefill.lines),
+            len(self.group.behind(self.group.endpoint(prefill.index))),
+            metaserver=metaserver,
         )
+
+    def document(self, incoming: Incoming) -> JsonObject:
+        """Return the client's body as both legs are made of it, read once; raises TransferError."""
+        upload = incoming.upload
+        body, document = upload.beginning or b"", upload.document
+        # It may be another by now: one that asks for usage, or has the text so far.
+        if document is None or document.body is not body:
+            document = upload.document = self.transfer.read(incoming.path, body)
+        return document
 
     def in_background(self, work: asyncio.Task[None]) -> None:
         """Keep a task that nobody waits for, and log what it raises."""

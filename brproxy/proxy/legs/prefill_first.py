@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import ClassVar, cast
 
 from brproxy.engines.transfer import Handoff
@@ -35,6 +34,9 @@ from brproxy.roster import Member
 from brproxy.types import PendingRequest
 
 log = logging.getLogger(__name__)
+
+# As a plain name: looking a member of an enumeration up costs more than comparing it.
+_DIED = Event.DIED
 
 _TAKES_ALONG = frozenset({Event.REFUSED, Event.CUT, Event.DIED, Event.OUT})
 """What ends a decode leg whose worker may have fetched what was prefilled, or had it freed."""
@@ -97,8 +99,7 @@ class Prefilled:
         Raises as Attempts.run and GroupDriver.admit do.
         """
         handover = self._handover
-        with ExitStack() as stack:
-            lease = stack.enter_context(handover.group.driver.admit(prefill_of(self.request)))
+        with handover.group.driver.admit(prefill_of(self.request)) as lease:
             leg = PrefillLeg(self._service, handover, lease, self._incoming, self._sink)
             try:
                 await leg.run()
@@ -106,7 +107,7 @@ class Prefilled:
                 # Also where the client leaves as it comes.
                 is_kept = self._keep(leg, lease)
                 if is_kept:
-                    stack.pop_all()
+                    lease.keep()
             if leg.reply is None:
                 return False
             if not is_kept and not handover.transfer.DECODES_ALONE:
@@ -134,12 +135,13 @@ class Prefilled:
             self._handover.counts["again"] += 1
             if not await self.prefill():
                 return None
-        body = self._incoming.upload.beginning or b""
+        handover, incoming = self._handover, self._incoming
         if self._held is None:
-            return self._handover.transfer.alone_body(body)
+            return handover.transfer.alone_body(incoming.upload.beginning or b"")
         # From here on the two workers keep it alive between them.
         self._held.sent()
-        return self._handover.transfer.decode_body(self._incoming.path, body, self._held.handoff)
+        document = handover.document(incoming)
+        return handover.transfer.decode_body(incoming.path, document, self._held.handoff)
 
     def taken(self) -> None:
         """Note that what was prefilled has been fetched."""
@@ -264,10 +266,7 @@ class DecodeLeg(Attempts):
         """See DecodeAttempt.may_serve_alone."""
         # Once: a request that is at fault itself would run twice wherever it moves.
         return (
-            event is Event.DIED
-            and self._fetches
-            and not self._was_alone
-            and self._handover.transfer.DECODES_ALONE
+            event is _DIED and self._fetches and not self._was_alone and self._handover.transfer.DECODES_ALONE
         )
 
     def begun(self, *, is_long: bool) -> None:
@@ -306,7 +305,7 @@ class DecodeLeg(Attempts):
 
     def _answer_of(self, member: Member, account_kind: type[Account] = Account) -> WorkerAnswer:
         # Whatever fails where nothing is to be fetched is the request's or the engine's own.
-        if self.may_serve_alone(Event.DIED):
+        if self.may_serve_alone(_DIED):
             account_kind = DecodeAccount
         self._answer = cast(DecodeAnswer, super()._answer_of(member, account_kind))
         return self._answer

@@ -75,11 +75,10 @@ class PrefillLeg(Attempts):
 
     async def _send(self, *, afresh: bool) -> Action:
         """As Attempts._send; raises TransferError for a request that cannot be split."""
-        incoming = self._incoming
-        handoff = self._handover.handoff(incoming.request_id, self._group.member(self._worker))
-        body = incoming.upload.beginning or b""
+        incoming, handover = self._incoming, self._handover
+        handoff = handover.handoff(incoming.request_id, self._group.reach(self._worker)[0])
         # Before there is a connection: it can fail.
-        self._body = self._handover.transfer.prefill_body(incoming.path, body, handoff)
+        self._body = handover.transfer.prefill_body(incoming.path, handover.document(incoming), handoff)
         self.handoff = handoff
         return await super()._send(afresh=afresh)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from http import HTTPMethod
 from typing import NamedTuple
 
 from brproxy.engines.paths import Work, path_kind
@@ -19,6 +18,9 @@ from brproxy.proxy.legs.prefill_first import DecodeLeg, MakeDecodeLeg, prefill_t
 from brproxy.proxy.legs.together import MergedLegs, PairedLegs
 from brproxy.proxy.service import GroupService, Service
 from brproxy.types import PendingRequest
+
+# As plain names: looking a member of an enumeration up costs more than comparing it.
+_GENERATES, _PREFILL_FIRST, _TOGETHER = Work.GENERATES, Order.PREFILL_FIRST, Order.TOGETHER
 
 MakeLegs = Callable[[Service, GroupService, Lease, Incoming, ClientSink, Handover], Attempts]
 """Makes the leg that decodes, which has the other one with it."""
@@ -75,10 +77,11 @@ async def _split(
     sink: ClientSink,
     kinds: Kinds,
 ) -> None:
-    if handover.transfer.ORDER is Order.PREFILL_FIRST:
+    order = handover.transfer.ORDER
+    if order is _PREFILL_FIRST:
         await prefill_then_decode(service, group, handover, request, incoming, sink, kinds.prefill_first)
         return
-    legs: MakeLegs = kinds.together if handover.transfer.ORDER is Order.TOGETHER else kinds.decode_first
+    legs: MakeLegs = kinds.together if order is _TOGETHER else kinds.decode_first
     if handover.transfer.tells_of_prompt(incoming.path, incoming.upload.beginning or b""):
         legs = MergedLegs
     with group.driver.admit(request) as lease:
@@ -96,9 +99,9 @@ def _is_split(
 ) -> bool:
     """Tell whether a request is prefilled by one worker and decoded by another."""
     facts, method = incoming.facts, sink.client.method
-    if method != HTTPMethod.POST or not _is_json(incoming):
+    if method != "POST" or not _is_json(incoming):
         return False
-    if path_kind(incoming.path, method).work is not Work.GENERATES:
+    if path_kind(incoming.path, method).work is not _GENERATES:
         return False
     if not handover.transfer.DECODES_ALONE:
         return True

@@ -120,8 +120,8 @@ class PairedLegs(Attempts):
             return Action.NOTHING
         self._has_met = True
         incoming, transfer = self._incoming, self._handover.transfer
-        path, body = incoming.path, incoming.upload.beginning or b""
         # Before there are connections: it can fail.
+        path, body = incoming.path, self._handover.document(incoming)
         self._prefill_body = transfer.prefill_body(path, body, self._handoff)
         self._decode_body = transfer.decode_body(path, body, self._handoff)
         try:
