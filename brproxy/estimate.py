@@ -21,9 +21,7 @@ _WEIGHT_MAX = 1024
 """What a report counts at most: tokens of a prompt, or chunks of a stream."""
 
 _EXPECTED = 0.01
-"""An estimate that is so little off, relative to the report, was as good as any, or rounds to it."""
-
-_ROUNDED = 0.5
+"""An estimate that is so little off, relative to the report, was as good as any."""
 
 _EXPECTED_PER_LESSON = 8
 """Reports of what was expected for one that is learnt from: learning costs ten times what asking does."""
@@ -119,17 +117,23 @@ class TokenEstimator:
         """Return the estimate of what a model's template puts around the messages of a chat; 0 for a text."""
         return round(self._models.get(model, self._unlearnt).template_tokens(text))
 
-    def learn_prompt(self, model: str, user: str, text: TextCounts, prompt_tokens: int) -> None:
+    def learn_prompt(
+        self, model: str, user: str, text: TextCounts, prompt_tokens: int, estimate: int | None = None
+    ) -> None:
         """Learn from a worker's report that ``text`` was ``prompt_tokens``.
 
         Of those that say what was expected few are learnt from: they are most, once a model is known.
+        ``estimate`` is what ``prompt_tokens`` returned when the request came, None: as it would now.
         """
-        regression = self._models.get(model) or Regression(self._bytes_per_token)
-        off = abs(prompt_tokens - regression.tokens(text) * self._users.value((model, user)))
-        if off <= _EXPECTED * prompt_tokens or off <= _ROUNDED:
+        if estimate is None:
+            estimate = self.prompt_tokens(model, user, text)
+        off = estimate - prompt_tokens
+        # An estimate is rounded up, so that one that is right may be one more.
+        if 0 <= off <= 1 or abs(off) <= _EXPECTED * prompt_tokens:
             self._as_expected += 1
             if self._as_expected % _EXPECTED_PER_LESSON:
                 return
+        regression = self._models.get(model) or Regression(self._bytes_per_token)
         if not regression.learn(text, prompt_tokens):
             return
         self._models[model] = regression

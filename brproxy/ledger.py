@@ -316,7 +316,8 @@ class Ledger:
         entry.avoid |= {worker}
         entry.state, entry.worker, entry.output_tokens = state, NO_WORKER, 0
         entry.waiting_since_s = now_s
-        self._let_go(worker)
+        if not self._requests[worker]:
+            self.roster.let_go(worker)
 
     def end(self, entry: Entry, event: Event) -> None:
         """Return the load of a bound request that ends by FINISH, FAIL or CANCEL; raises LifecycleError."""
@@ -326,7 +327,8 @@ class Ledger:
             raise LifecycleError(msg)
         self._unbind(entry)
         entry.state = state
-        self._let_go(entry.worker)
+        if not self._requests[entry.worker]:
+            self.roster.let_go(entry.worker)
 
     def _unbind(self, entry: Entry) -> None:
         """Return the entry's load and close its row with the last one."""
@@ -352,10 +354,6 @@ class Ledger:
     def _table(self) -> IntArray:
         """Return all rows, int64[N, 8]: not to be kept, as nothing can be bound while it is there."""
         return np.frombuffer(self._cells, dtype=np.int64).reshape(-1, _WIDTH)
-
-    def _let_go(self, worker: WorkerIndex) -> None:
-        if not self._requests[worker]:
-            self.roster.let_go(worker)
 
     def _member_changed(self, member: Member, change: Change) -> None:
         """Keep a column for each member that is there."""

@@ -67,13 +67,13 @@ class JsonObject:
         written = list(map(str.encode, values))
         dropped = {*written, *map(str.encode, without)}
         body, spans, end = memoryview(self.body), self._spans, self._start
-        pieces: list[bytes | memoryview] = [
-            body[:end],
-            b",".join(map(_MEMBER.__mod__, zip(written, values.values(), strict=True))),
-        ]
-        leaving: list[int] = []
-        if not dropped.isdisjoint(self._last):
-            leaving = [at for at, name in enumerate(self._names) if name in dropped]
+        new = b",".join(map(_MEMBER.__mod__, zip(written, values.values(), strict=True)))
+        pieces: list[bytes | memoryview] = [body[:end], new]
+        if dropped.isdisjoint(self._last):
+            # As for most decode legs.
+            pieces += (b"," if new and spans else b"", body[end:])
+            return b"".join(pieces)
+        leaving = [at for at, name in enumerate(self._names) if name in dropped]
         # Those that stay are copied in runs, each from behind the one before it: mostly few are dropped.
         is_first, first = not written, 0
         for at in (*leaving, len(spans)):
@@ -87,7 +87,7 @@ class JsonObject:
                 pieces.append(body[start : spans[at - 1][1]])
                 is_first = False
             first = at + 1
-        pieces.append(body[spans[-1][1] if spans else end :])
+        pieces.append(body[spans[-1][1] :])
         return b"".join(pieces)
 
 

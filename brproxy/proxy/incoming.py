@@ -107,4 +107,6 @@ def _lines(fields: Fields, request_id: bytes, client: Client, hop: Hop) -> bytes
     protocol = known.get(b"upgrade")
     if protocol is not None:
         client.names_upgrade(protocol)
-    return lines + UPGRADE if client.wants_upgrade else lines
+        if client.wants_upgrade:
+            return lines + UPGRADE
+    return lines

@@ -98,6 +98,27 @@ def test_a_guess_is_never_more_than_a_worker_holds_or_its_bytes_can_be(taught, t
     assert estimator.prompt_tokens("m", "u", text, 1 << 80) <= most * (1 + 1e-9) + 1
 
 
+@given(reports, st.lists(st.tuples(texts, many), min_size=1, max_size=8))
+def test_what_was_estimated_when_a_request_came_is_learnt_against(taught, seen):
+    told, untold = TokenEstimator(4.0, 4), TokenEstimator(4.0, 4)
+    for model, user, learnt, tokens in taught:
+        told.learn_prompt(model, user, learnt, tokens)
+        untold.learn_prompt(model, user, learnt, tokens)
+    for text, tokens in seen:
+        told.learn_prompt("m", "u", text, tokens, told.prompt_tokens("m", "u", text))
+        untold.learn_prompt("m", "u", text, tokens)
+        assert told.prompt_tokens("m", "u", text) == untold.prompt_tokens("m", "u", text)
+
+
+def test_of_what_was_expected_few_reports_are_learnt_from():
+    estimator = TokenEstimator(4.0, 4)
+    for _ in range(7):
+        estimator.learn_prompt("m", "u", letters(400), 100)
+    assert not estimator._models
+    estimator.learn_prompt("m", "u", letters(400), 100)
+    assert "m" in estimator._models
+
+
 def test_a_report_that_cannot_be_true_is_of_no_user_either():
     estimator = TokenEstimator(4.0, 4)
     for tokens in (0, 1, 1000, TOKENS_MAX):

@@ -50,6 +50,16 @@ class PrefillLeg(Attempts):
         usage = self._group.dialect.read_reply(body)
         if usage is not None and usage.prompt_tokens is not None:
             self._lease.correct_prompt(usage.prompt_tokens)
+            facts = self._incoming.facts
+            if facts.teaches:
+                # Who decodes reports the same, of a request that is known by then.
+                self._service.estimator.learn_prompt(
+                    facts.model,
+                    facts.user,
+                    facts.prompt_text,
+                    usage.prompt_tokens,
+                    self._lease.entry.request.prompt_tokens,
+                )
         self._lease.first_token()
         # An engine keeps what it has prefilled beside those that it runs.
         self._lease.rest()

@@ -1,5 +1,7 @@
 """What a response means for the load of its request, without a response."""
 
+from types import SimpleNamespace
+
 from brproxy.engines.dialect import RequestFacts, make_dialect
 from brproxy.estimate import TokenEstimator
 from brproxy.proxy.accounting import NO_DATA, Account
@@ -18,6 +20,7 @@ class FakeLease:
         self.prompts = []
         self.first_tokens = 0
         self.growth = []
+        self.entry = SimpleNamespace(request=SimpleNamespace(prompt_tokens=1))
 
     def tokens(self, tokens):
         self.booked_tokens += tokens

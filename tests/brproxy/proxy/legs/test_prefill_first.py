@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from brproxy.engines.prompt import prompt_size
+
 WORDS = "one two three four five"
 DOCUMENT = {"model": "m", "prompt": WORDS, "max_tokens": 6}
 HANDLES = {"do_remote_prefill": True, "remote_block_ids": [1], "remote_engine_id": "e"}
@@ -55,6 +57,19 @@ async def ask(client, proxy, **document):
 
 def booked(proxy):
     return {group.name: sum(group.dispatcher.ledger.kv_tokens) for group in proxy.groups}
+
+
+async def test_the_worker_that_prefills_says_how_long_prompts_are(start_two, client, fixed):
+    long = reply(
+        kv_transfer_params=HANDLES, usage={"prompt_tokens": 40, "completion_tokens": 1, "total_tokens": 41}
+    )
+    proxy, *_ = await start_two(Gate(fixed(reply(usage=None))), prefill=Gate(fixed(long)))
+    estimator, prompt = proxy.running.service.estimator, prompt_size({"prompt": WORDS * 4}).text
+    before = estimator.prompt_tokens("m", "", prompt)
+    for _ in range(5):
+        assert (await ask(client, proxy, prompt=WORDS * 4))[0] == 200
+    assert before < 30
+    assert estimator.prompt_tokens("m", "", prompt) == pytest.approx(40, abs=3)
 
 
 def counts(proxy):
