@@ -127,9 +127,7 @@ class Account:
         if usage.prompt_tokens is not None and facts.teaches:
             # What it was taken for when it came, so that nothing is worked out again for what was right.
             estimate = self._lease.entry.request.prompt_tokens
-            self._estimator.learn_prompt(
-                model, facts.user, facts.prompt_text, usage.prompt_tokens, estimate
-            )
+            self._estimator.learn_prompt(model, facts.user, facts.prompt_text, usage.prompt_tokens, estimate)
         if usage.completion_tokens is not None and self._chunks_reported:
             self._estimator.learn_chunks(model, self._chunks_reported, usage.completion_tokens)
 

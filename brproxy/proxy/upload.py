@@ -67,9 +67,13 @@ class Upload:
 
     def framed(self, method: str) -> tuple[bytes, bytes]:
         """Return the line of the request's head that frames the body, and what was read as it goes out."""
-        beginning = self.beginning or b""
-        if self.is_whole:
-            return body_length(method, self.beginning), beginning
+        beginning = self.beginning
+        if beginning is None:
+            beginning = b""
+            if self.is_whole:
+                return body_length(method, None), beginning
+        elif self.is_whole:
+            return b"Content-Length: %d\r\n" % len(beginning), beginning
         framing = CHUNKED if self._length is None else b"Content-Length: %d\r\n" % self._length
         return framing, self._framed(beginning)
 

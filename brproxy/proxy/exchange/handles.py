@@ -16,6 +16,11 @@ from brproxy.relay.errors import BrokenResponseError, ClientGoneError, WorkerFai
 from brproxy.relay.response import ResponseHead
 from brproxy.roster import Member
 
+# As plain numbers: looking a member of an enumeration up costs more than comparing it.
+_OTHER = int(HTTPStatus.MULTIPLE_CHOICES)
+_ERROR = int(HTTPStatus.BAD_REQUEST)
+_OF_SERVER = int(HTTPStatus.INTERNAL_SERVER_ERROR)
+
 
 class PrefillAttempt(Attempt, Protocol):
     """Whoever drives the attempts at a prefill, as an answer sees it."""
@@ -94,7 +99,7 @@ class PrefillAnswer(WorkerAnswer):
         """See Exchange.head."""
         if self.orphaned is None:
             super().head(head)
-        elif head.status < HTTPStatus.MULTIPLE_CHOICES:
+        elif head.status < _OTHER:
             kind = Handles(self)
             self._become(kind)
         else:
@@ -122,7 +127,7 @@ class PrefillAnswer(WorkerAnswer):
         return True
 
     def _kind_of(self, head: ResponseHead) -> Kind:
-        if head.status < HTTPStatus.MULTIPLE_CHOICES:
+        if head.status < _OTHER:
             return Handles(self)
         return super()._kind_of(head)
 
@@ -155,9 +160,9 @@ class DecodeAnswer(WorkerAnswer):
 
     def head(self, head: ResponseHead) -> None:
         """See Exchange.head."""
-        self.is_error = head.status >= HTTPStatus.BAD_REQUEST
+        self.is_error = head.status >= _ERROR
         if (
-            head.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+            head.status >= _OF_SERVER
             and not self.account.dialect.is_refusal(head.status)
             and self._decode.may_serve_alone(Event.DIED)
         ):
@@ -180,7 +185,7 @@ class PairedAnswer(WorkerAnswer):
 
     def head(self, head: ResponseHead) -> None:
         """See Exchange.head."""
-        self._is_error = head.status >= HTTPStatus.BAD_REQUEST
+        self._is_error = head.status >= _ERROR
         super().head(head)
 
 

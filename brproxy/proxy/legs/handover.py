@@ -203,7 +203,7 @@ class Handover:
             _host(prefill.origin),
             self._bootstrap_ports.get(prefill.origin),
             line_number(prefill.lines),
-            len(self.group.behind(self.group.endpoint(prefill.index))),
+            len(self.group.behind(self.group.reach(prefill.index)[1])),
             metaserver=metaserver,
         )
 

@@ -44,7 +44,8 @@ class Held:
 
     def wait(self, on_end: Callable[[], None]) -> None:
         """Let go of it when the lease ends, and tell so."""
-        self.stop_waiting()
+        if self._timer is not None:
+            self.stop_waiting()
         self.on_end = on_end
         if self._ends_s is not None:
             self._timer = asyncio.get_running_loop().call_at(self._ends_s, self._ended)
