@@ -108,7 +108,8 @@ class TokenEstimator:
         """
         factor = self._users.value((model, user))
         tokens = self._models.get(model, self._unlearnt).tokens(text) * factor
-        if factor > 1:
+        # Mostly there are more letters than that, each of which could be a token.
+        if tokens > text[0]:
             tokens = min(tokens, tokens_at_most(text))
         estimate = ceil(tokens)
         return min(tokens_max, estimate)

@@ -42,17 +42,15 @@ def response_head(
     head: ResponseHead, framing: Framing, *, keep_alive: bool, http10: bool, more: bytes = b""
 ) -> bytes:
     """Return the head for a client; ``more`` are further lines."""
-    lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), head.lines, more]
     if framing is CHUNKED:
-        lines.append(b"Transfer-Encoding: chunked\r\n")
+        more += b"Transfer-Encoding: chunked\r\n"
     elif framing is not UNTIL_CLOSE and head.length is not None:
-        lines.append(b"Content-Length: %b\r\n" % head.length)
+        more += b"Content-Length: %b\r\n" % head.length
     if not keep_alive:
-        lines.append(b"Connection: close\r\n")
+        more += b"Connection: close\r\n"
     elif http10:
-        lines.append(b"Connection: keep-alive\r\n")
-    lines.append(b"\r\n")
-    return b"".join(lines)
+        more += b"Connection: keep-alive\r\n"
+    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (head.status, head.reason, head.lines, more)
 
 
 def interim_head(head: ResponseHead) -> bytes:

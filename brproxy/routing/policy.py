@@ -168,6 +168,6 @@ def least(workers: Sequence[int], keys: Sequence[int], rng: np.random.Generator)
 
     Ties are the common case on a quiet cluster; taking the first would pile everything onto worker 0.
     """
-    lowest = min(keys[g] for g in workers)
+    lowest = min(map(keys.__getitem__, workers))
     ties = [g for g in workers if keys[g] == lowest]
     return ties[0] if len(ties) == 1 else ties[rng.integers(len(ties))]

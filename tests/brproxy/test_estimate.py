@@ -112,7 +112,7 @@ def test_what_was_estimated_when_a_request_came_is_learnt_against(taught, seen):
 
 def test_of_what_was_expected_few_reports_are_learnt_from():
     estimator = TokenEstimator(4.0, 4)
-    for _ in range(7):
+    for _ in range(estimate._EXPECTED_PER_LESSON - 1):
         estimator.learn_prompt("m", "u", letters(400), 100)
     assert not estimator._models
     estimator.learn_prompt("m", "u", letters(400), 100)

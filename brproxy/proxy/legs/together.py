@@ -194,8 +194,8 @@ class MergedLegs(PairedLegs):
 
     ANSWER: ClassVar[type[PairedAnswer]] = MergedAnswer
 
-    def _answer_of(self, member: Member) -> WorkerAnswer:
-        answer = super()._answer_of(member)
+    def _answer_of(self, member: Member, account_kind: type[Account] = Account) -> WorkerAnswer:
+        answer = super()._answer_of(member, account_kind)
         if isinstance(answer, MergedAnswer):
             answer.expect()
         return answer

@@ -31,6 +31,7 @@ class LeastPrefillPolicy(OneByOnePolicy[LeastPrefillParams]):
 
     def choose(self, state: RoundState, eligible: list[int], rng: np.random.Generator) -> int:
         """See OneByOnePolicy.choose."""
-        lowest = min(state.prefill_tokens[g] for g in eligible)
-        idlest = [g for g in eligible if state.prefill_tokens[g] == lowest]
+        prefill_tokens = state.prefill_tokens
+        lowest = min(map(prefill_tokens.__getitem__, eligible))
+        idlest = [g for g in eligible if prefill_tokens[g] == lowest]
         return least(idlest, state.kv_tokens, rng)
