@@ -116,6 +116,17 @@ def test_the_leg_that_frees_fetches_the_same_for_one_token(document, path):
         assert not limits.keys() & MINIMA
 
 
+@given(document=bodies, path=paths)
+def test_a_body_that_was_read_makes_the_same_legs_however_often(document, path):
+    body, _ = document
+    for name in NAMES:
+        transfer = make_transfer(name)
+        read = transfer.read(path, body)
+        for leg in (transfer.prefill_body, transfer.decode_body, transfer.free_body) * 2:
+            assert leg(path, read, HANDOFF) == leg(path, body, HANDOFF)
+        assert read.body is body
+
+
 @given(document=bodies)
 def test_who_decodes_alone_gets_nothing_of_a_transfer(document):
     body, written = document
