@@ -6,7 +6,7 @@ No sockets, no clock, no clients: whoever drives it does the I/O. It promises:
   request.
 * What a worker may have worked on (CUT, DIED, OUT) is sent again once at most, and only if it generates:
   computing an answer twice is dear, doing anything else twice is wrong, and a request that kills its worker
-  does not kill a third.
+  does not kill a third. Where it has several legs, each of which has a journey, that is once for all of them.
 * What no worker has worked on (UNREACHABLE, REFUSED) moves on at most ``retries_max`` times.
 * It never moves to a worker that has failed it: without another one, the failure is the answer. One that lost
   its worker by no deed of its own (OUT) waits in the pool like any other.
@@ -130,15 +130,43 @@ AFTER = TransitionTable("a request", TRANSITIONS, JourneyError)
 _WAITING, _BOUND, _SEND = State.WAITING, Event.BOUND, Action.SEND
 
 
+class Runs:
+    """How often a request was ``lost`` with a worker that may have worked on it, in all of its legs."""
+
+    __slots__ = ("lost",)
+
+    def __init__(self) -> None:
+        self.lost = 0
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether what is lost now may be sent again."""
+        return self.lost < RERUNS_MAX
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether no more was lost than may be sent again."""
+        return self.lost <= RERUNS_MAX
+
+    def failed(self, *, ran: bool) -> bool:
+        """Note an attempt that failed, and that may have ``ran``; return whether there may be another."""
+        may_repeat = self.may_repeat or not ran
+        self.lost += ran
+        return may_repeat
+
+
 class Journey:
-    """One request's way to its answer; ``generates``: it does nothing but generate."""
+    """One request's way to its answer, or that of one of its legs, which share ``runs``.
 
-    __slots__ = ("_generates", "_is_stale", "_moves", "_reruns_left", "_retries_left", "state")
+    ``generates``: it does nothing but generate.
+    """
 
-    def __init__(self, retries_max: int, *, generates: bool) -> None:
+    __slots__ = ("_generates", "_is_stale", "_moves", "_retries_left", "_runs", "state")
+
+    def __init__(self, retries_max: int, runs: Runs, *, generates: bool) -> None:
         self._generates = generates
         self._retries_left = retries_max
-        self._reruns_left = RERUNS_MAX
+        self._runs = runs
         self._is_stale = False
         self._moves = 0
         self.state = _WAITING
@@ -172,11 +200,11 @@ class Journey:
             event = Event.CUT
         moves = self.may_move(event, repeatable=repeatable, others=others)
         self.state = State.OVER if state is State.TRYING else state
+        self._runs.lost += self._rule(event).ran
         if not moves:
             return Action.ANSWER
         self.state = State.WAITING
         self._retries_left -= 1
-        self._reruns_left -= self._rule(event).ran
         self._moves += 1
         return Action.WAIT
 
@@ -189,7 +217,7 @@ class Journey:
             and repeatable
             and (others or rule.alone)
             and self._retries_left > 0
-            and not (rule.ran and not (self._generates and self._reruns_left > 0))
+            and not (rule.ran and not (self._generates and self._runs.may_repeat))
         )
 
     def wait_s(self, first_s: float, most_s: float) -> float:

@@ -62,7 +62,8 @@ class Attempts:
         self._lease = lease
         self._incoming = incoming
         self._sink = sink
-        self._journey = Journey(service.limits.retries_max, generates=incoming.facts.sequences > 0)
+        generates = incoming.facts.sequences > 0
+        self._journey = Journey(service.limits.retries_max, incoming.runs, generates=generates)
         self._outcome: asyncio.Future[Action]
         self._error: Exception | None = None
         self._worker: WorkerIndex

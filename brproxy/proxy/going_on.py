@@ -17,6 +17,7 @@ from typing import ClassVar, Final, ParamSpec, Self, TypeVar
 
 from brproxy.engines.continuing import read_completion
 from brproxy.engines.paths import Work, path_kind
+from brproxy.journey import Runs
 from brproxy.lifecycle import NOBODY
 from brproxy.proxy.accounting import Account
 from brproxy.proxy.attempts import Attempts
@@ -286,6 +287,8 @@ async def _in_parts(
         elif group.handover is not None:
             group.handover.counts["recomputed"] += 1
         keeper.go_on()
+        # What goes on is another request.
+        incoming.runs = Runs()
         request, incoming.upload.beginning = asked, body
         completion = keeper.completion
         if completion is None or not completion.is_continued:

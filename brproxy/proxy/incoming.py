@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from brproxy.engines.dialect import Dialect, RequestFacts
 from brproxy.engines.sessions import SessionAsk
+from brproxy.journey import Runs
 from brproxy.proxy.service import Service
 from brproxy.proxy.upload import Upload
 from brproxy.relay.client import Client
@@ -24,7 +25,7 @@ class Incoming:
     """One request on its way in.
 
     ``lines`` are the header fields that a worker gets, but for its own name, Accept-Encoding and what frames
-    the body.
+    the body. ``runs`` is what all that is sent of it to workers has in common.
     """
 
     target: str
@@ -35,6 +36,7 @@ class Incoming:
     upload: Upload
     facts: RequestFacts
     is_form: bool = False
+    runs: Runs = field(default_factory=Runs)
 
 
 class Reader:

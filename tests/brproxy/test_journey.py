@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brproxy.journey import RERUNS_MAX, RULES, TRANSITIONS, Action, Event, Journey, JourneyError, State
+from brproxy.journey import RERUNS_MAX, RULES, TRANSITIONS, Action, Event, Journey, JourneyError, Runs, State
 
 FAILURES = [*RULES, Event.STALE]
 RAN = {event for event, rule in RULES.items() if rule.ran}
 
 
 def trying(retries_max=2, *, generates=True):
-    journey = Journey(retries_max, generates=generates)
+    journey = Journey(retries_max, Runs(), generates=generates)
     assert journey.bound() is Action.SEND
     return journey
 
@@ -26,7 +26,7 @@ def fail(journey, event, *, repeatable=True, others=True):
     history=st.lists(st.tuples(st.sampled_from(FAILURES), st.booleans(), st.booleans()), max_size=12),
 )
 def test_the_promises_hold_for_any_history(retries_max, generates, history):
-    journey = Journey(retries_max, generates=generates)
+    journey = Journey(retries_max, Runs(), generates=generates)
     action, moves, runs, stale = journey.bound(), 0, 0, 0
     for event, repeatable, others in history:
         peeked = event is not Event.STALE and journey.may_move(event, repeatable=repeatable, others=others)
@@ -51,6 +51,32 @@ def test_the_promises_hold_for_any_history(retries_max, generates, history):
     assert moves <= retries_max
     assert stale <= 1
     assert runs <= RERUNS_MAX + 1, "at most two workers work on it"
+
+
+@given(
+    generates=st.booleans(),
+    history=st.lists(st.tuples(st.integers(0, 4), st.sampled_from([*RULES])), max_size=30),
+)
+def test_legs_together_run_no_more_often_than_a_request_in_one_piece(generates, history):
+    runs = Runs()
+    legs = [Journey(9, runs, generates=generates) for _ in range(5)]
+    lost, over = 0, False
+    for leg in legs:
+        leg.bound()
+    for number, event in history:
+        leg = legs[number]
+        if leg.state is State.OVER:
+            continue
+        may_repeat = runs.may_repeat
+        action = fail(leg, event)
+        lost += event in RAN
+        assert runs.lost == lost
+        if event in RAN:
+            assert (action is Action.WAIT) == (generates and may_repeat)
+            over |= action is Action.ANSWER
+        assert runs.may_go_on or over or not generates
+        if action is Action.WAIT:
+            leg.bound()
 
 
 @pytest.mark.parametrize("event", [Event.BEGUN, Event.FINISHED, Event.BROKE_OFF])
@@ -89,7 +115,7 @@ def test_a_request_whose_worker_went_out_waits_also_if_it_was_the_only_one():
 
 @given(st.lists(st.sampled_from(Event), max_size=8))
 def test_only_what_the_table_has_is_taken(events):
-    journey = Journey(2, generates=True)
+    journey = Journey(2, Runs(), generates=True)
     for event in events:
         allowed = TRANSITIONS[journey.state]
         if event is Event.BOUND and event in allowed:

@@ -318,10 +318,15 @@ class Client:
             ):
                 return
             self._wrong("no-whole-cut", f"request {ask.id}: a whole answer is none: {body[-80:]!r}")
-        elif COMMENT.startswith(body) or any(body == _as_event(one) for one in bodies):
+        elif COMMENT.startswith(body) or any(self._may_be_of(body, _as_event(one)) for one in bodies):
             return
         elif not (_ERROR_EVENT.startswith(body) or body.startswith(_ERROR_EVENT)):
             self._judge_prefix(ask, body, tuple(bodies) or (b"",))
+
+    def _may_be_of(self, body: bytes, event: bytes) -> bool:
+        """Tell whether ``body`` is what arrives of an event that is written at once."""
+        may_end_within = self._is_excused or self._wire.was_reset
+        return event.startswith(body) if may_end_within else event == body
 
     def _may_be_silent(self, ask: Ask) -> bool:
         """Tell whether a connection may end without an answer."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.simulation.actions import KEEP, Ask
-from tests.simulation.kv import FREED_BY_DECODE, MAY_ASK_AGAIN
+from tests.simulation.kv import FREED_BY_DECODE, MAY_ASK_AGAIN, TOGETHER
 from tests.simulation.leg_workers import HANDLES, ID, PARAMS, LegWorker, without
 from tests.simulation.messages import request_body, respond
 from tests.simulation.metaserver import Posts
@@ -32,6 +32,8 @@ class DecodeWorker(LegWorker):
         asked_usage = ask.own_usage or "stream_options" in (document or {})
         response = respond(ask, answer, number, asked_usage=asked_usage)
         attempt = Attempt(number, self.index, answer, response, wire)
+        if handles and self._transfer in TOGETHER:
+            _, attempt.key = self._place(handles)
         with self._at_work(record, attempt):
             if document is not None:
                 self._see_parameters(ask, document)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 from brproxy.proxy.service import Service
 from tests.simulation.actions import Scenario, Trouble
-from tests.simulation.kv import FREED_BY_DECODE, Cluster
+from tests.simulation.kv import FREED_BY_DECODE, TOGETHER, Cluster
 from tests.simulation.leg_workers import LegWorker
-from tests.simulation.workers import Record
+from tests.simulation.workers import Attempt, Record
 
 CANCELLED_S = 1.0
 """Within which a leg ends whose client has left (seconds)."""
@@ -16,9 +16,8 @@ CANCELLED_S = 1.0
 FREED_S = 4.0
 """Within which what a request has left behind is freed: longer than a prefill is waited for (seconds)."""
 
-RUNS_MAX = 3
-"""Prefills that may end without an answer for each time that one is wanted: one, one more as that broke off,
-and one on a connection that was closed already."""
+RUNS_MAX = 2
+"""Times that workers may have worked on a request, in either leg, but for prefills that were used."""
 
 
 class LegChecks:
@@ -80,12 +79,19 @@ class LegChecks:
         decodes, prefills = record.made(prefill=False), record.made(prefill=True)
         if len(decodes) > most or len(prefills) > most * (retries_max + 1):
             self._wrong("deliveries", f"request {ask.id}: {len(prefills)} prefills, {len(decodes)} decodes")
-        ran = [attempt.worker for attempt in decodes if attempt.was_run and not attempt.response.is_refusal]
-        if len(ran) > RUNS_MAX + is_first:
-            self._wrong("runs", f"request {ask.id} may have run on workers {ran}")
-        lost = [one.worker for one in prefills if one.broke]
-        if len(lost) > RUNS_MAX * (max(1, len(decodes)) if is_first else 1):
-            self._wrong("runs", f"request {ask.id} was lost with its prefill workers {lost}")
+        ran = [one for one in decodes if one.was_run and not one.response.is_refusal and self._was_kept(one)]
+        lost = [one for one in prefills if _is_lost(one)]
+        runs = [one for one in (*ran, *lost) if not one.may_be_stale]
+        # Two workers that have met have one run.
+        met = {one.key for one in runs} - {""}
+        if len(met) + sum(not one.key for one in runs) > RUNS_MAX + is_first:
+            where = [one.worker for one in runs]
+            self._wrong("runs", f"request {ask.id} may have run on workers {where}")
+
+    def _was_kept(self, decode: Attempt) -> bool:
+        """Tell whether what a decode leg waits for came to be: else it has not run."""
+        engines = self._cluster.engines.values()
+        return not decode.key or any(decode.key in engine.kept for engine in engines)
 
     def idle(self, service: Service) -> None:
         """See that nothing of a request is left where the two legs meet."""
@@ -94,3 +100,9 @@ class LegChecks:
             self._wrong(
                 "nothing-left", f"{len(service.metaserver)} names are waited for, {tasks} tasks free KV"
             )
+
+
+def _is_lost(prefill: Attempt) -> bool:
+    """Tell whether a prefill was begun and came to nothing."""
+    response = prefill.response
+    return prefill.broke or (prefill.sent_all and response.status >= 500 and not response.is_refusal)

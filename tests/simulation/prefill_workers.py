@@ -73,7 +73,7 @@ class PrefillWorker(LegWorker):
         if answer.kind != "answer":
             attempt.response = self._response(ask, answer, number, b"null")
             return await self._answer(wire, attempt)
-        came, handles = await self._unless_left(wire, self._prefill(wire, known, ask, answer, document))
+        came, handles = await self._unless_left(wire, self._prefill(known, ask, attempt, document))
         if not came:
             return False
         if handles is None:
@@ -108,21 +108,21 @@ class PrefillWorker(LegWorker):
             )
 
     async def _prefill(
-        self, wire: Wire, known: dict[bytes, bytes], ask: Ask, answer: Answer, document: Any
+        self, known: dict[bytes, bytes], ask: Ask, attempt: Attempt, document: Any
     ) -> bytes | None:
         """Run the prompt and keep its KV; return the handles, None where nobody came for it."""
         transfer, engine, board = self._transfer, self._engine, self._cluster.board
         params = document.get(PARAMS) or {}
-        kept, wait_s = Kept(ask.id, wire), self._cluster.parted.wait_s
+        kept, wait_s = Kept(ask.id, attempt.wire), self._cluster.parted.wait_s
         if transfer == "sglang":
-            key = self._room(known, document)
+            key = attempt.key = self._room(known, document)
             if not await board.until(lambda: key in engine.fetching, wait_s):
                 return None
         elif transfer == "mooncake":
-            key = str(params["transfer_id"])
+            key = attempt.key = str(params["transfer_id"])
         else:
             key = self._cluster.name(f"kv-of-{ask.id}")
-        await self._pause(answer.late_s)
+        await self._pause(attempt.answer.late_s)
         if not engine.hold(key, kept):
             return None if transfer == "sglang" else b"null"
         board.changed()

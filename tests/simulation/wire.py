@@ -10,6 +10,8 @@ from tests.simulation.transport import MemoryTransport
 class Wire(asyncio.Protocol):
     """Keeps what has come in ``received``. ``ended``: there will be no more; ``lost``: nothing can be sent.
 
+    ``requests``: how many of clients have come to the worker whose end it is.
+
     A wire that reaches an end of its peer's stays open to write, as only a script may want it.
     """
 
@@ -19,6 +21,7 @@ class Wire(asyncio.Protocol):
         self.received = bytearray()
         self.ended = self.lost = False
         self.was_reset = self.is_killed = False
+        self.requests = 0
         self._news: asyncio.Future[None] | None = None
         self._may_write: asyncio.Future[None] | None = None
 

@@ -47,8 +47,11 @@ class Attempt:
     """One request that has come to a worker: what it was answered, and how much of that was sent.
 
     ``number``: how many of that request had come before, to any worker; its answer names it.
-    ``has_ended``: all was sent, and nobody had left before that could be seen by the connection's end.
-    ``is_prefill``: of a worker that only prefills. ``was_run``: its KV has come, if it was to come.
+    ``has_ended``: all was sent, and nobody had left before that could be seen by the connection's end;
+    ``has_stopped``: no more was to be sent.
+    ``is_prefill``: of a worker that only prefills. ``was_run``: its KV has come, if it was to come; ``key``
+    is the name of that. ``is_first``: nothing came on its connection before, which the proxy cannot have
+    found closed.
     """
 
     number: int
@@ -58,8 +61,11 @@ class Attempt:
     wire: Wire
     sent_bytes: int = 0
     has_ended: bool = False
+    has_stopped: bool = False
     is_prefill: bool = False
     was_run: bool = True
+    key: str = ""
+    is_first: bool = True
 
     @property
     def sent_all(self) -> bool:
@@ -73,10 +79,16 @@ class Attempt:
     @property
     def broke(self) -> bool:
         """Whether it was the worker that ended it, before its end."""
-        answer = self.answer
-        ends = answer.stop_at is not None and answer.ending in {"close", "reset"}
-        is_garbage = not self.response.is_http
-        return self.wire.is_killed or (self.sent_bytes >= (answer.stop_at or 1) and (ends or is_garbage))
+        if not self.response.is_http:
+            return self.sent_bytes > 0
+        if self.has_stopped:
+            return self.answer.ending in {"close", "reset"}
+        return self.wire.is_killed and not self.has_ended
+
+    @property
+    def may_be_stale(self) -> bool:
+        """Whether it came on a kept connection that was closed as it came."""
+        return self.broke and not self.is_first and not self.sent_bytes
 
     @property
     def may_be_lost(self) -> bool:
@@ -209,6 +221,7 @@ class Worker:
         known = {name.lower(): value.strip() for name, _, value in (one.partition(b":") for one in lines)}
         if NAME not in known:
             return await self._serve_proxy(wire, line, known)
+        wire.requests += 1
         self._see_rank(lines)
         record = self._records[int(known[NAME])]
         number = record.came
@@ -285,6 +298,7 @@ class Worker:
             if left is not None and len(piece) >= left:
                 attempt.sent_bytes += left
                 await wire.send(piece[:left])
+                attempt.has_stopped = True
                 await self._end_early(wire, answer)
                 attempt.has_ended = answer.ending == "cut" and not wire.lost
                 return False

@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Final, NamedTuple
 
 from brproxy.engines.transfer import Handoff
-from brproxy.journey import RERUNS_MAX, Action
+from brproxy.journey import Action
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -41,7 +41,7 @@ class _Said(NamedTuple):
 class DecodeFirstLegs(Attempts):
     """A request's attempts on workers that decode, each of which asks for a prefill when it likes."""
 
-    __slots__ = ("_asked", "_decode_body", "_handoff", "_handover", "_metaserver", "_prefill", "_reruns_left")
+    __slots__ = ("_asked", "_decode_body", "_handoff", "_handover", "_metaserver", "_prefill")
 
     _handoff: Handoff
 
@@ -59,7 +59,6 @@ class DecodeFirstLegs(Attempts):
         self._metaserver = service.metaserver
         self._asked = prefill_of(lease.entry.request)
         self._prefill: asyncio.Task[str] | None = None
-        self._reruns_left = RERUNS_MAX
         self._decode_body = b""
 
     async def prefill(self, params: bytes) -> str:
@@ -108,9 +107,9 @@ class DecodeFirstLegs(Attempts):
                 # It has waited for long enough, or never will be prefilled.
                 return str(error)
             failed |= {worker}
-            if not said.moves or (said.ran and not self._reruns_left):
+            may_repeat = self._incoming.runs.failed(ran=said.ran)
+            if not said.moves or not may_repeat:
                 break
-            self._reruns_left -= said.ran
         return said.why
 
     async def _ask(self, worker: WorkerIndex, params: bytes) -> _Said:

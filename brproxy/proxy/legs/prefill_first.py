@@ -287,6 +287,8 @@ class DecodeLeg(Attempts):
             )
             self._handover.counts["unfetched"] += 1
             self._is_alone = self._was_alone = True
+            # A request that is at fault itself has run: what loses it now has it lost.
+            self._incoming.runs.lost += 1
             return Action.SEND_AFRESH
         return super()._after(event, error)
 

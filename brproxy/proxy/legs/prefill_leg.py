@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from brproxy.engines.transfer import Handoff
-from brproxy.journey import RERUNS_MAX, RULES, Action, Event, State
+from brproxy.journey import State
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -24,10 +24,10 @@ class PrefillLeg(Attempts):
     the answer of one that had not answered when the client left, where that is to be waited for.
 
     Where no worker is left, ``run`` raises NotPrefilledError if one that decodes may do it all: not if two
-    workers may have died of the request.
+    workers may have died of the request, of either leg.
     """
 
-    __slots__ = ("_body", "_handover", "_runs", "handoff", "orphan", "reply")
+    __slots__ = ("_body", "_handover", "handoff", "orphan", "reply")
 
     ASKS_USAGE = False
     ANSWER = PrefillAnswer
@@ -38,7 +38,6 @@ class PrefillLeg(Attempts):
         super().__init__(service, handover.group, lease, incoming, sink)
         self._handover = handover
         self._body = b""
-        self._runs = 0
         self.handoff: Handoff | None = None
         self.reply: bytes | None = None
         self.orphan: PrefillAnswer | None = None
@@ -73,12 +72,8 @@ class PrefillLeg(Attempts):
         self.orphan = answer
         return True
 
-    def _after(self, event: Event, error: Exception | None) -> Action:
-        self._runs += event in RULES and RULES[event].ran
-        return super()._after(event, error)
-
     def _failure(self) -> Exception:
-        is_deserted = isinstance(self._error, WorkerFailedError) and self._runs <= RERUNS_MAX
+        is_deserted = isinstance(self._error, WorkerFailedError) and self._incoming.runs.may_go_on
         if is_deserted and self._handover.transfer.DECODES_ALONE:
             return NotPrefilledError(str(self._error))
         return super()._failure()

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import ClassVar, cast
 
 from brproxy.engines.transfer import Handoff
-from brproxy.journey import RERUNS_MAX, Action, Event
+from brproxy.journey import Action, Event
 from brproxy.proxy import errors
 from brproxy.proxy.accounting import Account
 from brproxy.proxy.attempts import Attempts
@@ -46,7 +46,6 @@ class PairedLegs(Attempts):
         "_other",
         "_prefill",
         "_prefill_body",
-        "_reruns_left",
         "_trouble",
     )
 
@@ -72,7 +71,6 @@ class PairedLegs(Attempts):
         self._prefill: asyncio.Task[Reply] | None = None
         self._prefill_body = self._decode_body = b""
         self._has_met = False
-        self._reruns_left = RERUNS_MAX
 
     def begun(self, *, is_long: bool) -> None:
         """See deciding.Attempt.begun."""
@@ -100,10 +98,9 @@ class PairedLegs(Attempts):
                 return Action.NOTHING
             handover.forget(worker)
             self._failed |= {worker}
-            ran = self._may_have_run(trouble)
-            if not handover.has_others(self._failed) or (ran and not self._reruns_left):
+            may_repeat = self._incoming.runs.failed(ran=self._may_have_run(trouble))
+            if not may_repeat or not handover.has_others(self._failed):
                 break
-            self._reruns_left -= ran
         raise errors.workers_failed(f"No worker prefilled the request: {_reason(trouble)}.")
 
     def _trouble_now(self) -> Reply | Exception | None:
