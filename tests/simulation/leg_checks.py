@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from brproxy.proxy.service import Service
 from tests.simulation.actions import Scenario, Trouble
-from tests.simulation.kv import FREED_BY_DECODE, TOGETHER, Cluster
+from tests.simulation.kv import FREED_BY_DECODE, Cluster
 from tests.simulation.leg_workers import LegWorker
 from tests.simulation.workers import Attempt, Record
 

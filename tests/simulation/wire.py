@@ -10,7 +10,7 @@ from tests.simulation.transport import MemoryTransport
 class Wire(asyncio.Protocol):
     """Keeps what has come in ``received``. ``ended``: there will be no more; ``lost``: nothing can be sent.
 
-    ``requests``: how many of clients have come to the worker whose end it is.
+    ``requests``: how many have come to the worker whose end it is.
 
     A wire that reaches an end of its peer's stays open to write, as only a script may want it.
     """

@@ -219,9 +219,9 @@ class Worker:
         wire.received[:] = rest
         line, *lines = head.split(b"\r\n")
         known = {name.lower(): value.strip() for name, _, value in (one.partition(b":") for one in lines)}
+        wire.requests += 1
         if NAME not in known:
             return await self._serve_proxy(wire, line, known)
-        wire.requests += 1
         self._see_rank(lines)
         record = self._records[int(known[NAME])]
         number = record.came

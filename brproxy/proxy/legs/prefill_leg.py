@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from brproxy.engines.transfer import Handoff
-from brproxy.journey import State
+from brproxy.journey import Action, State
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink

@@ -1,5 +1,6 @@
 """Prefill and decode workers of each kind, and a proxy in front of them."""
 
+import asyncio
 import json
 
 import aiohttp
@@ -7,6 +8,7 @@ import pytest
 
 from loadgen.cluster import ClusterSettings
 from loadgen.emulator.server import EmulatorSettings, running_emulator
+from tests.brproxy.proxy.legs.shaping import Shaper
 
 TRANSFERS = ["nixl", "ascend", "mooncake", "sglang", "ascend-layerwise"]
 WORDS = "one two three four five"
@@ -21,6 +23,11 @@ class Pair:
         self.decode = decode
         self.proxy = proxy
         self._client = client
+
+    @property
+    def decodes(self):
+        """The ledger of the workers that decode."""
+        return self.proxy.running.service.groups["default"].group.dispatcher.ledger
 
     @property
     def handover(self):
@@ -80,9 +87,33 @@ def start_side(stack):
 
 
 @pytest.fixture
-def start_pair(start_side, start_proxy, client, unused_tcp_port):
+def shape(stack):
+    """Return a function that puts a Shaper before the worker at a URL, and returns the URL of that."""
+
+    async def start(url, pieces):
+        host, _, port = url.removeprefix("http://").partition(":")
+        server = await asyncio.start_server(Shaper((host, int(port)), pieces).handle, "127.0.0.1", 0)
+        stack.push_async_callback(server.wait_closed)
+        stack.callback(server.close)
+        return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    return start
+
+
+@pytest.fixture
+def start_pair(start_side, start_proxy, client, unused_tcp_port, shape):
+    """Return a function that starts a Pair; ``pieces``: see Shaper, of the workers that decode."""
+
     async def start(
-        transfer, *, prefills=2, decodes=2, more=(), prefill_settings=None, decode_settings=None, **tables
+        transfer,
+        *,
+        prefills=2,
+        decodes=2,
+        more=(),
+        prefill_settings=None,
+        decode_settings=None,
+        pieces=None,
+        **tables,
     ):
         prefill = await start_side(transfer, "prefill", prefills, **(prefill_settings or {}))
         decode = await start_side(transfer, "decode", decodes, **(decode_settings or {}))
@@ -93,7 +124,8 @@ def start_pair(start_side, start_proxy, client, unused_tcp_port):
             common | {"url": url, "role": "prefill", "bootstrap_port": port}
             for url, port in zip(prefill.urls, ports, strict=True)
         ]
-        workers += [common | {"url": url, "role": "decode"} for url in decode.urls]
+        urls = decode.urls if pieces is None else [await shape(url, pieces) for url in decode.urls]
+        workers += [common | {"url": url, "role": "decode"} for url in urls]
         workers += [common | worker for worker in more]
         proxy = await start_proxy([], workers=workers, listen={"port": unused_tcp_port}, **tables)
         return Pair(transfer, prefill, decode, proxy, client)
