@@ -14,6 +14,9 @@ from tests.simulation.metaserver import Posts
 from tests.simulation.wire import Wire
 from tests.simulation.workers import Attempt, Record
 
+OUT_S = 3
+"""For how long a prefill worker may be out when it is to be fetched from: a connection takes some time."""
+
 
 class DecodeWorker(LegWorker):
     """Fetches what others have prefilled, and answers."""
@@ -111,6 +114,9 @@ class DecodeWorker(LegWorker):
             self._wrong(
                 "lease", f"{key} is to be fetched {engine.ended_s(key):g} s after the end of its lease"
             )
+        host = name.rpartition("-")[0]
+        if late_s is not None and self._cluster.out_s(host) > OUT_S:
+            self._wrong("own-leg", f"{key} is to be fetched from {host}, which is out")
 
     async def _free(self, wire: Wire, handles: dict[str, Any]) -> bool:
         await self._pause(0.001)

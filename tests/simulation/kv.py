@@ -119,7 +119,8 @@ class Cluster:
     """All engines of a scenario, and what they are to do.
 
     Those that decode ``expected`` KV under these names, and ``delivered`` was that. KV may be asked for
-    ``late_s`` seconds after the end of its lease, None: nobody can tell.
+    ``late_s`` seconds after the end of its lease, None: nobody can tell. ``out_s`` tells for how many seconds
+    the proxy has had a host out.
     """
 
     def __init__(self, loop: VirtualLoop, parted: Parted) -> None:
@@ -130,6 +131,7 @@ class Cluster:
         self.expected: set[str] = set()
         self.delivered: set[str] = set()
         self.late_s: float | None = 0.1
+        self.out_s: Callable[[str], int] = lambda _host: 0
         self._names = 0
 
     def name(self, host: str) -> str:

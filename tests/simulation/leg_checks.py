@@ -80,7 +80,9 @@ class LegChecks:
         if len(decodes) > most or len(prefills) > most * (retries_max + 1):
             self._wrong("deliveries", f"request {ask.id}: {len(prefills)} prefills, {len(decodes)} decodes")
         ran = [one for one in decodes if one.was_run and not one.response.is_refusal and self._was_kept(one)]
-        lost = [one for one in prefills if _is_lost(one)]
+        # What is lost while the other leg is refused may have been ended by that.
+        refused = {one.key for one in decodes if one.response.is_refusal and one.sent_bytes}
+        lost = [one for one in prefills if _is_lost(one) and one.key not in refused]
         runs = [one for one in (*ran, *lost) if not one.may_be_stale]
         # Two workers that have met have one run.
         met = {one.key for one in runs} - {""}

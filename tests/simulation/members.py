@@ -115,6 +115,10 @@ class Members:
         members = [] if group is None else group.roster.members
         return [member for member in members if member.origin == worker.url]
 
+    def out_s(self, host: str) -> int:
+        """Return for how many looks in a row a worker has been out (see ``stuck``)."""
+        return next((self._out_s.get(one, 0) for one in self._workers if one.host == host), 0)
+
     def stuck(self, retries_max: int) -> str | None:
         """Say which request stays unread with a worker that is out although there is another, if any does.
 

@@ -15,11 +15,14 @@ LEG_FAULTS = frozenset(
         *("prefill-reset", "prefill-hang", "prefill-late", "prefill-no-params"),
         *("handle-unknown", "lease-short", "transfer-slow", "few-freed", "page-fails"),
         *("posts-odd", "posts-bare", "own-handles", "unsplit", "same-ids", "short-prompts"),
+        *("decodes-few", "decodes-slow", "prefill-dies", "prefill-poison", "decode-poison"),
     }
 )
 PARTED_FAULTS = FAULTS | LEG_FAULTS
 
 TRANSFERS = ("nixl", "nixl", "mooncake", "ascend", "ascend-layerwise", "sglang")
+ENDS_OF_PREFILLS = ("restart", "restart", "freeze", "connect-refused", "health-never", "health-error")
+"""What takes a prefill worker out, or what it keeps with it."""
 POSTS = ("unknown", "twice", "late", "no-json", "no-length", "long")
 
 
@@ -41,10 +44,12 @@ class PartedDraw:
         decoding = rng.choice(("decode", "decode", "both"))
         slots, capacity = rng.choice((1, 2, 4, 16)), rng.choice((None, None, 4000, 40_000))
         width = rng.choice((0, 0, 1, 2, 4))
+        few = self._has("decodes-few", 0.7)
+        decodes = tuple((1 if few else slots, *rest) for slots, *rest in base.workers)
         more = tuple(
             (slots, capacity, group, width) for group in groups for _ in range(rng.choice((1, 2, 2, 3)))
         )
-        workers = base.workers + more
+        workers = decodes + more
         roles = (decoding,) * len(base.workers) + ("prefill",) * len(more)
         bare = self._has("posts-bare", 1.0)
         lease_s = 1.0 if self._has("lease-short", 0.8) else rng.choice((4.0, 10.0))
@@ -62,10 +67,12 @@ class PartedDraw:
             else self._trouble(action, roles)
             for action in base.actions
         ]
+        prefills = range(len(decodes), len(workers))
         if self._has("page-fails", 0.9):
             at_s, lasts_s = rng.random() * 3, rng.choice((0.5, 3.0, 8.0))
-            prefills = [i for i, role in enumerate(roles) if role == "prefill"]
             actions.append(Trouble(at_s, "page-fails", rng.choice(prefills), lasts_s))
+        if self._has("prefill-dies", 0.7):
+            actions += self._ends_of_prefills(actions, prefills)
         actions.sort(key=lambda action: action.at_s)
         settings = base.settings | {"prefill_decode": self._settings(lease_s)}
         return replace(base, settings=settings, workers=workers, actions=tuple(actions), parted=parted)
@@ -87,6 +94,20 @@ class PartedDraw:
             "metaserver_url": URL,
         }
 
+    def _ends_of_prefills(self, actions: list[Action], prefills: range) -> list[Trouble]:
+        """Have workers that prefill go out soon after somebody has come."""
+        rng = self._rng
+        comes_s = [action.at_s for action in actions if isinstance(action, Visit)]
+        return [
+            Trouble(
+                rng.choice(comes_s) + rng.random(),
+                rng.choice(ENDS_OF_PREFILLS),
+                rng.choice(prefills),
+                rng.choice((1.0, 5.0, 12.0)),
+            )
+            for _ in range(rng.randint(1, 3))
+        ]
+
     def _trouble(self, trouble: Trouble, roles: tuple[str, ...]) -> Trouble:
         """Have it happen to any worker, those that prefill included."""
         return replace(trouble, worker=self._rng.randrange(len(roles)))
@@ -103,11 +124,17 @@ class PartedDraw:
         is_same = self._has("same-ids", 0.5) and not bare
         # One token is what a leg asks for that only frees.
         limit = 2 if ask.max_tokens == 1 else ask.max_tokens
+        answers = tuple(self._decode(answer) for answer in ask.answers)
+        prefills = tuple(self._prefill() for _ in range(rng.choice((1, 1, 2, 3))))
+        death = Answer(
+            tokens=1, late_s=rng.choice((0.0, 0.1)), stop_at=0, ending=rng.choice(("close", "reset"))
+        )
         return replace(
             ask,
             max_tokens=limit,
-            answers=tuple(self._decode(answer) for answer in ask.answers),
-            prefills=tuple(self._prefill() for _ in range(rng.choice((1, 1, 2, 3)))),
+            # Behind what they may do first: they die of each further attempt.
+            answers=(*answers[:1], death) if self._has("decode-poison", 0.2) else answers,
+            prefills=(*prefills[:1], death) if self._has("prefill-poison", 0.2) else prefills,
             own_handles=self._has("own-handles", 0.3) and ask.kind in {"chat", "completion"},
             unsplit=unsplit if is_unsplit and ask.kind in {"chat", "completion"} else "",
             request_id=same if is_same else "",
@@ -117,7 +144,10 @@ class PartedDraw:
     def _decode(self, answer: Answer) -> Answer:
         unknown = self._has("handle-unknown", 0.3)
         kind = self._rng.choice(("error", "error-event")) if unknown else answer.kind
-        return replace(answer, kind=kind, early=False, fails_in_event=self._rng.random() < 0.5)
+        slow_s = self._rng.choice((1.0, 3.0))
+        late_s = slow_s if self._has("decodes-slow", 0.4) else answer.late_s
+        in_event = self._rng.random() < 0.5
+        return replace(answer, kind=kind, early=False, late_s=late_s, fails_in_event=in_event)
 
     def _prefill(self) -> Answer:
         rng = self._rng

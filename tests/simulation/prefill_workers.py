@@ -64,6 +64,7 @@ class PrefillWorker(LegWorker):
         record.kept = None
         with self._at_work(record, attempt):
             self._see_leg(ask, document)
+            attempt.key = self._key(known, ask, document or {})
             return await self._run(wire, known, record, attempt, document)
 
     async def _run(
@@ -73,7 +74,7 @@ class PrefillWorker(LegWorker):
         if answer.kind != "answer":
             attempt.response = self._response(ask, answer, number, b"null")
             return await self._answer(wire, attempt)
-        came, handles = await self._unless_left(wire, self._prefill(known, ask, attempt, document))
+        came, handles = await self._unless_left(wire, self._prefill(ask, attempt, document))
         if not came:
             return False
         if handles is None:
@@ -107,21 +108,14 @@ class PrefillWorker(LegWorker):
                 "own-leg", f"the prefill of request {ask.id} is to make more than a token: {document}"
             )
 
-    async def _prefill(
-        self, known: dict[bytes, bytes], ask: Ask, attempt: Attempt, document: Any
-    ) -> bytes | None:
+    async def _prefill(self, ask: Ask, attempt: Attempt, document: Any) -> bytes | None:
         """Run the prompt and keep its KV; return the handles, None where nobody came for it."""
         transfer, engine, board = self._transfer, self._engine, self._cluster.board
         params = document.get(PARAMS) or {}
         kept, wait_s = Kept(ask.id, attempt.wire), self._cluster.parted.wait_s
-        if transfer == "sglang":
-            key = attempt.key = self._room(known, document)
-            if not await board.until(lambda: key in engine.fetching, wait_s):
-                return None
-        elif transfer == "mooncake":
-            key = attempt.key = str(params["transfer_id"])
-        else:
-            key = self._cluster.name(f"kv-of-{ask.id}")
+        key = attempt.key
+        if transfer == "sglang" and not await board.until(lambda: key in engine.fetching, wait_s):
+            return None
         await self._pause(attempt.answer.late_s)
         if not engine.hold(key, kept):
             return None if transfer == "sglang" else b"null"
@@ -154,15 +148,27 @@ class PrefillWorker(LegWorker):
             }
         ).encode()
 
+    def _key(self, known: dict[bytes, bytes], ask: Ask, document: Any) -> str:
+        """Return the name of what a leg has kept."""
+        if self._transfer == "sglang":
+            return self._room(known, document)
+        if self._transfer == "mooncake":
+            return str(document[PARAMS]["transfer_id"])
+        return self._cluster.name(f"kv-of-{ask.id}")
+
     def _room(self, known: dict[bytes, bytes], document: Any) -> str:
-        """Return the room of a leg, which must be on the rank that it went to."""
+        """Return the room of a leg, which must name the rank that it went to.
+
+        A room of another rank is one where one of them has left the proxy, which then counts fewer: that does
+        no harm where the rank is named.
+        """
         room, ranks = document["bootstrap_room"], len(self._ranks)
         if document["bootstrap_host"] != self.host:
             self._wrong("own-leg", f"{self.host} is asked for a room at {document['bootstrap_host']}")
         if ranks:
             rank = int(known[RANK])
-            if room % ranks != rank or document["disagg_prefill_dp_rank"] != rank:
-                self._wrong("own-rank", f"room {room} is not one of rank {rank} of {ranks}")
+            if document["disagg_prefill_dp_rank"] != rank:
+                self._wrong("own-rank", f"room {room} names another rank than {rank} of {ranks}")
         return str(room)
 
     async def serve_page(self, wire: Wire) -> None:

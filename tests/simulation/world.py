@@ -149,6 +149,8 @@ class World:
         proxy.service.groups.follow(self)
         self._proxy = proxy
         self._members = Members(self._loop, proxy.service.fleet, self._workers, self._join)
+        if self._cluster is not None:
+            self._cluster.out_s = self._members.out_s
         self._bootstrap_ports = proxy.service.bootstrap_ports
         self._checks.follow(proxy)
 

@@ -8,6 +8,7 @@ import asyncio
 import json
 from contextlib import suppress
 
+OK, ERROR = b"HTTP/1.1 200", b'"error"'
 TURNS = 3
 """Turns of the loop within which what was written has been read: all that talk here live in it."""
 
@@ -44,7 +45,7 @@ class Shaper:
 
     async def _answer(self, writer, line, headers, document):
         raw = await self._passed_on(line, headers, document)
-        is_own = not document or not raw.startswith(b"HTTP/1.1 200") or document.get("max_tokens") == 1
+        is_own = not document or document.get("max_tokens") == 1 or not raw.startswith(OK) or ERROR in raw
         pieces = None if is_own else self._pieces(headers, document)
         for piece in [raw] if pieces is None else pieces:
             writer.write(piece)

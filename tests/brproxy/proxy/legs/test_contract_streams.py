@@ -15,7 +15,7 @@ pytestmark = pytest.mark.parametrize("transfer", TRANSFERS)
 
 CHATS = "/v1/chat/completions"
 CHAT = {"messages": [{"role": "user", "content": "one two three"}], "max_tokens": 9}
-AT_ONCE = 16
+AT_ONCE = 8
 POSITION = "X-Position"
 PATIENT = {"lease_s": 1e6}
 """What one side waits for the other: on a machine that has much to do that is long."""
