@@ -156,6 +156,24 @@ async def test_what_two_workers_may_have_died_of_reaches_no_third(
     await proxy.idle()
 
 
+@pytest.mark.parametrize("is_prefilled", [True, False])
+async def test_what_a_worker_of_either_leg_may_have_died_of_reaches_no_third(
+    is_prefilled, start_worker, start_halves, answer
+):
+    prefills = [await start_worker(answer(*part)) for part in [(), (PREFILLED,)][: 1 + is_prefilled]]
+    decodes = [await start_worker(answer()) for _ in range(2)]
+    proxy, ask = await start_halves(*([one.url for one in side] for side in (prefills, decodes)))
+    asked = 0
+    while not prefills[0].requests:
+        # Which of two that have nothing to do prefills is chance.
+        status, _ = await ask()
+        assert status == 502
+        asked += 1
+    await proxy.idle()
+    runs = [body for one in decodes for _, _, body in one.requests if json.loads(body)["max_tokens"] == 9]
+    assert len(runs) + len(prefills[0].requests) == 2 * asked
+
+
 async def test_a_client_that_leaves_while_its_worker_fails_leaves_nothing(
     start_worker, start_decoder, start_halves, answer, until
 ):
