@@ -16,7 +16,8 @@ TURNS = 3
 class Shaper:
     """Passes requests on to ``origin``; ``pieces`` of a request's headers and document is what it answers.
 
-    None of them: the worker's own answer. After the last the connection is closed.
+    None of them: the worker's own answer. After the last the connection is closed, as it must say: KV of a
+    request that goes to a worker by a stale connection is held until its lease ends.
     """
 
     def __init__(self, origin, pieces):
@@ -77,7 +78,8 @@ def event(document):
     return b"data: " + json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
 
 
-STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+STREAM = HEAD + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
 
 
@@ -89,5 +91,5 @@ def stream(events):
 def reply(document):
     """Return an answer in one piece, and its body."""
     body = json.dumps(document).encode()
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-    return head + body, body
+    fields = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    return HEAD + fields + body, body

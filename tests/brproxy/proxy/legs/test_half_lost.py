@@ -210,7 +210,7 @@ async def test_whose_client_leaves_its_decode_worker_silent_has_its_prefill_free
 async def test_who_waits_for_a_prefill_that_nobody_will_do_goes_on_without(
     start_worker, start_decoder, start_halves, silence, until
 ):
-    prefill, decode = await start_worker(silence), await start_decoder(0)
+    prefill, decode = await start_worker(silence()), await start_decoder(0)
     worker = {"url": prefill.url, "role": "prefill", "slots": 1}
     proxy, ask = await start_halves([], [decode.url], more=[worker])
     side = handover(proxy).group.group
