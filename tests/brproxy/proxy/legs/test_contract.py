@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from brproxy.happenings import Observer
 from tests.brproxy.proxy.legs.conftest import TRANSFERS, WORDS
 
 pytestmark = pytest.mark.parametrize("transfer", TRANSFERS)
@@ -47,6 +48,30 @@ async def test_an_error_of_the_engine_is_the_client_s_as_it_is(transfer, start_p
     status, body = await pair.ask(**wrong)
     assert status == 400
     assert b"prompt must be a string or a list of token ids" in body
+    await settled_pair(pair, until)
+
+
+async def test_a_prompt_that_is_counted_is_so_for_both_legs(transfer, start_pair, until):
+    """The estimate is not what the emulated engines count; whoever books the prompt has the count."""
+    counted = {"exact": "engine", "timeout_s": 600, "wait_s": 60}
+    pair = await start_pair(transfer, prompts=counted, estimate={"ask_usage": False})
+    seen = {"prefill": set(), "decode": set()}
+
+    class Looks(Observer):
+        def __init__(self, side):
+            self._side = side
+
+        def bound(self, entry, waited_s):
+            seen[self._side].add(entry.prompt_tokens)
+
+    for group in pair.proxy.groups:
+        group.dispatcher.happenings.tell(Looks("prefill" if group.prefills else "decode"))
+    words = "x " * 300
+    texts = await asyncio.gather(*(pair.text(stream=True, prompt=words) for _ in range(6)))
+    assert set(texts) == {ANSWER}
+    assert seen == {"prefill": {300}, "decode": {300}}
+    assert pair.proxy.running.service.counting.stats.prompts["answered"] == 6
+    assert len(pair.proxy.running.service.counting.counts) == 0
     await settled_pair(pair, until)
 
 

@@ -22,6 +22,10 @@ class Sglang:
         self.begins.set()
         self.status = "200 OK"
         self.dies_after = None
+        self.ends_short = False
+        self.has_length = False
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
 
     def answer(self, number, of_prompt):
         lists = {"input_token_logprobs": of_prompt, "output_token_logprobs": [[-1.0, 1, None]] * number}
@@ -37,10 +41,17 @@ class Sglang:
         if asked.get("stream"):
             events = [self.answer(number, of_prompt) for number in range(1, EVENTS + 1)]
             parts = [b"data: %b\n\n" % json.dumps(event).encode() for event in events] + [b"data: [DONE]\n\n"]
+            if self.ends_short:
+                parts = [*parts[:-2], parts[-2].rstrip()]
+            if self.has_length:
+                writer.write(self.fixed(b"".join(parts), content_type="text/event-stream"))
+                await writer.drain()
+                return True
             for part in self.chunked(*parts[: self.dies_after], end=self.dies_after is None):
                 writer.write(part)
                 await writer.drain()
-                await asyncio.sleep(0)
+                if b"data: " in part:
+                    await self.goes_on.wait()
             return self.dies_after is None
         body = self.answer(EVENTS, of_prompt)
         count = len(asked["text"]) if isinstance(asked["text"], list) else None
@@ -159,6 +170,37 @@ async def test_a_client_that_leaves_meanwhile_leaves_nothing(start, client, unti
     asking.cancel()
     await proxy.idle()
     await asyncio.wait_for(prefill.worker.left.wait(), 60)
+
+
+async def test_a_last_event_without_its_blank_line_has_it_too(start, client):
+    proxy, _, decode = await start()
+    decode.ends_short = True
+    status, body = await ask(client, proxy, stream=True)
+    assert told(status, body.rstrip() + b"\n\ndata: [DONE]\n\n", stream=True) == [OF_PROMPT] * EVENTS
+    await proxy.idle()
+
+
+async def test_what_comes_after_the_prefill_comes_through(start, client, until, settled):
+    proxy, prefill, decode = await start()
+    prefill.begins.clear()
+    decode.goes_on.clear()
+    asking = asyncio.create_task(ask(client, proxy, stream=True))
+    await until(lambda: decode.asked and prefill.asked)
+    await settled(asking.done)
+    prefill.begins.set()
+    await settled(asking.done)
+    decode.goes_on.set()
+    assert told(*await asking, stream=True) == [OF_PROMPT] * EVENTS
+    await proxy.idle()
+
+
+async def test_no_length_is_promised_and_no_coding_asked_for(start, client):
+    proxy, _, decode = await start()
+    decode.has_length = True
+    status, body = await ask(client, proxy, stream=True)
+    assert told(status, body, stream=True) == [OF_PROMPT] * EVENTS
+    assert decode.worker.requests[-1][1]["accept-encoding"] == "identity"
+    await proxy.idle()
 
 
 async def test_a_stream_that_breaks_off_is_seen_to(start, client, until):
