@@ -91,7 +91,9 @@ def test_no_other_server_is_asked():
     assert make_dialect("openai").read_tokenized(b'{"count": 1}') is None
 
 
-@given(st.text(), st.dictionaries(st.sampled_from(["user", "stop", "seed"]), st.text() | st.integers()))
+@given(
+    st.text(), st.dictionaries(st.sampled_from(["user", "stop", "seed"]), st.text() | st.integers(0, 2**63))
+)
 def test_whatever_the_text_is_it_arrives(text, more):
     assert asked("vllm", TEXT, {**more, "prompt": text}) == {"prompt": text}
     assert asked("sglang", NATIVE, {"text": text, **more}) == {"prompt": text}
