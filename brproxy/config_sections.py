@@ -277,7 +277,9 @@ class Timeouts(Section):
         description="After SIGTERM, that /ready says so and new requests are still served (seconds).",
     )
     drain_s: Seconds = Field(
-        default=30.0, description="For running requests to finish, after that delay (seconds)."
+        default=30.0,
+        description="For running requests to finish, after that delay; also for those of a group that a "
+        "reload removes (seconds).",
     )
 
     @field_validator("keepalive_comments_s", mode="after")

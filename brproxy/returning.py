@@ -43,18 +43,24 @@ class Returning:
         self._deployment = deployment
         self._settings = endpoint_settings(deployment.config)
         # Who is asked as soon as it is healthy, and who is to be asked in the next round.
-        self._due: set[tuple[str, str]] = set()
+        self._due: set[Member] = set()
         self._back: set[tuple[str, str]] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._bugs = SparingLog(log)
         self._silent_next_s = 0.0
-        self._due.update(
+        silent = {
             (worker.barrier_group, seat.key)
             for worker in deployment.config.worker
             if worker.heard.is_silent
             for seat in worker.seats
-        )
+        }
+        for service in groups.each():
+            self._due.update(
+                member
+                for member in service.group.roster.members
+                if (service.group.name, member.key) in silent
+            )
         for service in groups.each():
             self.group_came(service)
         groups.follow(self)
@@ -79,7 +85,7 @@ class Returning:
     def restarted(self, group: Group, member: Member) -> None:
         """Note that the engine of a member has started anew: its checks may not have seen that."""
         if not group.leaves:
-            self._ask(group.name, member.key)
+            self._ask(group, member)
 
     def reloaded(self, changes: Plan) -> None:
         """Note what a reload has changed: workers whose tables did are asked, as are those never heard of.
@@ -105,23 +111,20 @@ class Returning:
             group = service.group
             for member in () if group.leaves else group.roster.members:
                 if (group.name, member.key) in names and member.health.state is Health.HEALTHY:
-                    self._ask(group.name, member.key)
+                    self._ask(group, member)
 
     def _member_changed(self, group: Group, member: Member, change: Change) -> None:
-        if group.leaves:
-            return
-        name = group.name, member.key
-        if change in {Change.ADDED, Change.UNHEALTHY}:
-            self._due.add(name)
-        elif change is Change.GONE:
-            self._due.discard(name)
-        if name in self._due and member.health.state is Health.HEALTHY:
-            self._ask(*name)
+        if change is Change.GONE:
+            self._due.discard(member)
+        elif change in {Change.ADDED, Change.UNHEALTHY}:
+            self._due.add(member)
+        if member in self._due and member.health.state is Health.HEALTHY and not group.leaves:
+            self._ask(group, member)
 
-    def _ask(self, group: str, key: str) -> None:
-        self._due.discard((group, key))
+    def _ask(self, group: Group, member: Member) -> None:
+        self._due.discard(member)
         if self._task is not None:
-            self._back.add((group, key))
+            self._back.add((group.name, member.key))
             self._wake.set()
 
     async def _run(self) -> None:

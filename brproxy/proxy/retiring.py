@@ -36,13 +36,18 @@ class Retiring:
             self._groups.retire(service)
         task = asyncio.create_task(self._drain(services))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
 
     async def stop(self) -> None:
         """Wait for nobody any more: what is left ends with the proxy."""
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a group that was removed could not be ended", exc_info=task.exception())
 
     async def _drain(self, services: Sequence[GroupService]) -> None:
         names = " and ".join(service.group.name for service in services)
