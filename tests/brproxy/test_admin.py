@@ -73,6 +73,17 @@ async def test_workers_are_listed_with_what_is_booked(start, start_emulator):
         "reason": "health checks are off",
     }
     assert [row["name"] for row in answer["workers"]] == ["dp-0", "dp-1"]
+    assert answer["groups"] == [
+        {
+            "name": "default",
+            "models": [],
+            "prefills": False,
+            "state": "active",
+            "workers": 2,
+            "requests": 0,
+            "waiting": 0,
+        }
+    ]
 
 
 async def test_a_worker_is_added_drained_resumed_and_removed(start, start_emulator, client):
@@ -281,6 +292,41 @@ async def test_a_file_is_read_again_when_asked(start, tmp_path):
     ]
     assert answer["error"]["message"] == "; ".join(answer["mistakes"])
     assert await admin.states() == {"dp-0": "active", "dp-2": "active"}
+
+
+async def test_a_group_that_a_reload_removes_is_listed_until_its_last_request_has_ended(
+    start, start_worker, client, tmp_path, until
+):
+    may_end = asyncio.Event()
+
+    async def script(writer):
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: {}\n\n")
+        await may_end.wait()
+        return False
+
+    slow, path = await start_worker(script), tmp_path / "brproxy.toml"
+    admin = await start(slow.url, path=path)
+    url = f"http://127.0.0.1:{admin.proxy.port}/v1/completions"
+    async with client.post(url, json={"prompt": "x", "stream": True}):
+        path.write_text(f'[limits]\nretries_max = 1\n[[worker]]\nurl = "{DEAD[0]}"\ngroup = "other"\n')
+        _, answer = await admin.ask("POST", "/admin/reload")
+        assert answer["changes"] == [
+            "added group other",
+            "removed group default",
+            "added 127.0.0.1:1 [other]",
+        ]
+        assert "limits.retries_max" in answer["taken_up"]
+        _, answer = await admin.ask("GET", "/admin/workers")
+        groups = [(row["name"], row["state"], row["requests"]) for row in answer["groups"]]
+        assert groups == [("default (leaving)", "leaving", 1), ("other", "active", 0)]
+        assert [row["state"] for row in answer["workers"]] == ["leaving", "active"]
+        status, answer = await admin.ask("POST", "/admin/workers/dp-0/drain")
+        assert (status, answer["error"]["message"]) == (
+            409,
+            "worker dp-0 goes with its group default (leaving), whose last requests it serves.",
+        )
+        may_end.set()
+    await until(lambda: [group.name for group in admin.proxy.service.fleet.groups] == ["other"])
 
 
 async def test_reloads_at_once_come_one_after_the_other(start, tmp_path):

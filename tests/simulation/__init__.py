@@ -65,7 +65,7 @@ Once all trouble is over:
 * ``ends``: every visit ends within bounded time, and time passes (World._all_end, VirtualLoop).
 * ``returns-to-zero``: without requests nothing is booked, waits, is counted or is watched, and with no other
   load no worker is seen to have any (Checks.idle).
-* ``nothing-left``: no connection, task or timer of a request is left; after the proxy's end nothing at all
-  (Checks.idle, Checks.closed).
+* ``nothing-left``: no connection, task or timer of a request is left, nor a group that was removed; after the
+  proxy's end nothing at all (Checks.idle, Checks.closed).
 * ``serves-again``: a request to each group is served by the first worker that gets it (World._probe).
 """
