@@ -78,7 +78,7 @@ class GroupBuilder:
                 transfer,
                 handover_limits(config, transfer),
                 self.bootstrap_ports,
-                secrets.randbits,
+                secrets.randbelow,
                 lambda origin: Endpoint(origin, self._endpoints, NOTHING_ELSE),
             )
         return services

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-import numpy.random  # noqa: F401 - draws once, when it is imported, which must not be in the midst of a run
 from aiohttp import web_response
 
 from tests.simulation.loop import VirtualLoop
@@ -47,7 +46,7 @@ def cut_off(loop: VirtualLoop, seed: int) -> Iterator[ErrorLog]:
         with ExitStack() as stack:
             for change in (
                 patch.object(secrets, "token_hex", lambda size: rng.randbytes(size).hex()),
-                patch.object(secrets, "randbits", rng.getrandbits),
+                patch.object(secrets, "randbelow", rng.randrange),
                 patch.object(time, "perf_counter", loop.time),
                 patch.object(web_response, "rfc822_formatted_time", lambda: "Thu, 01 Jan 1970 00:00:00 GMT"),
             ):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROOM_BITS: Final = 62
+ROOMS: Final = 1 << 62
 # As a plain name: looking a member of an enumeration up costs more than comparing it.
 _DECODE_FIRST: Final = Order.DECODE_FIRST
 _PAGE_BYTES_MAX = 1 << 20
@@ -85,7 +85,7 @@ class Handover:
     """The prefill side of a decode group.
 
     ``group`` are the workers that prefill, ``bootstrap_ports`` their ports by origin. ``draw`` returns a
-    random integer of so many bits, ``connect`` what reaches an origin. ``counts`` are by WHAT.
+    random integer below its argument, ``connect`` what reaches an origin. ``counts`` are by WHAT.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Handover:
 
     def handoff(self, request_id: bytes, prefill: Member | None) -> Handoff:
         """Return what the legs of a request share, new for each try; None: nobody is to prefill yet."""
-        room = self._draw(ROOM_BITS)
+        room = self._draw(ROOMS)
         transfer_id = f"{request_id.decode('latin-1')}-{room:x}"
         metaserver = ""
         if self.transfer.ORDER is _DECODE_FIRST:
