@@ -50,15 +50,15 @@ By clients and workers, whenever something has come:
 Where prefill and decode are apart:
 
 * ``own-leg``: either leg is what it must be: a prefill makes one token and no stream, and what was prefilled
-  is fetched (PrefillWorker._see_leg, DecodeWorker._see_handles). Apart from that both are what the client
-  sent, under one id, and without its own handles (``same-request``).
+  is fetched, from nobody who has been out for some time (PrefillWorker._see_leg, DecodeWorker._see_handles).
+  Apart from that both are what the client sent, under one id, and without its own handles (``same-request``).
 * ``own-answer``: what a prefill gives is nobody's answer, but for an error (Client._attempt).
 * ``lease``: nothing is to be fetched when its lease has ended long since (DecodeWorker._see_handles).
 * ``both-end``: nobody works on for who has left (LegChecks.look_at_work).
 * ``freed``: what a request leaves behind is freed, and not only at the end of its lease (LegChecks.look).
 * ``answered``: posts to the metaserver are, each with the status that it deserves (Posts._post).
-* ``deliveries``, ``runs``: of each leg (LegChecks.count); ``nothing-left``: no name that is waited for, and
-  nothing to be freed (LegChecks.idle).
+* ``deliveries``: of each leg; ``runs``: of both together (LegChecks.count); ``nothing-left``: no name that is
+  waited for, and nothing to be freed (LegChecks.idle).
 
 Once all trouble is over:
 

@@ -116,8 +116,11 @@ class Members:
         return [member for member in members if member.origin == worker.url]
 
     def out_s(self, host: str) -> int:
-        """Return for how many looks in a row a worker has been out (see ``stuck``)."""
-        return next((self._out_s.get(one, 0) for one in self._workers if one.host == host), 0)
+        """Return for how many looks in a row a worker has been out that still is (see ``stuck``)."""
+        worker = next(one for one in self._workers if one.host == host)
+        group = self._group_of(worker)
+        ranks = self._behind(group, worker)
+        return self._out_s.get(worker, 0) if group is not None and _are_out(group, ranks) else 0
 
     def stuck(self, retries_max: int) -> str | None:
         """Say which request stays unread with a worker that is out although there is another, if any does.
@@ -127,13 +130,11 @@ class Members:
         workers = {worker.url: worker for worker in self._workers}
         for group in self._fleet.groups:
             members = group.roster.members
-            others, may = any(other.is_routable for other in members), group.roster.routable()
+            others = any(other.is_routable for other in members)
             for origin in dict.fromkeys(member.origin for member in members):
                 worker = workers[origin]
                 ranks = [member for member in members if member.origin == origin]
-                # Where too many are out, all may be chosen: then this one keeps what it is given.
-                is_out = all(one.state is MemberState.ACTIVE and not may[one.index] for one in ranks)
-                self._out_s[worker] = self._out_s.get(worker, 0) + 1 if is_out else 0
+                self._out_s[worker] = self._out_s.get(worker, 0) + 1 if _are_out(group, ranks) else 0
                 # The first look may come at once, and requests of the last moment are on their way.
                 if self._out_s[worker] < 2 or not others:
                     continue
@@ -144,3 +145,12 @@ class Members:
                     if record.ask.kind in {"chat", "completion"} and len(record.attempts) < retries_max:
                         return f"request {record.ask.id} stays with {worker.host}"
         return None
+
+
+def _are_out(group: Group, ranks: list[Any]) -> bool:
+    """Tell whether all ranks of a worker are out.
+
+    Where too many are, all may be chosen: then this one keeps what it is given.
+    """
+    may = group.roster.routable()
+    return all(one.state is MemberState.ACTIVE and not may[one.index] for one in ranks)

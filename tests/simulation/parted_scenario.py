@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 from tests.simulation.actions import KEEP, Action, Answer, Ask, Parted, Scenario, Trouble, Visit
+from tests.simulation.kv import FREED_BY_DECODE
 from tests.simulation.metaserver import URL
 from tests.simulation.scenario import FAULTS, Draw
 
@@ -15,11 +16,12 @@ LEG_FAULTS = frozenset(
         *("prefill-reset", "prefill-hang", "prefill-late", "prefill-no-params"),
         *("handle-unknown", "lease-short", "transfer-slow", "few-freed", "page-fails"),
         *("posts-odd", "posts-bare", "own-handles", "unsplit", "same-ids", "short-prompts"),
-        *("decodes-few", "decodes-slow", "prefill-dies", "prefill-poison", "decode-poison"),
+        *("decodes-slow", "prefill-dies", "prefill-poison", "decode-poison", "pool-waits"),
     }
 )
 PARTED_FAULTS = FAULTS | LEG_FAULTS
 
+CROWD_IDS = 10_000
 TRANSFERS = ("nixl", "nixl", "mooncake", "ascend", "ascend-layerwise", "sglang")
 ENDS_OF_PREFILLS = ("restart", "restart", "freeze", "connect-refused", "health-never", "health-error")
 """What takes a prefill worker out, or what it keeps with it."""
@@ -35,6 +37,8 @@ class PartedDraw:
         self._base = Draw(seed, allowed, f"parted scenario {seed}")
         share = rng.choice((0.0, 0.1, 0.25, 0.5, 1.0))
         self._faults = {name for name in sorted(LEG_FAULTS) if (rng.random() < share) & (name in allowed)}
+        # It needs no other fault to be one, and would be rare among them.
+        self._waits = (rng.random() < 0.25) & ("pool-waits" in allowed)
 
     def scenario(self) -> Scenario:
         """Return it."""
@@ -44,12 +48,10 @@ class PartedDraw:
         decoding = rng.choice(("decode", "decode", "both"))
         slots, capacity = rng.choice((1, 2, 4, 16)), rng.choice((None, None, 4000, 40_000))
         width = rng.choice((0, 0, 1, 2, 4))
-        few = self._has("decodes-few", 0.7)
-        decodes = tuple((1 if few else slots, *rest) for slots, *rest in base.workers)
         more = tuple(
             (slots, capacity, group, width) for group in groups for _ in range(rng.choice((1, 2, 2, 3)))
         )
-        workers = decodes + more
+        workers = base.workers + more
         roles = (decoding,) * len(base.workers) + ("prefill",) * len(more)
         bare = self._has("posts-bare", 1.0)
         lease_s = 1.0 if self._has("lease-short", 0.8) else rng.choice((4.0, 10.0))
@@ -67,7 +69,7 @@ class PartedDraw:
             else self._trouble(action, roles)
             for action in base.actions
         ]
-        prefills = range(len(decodes), len(workers))
+        prefills = range(len(base.workers), len(workers))
         if self._has("page-fails", 0.9):
             at_s, lasts_s = rng.random() * 3, rng.choice((0.5, 3.0, 8.0))
             actions.append(Trouble(at_s, "page-fails", rng.choice(prefills), lasts_s))
@@ -75,7 +77,8 @@ class PartedDraw:
             actions += self._ends_of_prefills(actions, prefills)
         actions.sort(key=lambda action: action.at_s)
         settings = base.settings | {"prefill_decode": self._settings(lease_s)}
-        return replace(base, settings=settings, workers=workers, actions=tuple(actions), parted=parted)
+        drawn = replace(base, settings=settings, workers=workers, actions=tuple(actions), parted=parted)
+        return wait_in_pool(drawn, parted, rng) if self._waits else drawn
 
     def _has(self, fault: str, share: float) -> bool:
         return (self._rng.random() < share) & (fault in self._faults)
@@ -175,6 +178,65 @@ class PartedDraw:
             stop_at=stop_at,
             ending=ending if stop_at is not None else rng.choice(("keep",) * 4 + ("close",)),
         )
+
+
+def wait_in_pool(scenario: Scenario, parted: Parted, rng: random.Random) -> Scenario:
+    """Return a scenario with a crowd, in which requests wait for the workers that decode for seconds.
+
+    Meanwhile the leases end of what was prefilled for them, or who has it goes out; or who prefills stands
+    still as they come.
+    """
+    what = rng.choice(("lease", "out", "frozen"))
+    at_s, lasts_s = rng.random() * 5, 12.0
+    prefills = [i for i, role in enumerate(parted.roles) if role == "prefill"]
+    group = scenario.workers[prefills[0]][2]
+    names = [name for name in TRANSFERS if (name in FREED_BY_DECODE) == (what != "frozen")]
+    transfers = tuple((one, rng.choice(names) if one == group else name) for one, name in parted.transfers)
+    workers = tuple(
+        one if role == "prefill" else (1, None, one[2], 0)
+        for role, one in zip(parted.roles, scenario.workers, strict=True)
+    )
+    decode, prefill = Answer(late_s=2.0), Answer(tokens=1, late_s=0.02, gap_s=0.001)
+    crowd = [
+        Visit(
+            at_s + 0.1 * i,
+            (
+                Ask(
+                    CROWD_IDS + i,
+                    model=group,
+                    answers=(decode,),
+                    prefills=(prefill,),
+                    stream=rng.random() < 0.7,
+                ),
+            ),
+        )
+        for i in range(12)
+    ]
+    troubles = {
+        "lease": [],
+        "out": [Trouble(at_s + 1.3, "health-never", prefills[0], lasts_s)],
+        "frozen": [Trouble(at_s, "freeze", prefills[0], lasts_s)],
+    }[what]
+    visits = [action for action in scenario.actions if isinstance(action, Visit)]
+    actions = sorted([*visits, *crowd, *troubles], key=lambda action: action.at_s)
+    lease_s = 1.0 if what == "lease" else 60.0
+    settings = {name: dict(table) for name, table in scenario.settings.items()}
+    settings["prefill_decode"]["lease_s"] = 0.7 * lease_s
+    settings["routing"]["policy"] = rng.choice(("br-0", "br-h"))
+    settings["limits"] |= {
+        "requests_max": 64,
+        "pool_requests_max": 64,
+        "pool_wait_s_max": 60.0,
+        "retries_max": 3,
+    }
+    settings["health"] |= {"unhealthy_after": 1, "ejected_share_max": 1.0}
+    return replace(
+        scenario,
+        settings=settings,
+        workers=workers,
+        actions=tuple(actions),
+        parted=replace(parted, transfers=transfers, lease_s=lease_s),
+    )
 
 
 def draw_parted(seed: int, allowed: frozenset[str] = PARTED_FAULTS) -> Scenario:
