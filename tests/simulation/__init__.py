@@ -50,7 +50,8 @@ By clients and workers, whenever something has come:
 Where prefill and decode are apart:
 
 * ``own-leg``: either leg is what it must be: a prefill makes one token and no stream, and what was prefilled
-  is fetched, from nobody who has been out for some time (PrefillWorker._see_leg, DecodeWorker._see_handles).
+  is fetched, once, and from nobody who has been out for some time (PrefillWorker._see_leg,
+  DecodeWorker._see_handles).
   Apart from that both are what the client sent, under one id, and without its own handles (``same-request``).
 * ``own-answer``: what a prefill gives is nobody's answer, but for an error (Client._attempt).
 * ``lease``: nothing is to be fetched when its lease has ended long since (DecodeWorker._see_handles).

@@ -114,6 +114,10 @@ class DecodeWorker(LegWorker):
             self._wrong(
                 "lease", f"{key} is to be fetched {engine.ended_s(key):g} s after the end of its lease"
             )
+        before = record.fetches.get(key)
+        if before is not None and not before.may_be_stale:
+            self._wrong("own-leg", f"{key} is to be fetched once more")
+        record.fetches[key] = record.attempts[-1]
         host = name.rpartition("-")[0]
         if late_s is not None and self._cluster.out_s(host) > OUT_S:
             self._wrong("own-leg", f"{key} is to be fetched from {host}, which is out")

@@ -107,4 +107,5 @@ class LegChecks:
 def _is_lost(prefill: Attempt) -> bool:
     """Tell whether a prefill was begun and came to nothing."""
     response = prefill.response
-    return prefill.broke or (prefill.sent_all and response.status >= 500 and not response.is_refusal)
+    has_failed = prefill.sent_all and response.status >= 500 and not response.is_refusal
+    return not prefill.was_sent and (prefill.broke or has_failed)

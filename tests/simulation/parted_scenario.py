@@ -219,7 +219,8 @@ def wait_in_pool(scenario: Scenario, parted: Parted, rng: random.Random) -> Scen
     }[what]
     visits = [action for action in scenario.actions if isinstance(action, Visit)]
     actions = sorted([*visits, *crowd, *troubles], key=lambda action: action.at_s)
-    lease_s = 1.0 if what == "lease" else 60.0
+    # It ends before all must be as if nothing had been.
+    lease_s = 1.0 if what == "lease" else 20.0
     settings = {name: dict(table) for name, table in scenario.settings.items()}
     settings["prefill_decode"]["lease_s"] = 0.7 * lease_s
     settings["routing"]["policy"] = rng.choice(("br-0", "br-h"))

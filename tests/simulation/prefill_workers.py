@@ -129,10 +129,10 @@ class PrefillWorker(LegWorker):
             return b"null"
         if transfer == "ascend-layerwise":
             try:
-                sent = await self._cluster.send(str(params["remote_engine_id"]))
+                attempt.was_sent = await self._cluster.send(str(params["remote_engine_id"]))
             finally:
                 engine.free(key, ahead=False)
-            return b"null" if sent else None
+            return b"null" if attempt.was_sent else None
         if transfer == "mooncake":
             return b"null"
         return json.dumps(

@@ -50,8 +50,8 @@ class Attempt:
     ``has_ended``: all was sent, and nobody had left before that could be seen by the connection's end;
     ``has_stopped``: no more was to be sent.
     ``is_prefill``: of a worker that only prefills. ``was_run``: its KV has come, if it was to come; ``key``
-    is the name of that. ``is_first``: nothing came on its connection before, which the proxy cannot have
-    found closed.
+    is the name of that. ``was_sent``: a prefill's has gone to who decodes, whatever it answers.
+    ``is_first``: nothing came on its connection before, which the proxy cannot have found closed.
     """
 
     number: int
@@ -65,6 +65,7 @@ class Attempt:
     is_prefill: bool = False
     was_run: bool = True
     key: str = ""
+    was_sent: bool = False
     is_first: bool = True
 
     @property
@@ -106,7 +107,7 @@ class Record:
 
     ``attempts`` are those whose body has come too. ``was_refused``: its client got a refusal of theirs.
     ``has_ended``: its client waits no more. ``ids`` are the request's ids that workers were told, ``kept`` is
-    the KV of its last prefill.
+    the KV of its last prefill, ``fetches`` are by the KV that they were to fetch.
     """
 
     ask: Ask
@@ -116,6 +117,7 @@ class Record:
     has_ended: bool = False
     ids: set[bytes] = field(default_factory=set)
     kept: Kept | None = None
+    fetches: dict[str, Attempt] = field(default_factory=dict)
 
     def made(self, *, prefill: bool) -> list[Attempt]:
         """Return the attempts at one of the legs."""
