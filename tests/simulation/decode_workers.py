@@ -32,6 +32,9 @@ class DecodeWorker(LegWorker):
         if handles and self._only_frees(record, document):
             return await self._free(wire, handles)
         answer = ask.answers[min(len(record.made(prefill=False)), len(ask.answers) - 1)]
+        if answer.kind == "refusal-event" and not ask.stream:
+            # There is no event to say it in.
+            answer = replace(answer, kind="refusal")
         asked_usage = ask.own_usage or "stream_options" in (document or {})
         response = respond(ask, answer, number, asked_usage=asked_usage)
         attempt = Attempt(number, self.index, answer, response, wire)

@@ -184,9 +184,9 @@ def wait_in_pool(scenario: Scenario, parted: Parted, rng: random.Random) -> Scen
     """Return a scenario with a crowd, in which requests wait for the workers that decode for seconds.
 
     Meanwhile the leases end of what was prefilled for them, or who has it goes out; or who prefills stands
-    still as they come.
+    still as they come; or they leave.
     """
-    what = rng.choice(("lease", "out", "frozen"))
+    what = rng.choice(("lease", "out", "frozen", "left"))
     at_s, lasts_s = rng.random() * 5, 12.0
     prefills = [i for i, role in enumerate(parted.roles) if role == "prefill"]
     group = scenario.workers[prefills[0]][2]
@@ -212,8 +212,11 @@ def wait_in_pool(scenario: Scenario, parted: Parted, rng: random.Random) -> Scen
         )
         for i in range(12)
     ]
+    if what == "left":
+        crowd = [replace(visit, leaves_after_s=rng.choice((0.5, 1.5, 3.0))) for visit in crowd]
     troubles = {
         "lease": [],
+        "left": [],
         "out": [Trouble(at_s + 1.3, "health-never", prefills[0], lasts_s)],
         "frozen": [Trouble(at_s, "freeze", prefills[0], lasts_s)],
     }[what]
