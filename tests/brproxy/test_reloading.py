@@ -14,14 +14,21 @@ from tests.brproxy.engine_pages import MODEL, SGLANG, models, serving
 
 ASKED = "/v1/models"
 OTHER = SGLANG | {"/v1/models": models("sglang", "other")}
+SILENT = None
+"""In place of pages: it takes questions, and answers none."""
 
 
 @pytest.fixture
 def start(stack, tmp_path):
     """Return a function that starts servers with such pages, and a proxy with the first as worker "a"."""
 
-    async def start(*pages, **settings):
-        servers = [await stack.enter_async_context(serving(each, **settings)) for each in pages]
+    async def start(*pages):
+        servers = [
+            await stack.enter_async_context(serving({}, silent=[ASKED, "/version"]))
+            if each is SILENT
+            else await stack.enter_async_context(serving(each))
+            for each in pages
+        ]
         path = tmp_path / "brproxy.toml"
         write(path, {"a": servers[0].url})
         proxy = await stack.enter_async_context(running_proxy(await fill_in(load_config(path)), path=path))
@@ -80,16 +87,17 @@ async def test_whose_table_has_changed_is_asked_and_what_it_says_otherwise_is_to
 
 
 async def test_nobody_waits_for_an_answer_and_who_is_new_is_asked_once(start):
-    _, silent, other, proxy, path = await start(SGLANG, {}, OTHER, silent=[ASKED, "/version"])
+    _, silent, other, proxy, path = await start(SGLANG, SILENT, SGLANG)
     urls = {"a": proxy.deployment.config.worker[0].url, "silent": silent.url}
     write(path, urls)
     # The limit for an answer is longer than any test.
     await proxy.reloading.reload()
-    await until(lambda: True)
-    assert limits(proxy, "silent") == WorkerLimits(64, slots_are_assumed=True)
+    await until(lambda: ASKED in silent.asked)
     write(path, urls | {"other": other.url})
     await proxy.reloading.reload()
-    assert limits(proxy, "other").slots == 64
+    await until(lambda: limits(proxy, "other") == WorkerLimits(256, 440_000, capacity_is_found=True))
+    assert limits(proxy, "silent") == WorkerLimits(64, slots_are_assumed=True)
+    assert silent.asked.count(ASKED) == other.asked.count(ASKED) == 1
 
 
 async def test_who_has_never_answered_is_asked_again_with_a_reload_but_not_with_each(start, monkeypatch):

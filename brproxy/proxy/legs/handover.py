@@ -73,6 +73,7 @@ def prefill_of(request: PendingRequest) -> PendingRequest:
         sequences=request.sequences,
         session_keys=request.session_keys,
         goes_on=request.goes_on,
+        count_number=request.count_number,
     )
 
 
