@@ -1,7 +1,8 @@
 """Workers that come back, or up late, are asked again who they are: a restart may have made them others.
 
-One round of questions at a time, over all that have come back since the last: so however many flap, there is
-one conversation with each of them at most. Requests are routed meanwhile by what was known before.
+Each is asked by itself, and what it says is taken up when it says it: one that is silent holds up nobody.
+However often a worker flaps, there is one conversation with it at most, and one after that. Requests are
+routed meanwhile by what was known before.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 from brproxy.build import endpoint_settings
 from brproxy.config_workers import Worker
 from brproxy.deployment import Deployment
-from brproxy.discovery import find_out, tell, tell_changes
+from brproxy.discovery import ASKED_AT_ONCE_MAX, find_out, tell, tell_changes
 from brproxy.findings import completed
 from brproxy.fleet import Group
 from brproxy.health import Health
@@ -42,9 +43,13 @@ class Returning:
         self._groups = groups
         self._deployment = deployment
         self._settings = endpoint_settings(deployment.config)
-        # Who is asked as soon as it is healthy, and who is to be asked in the next round.
+        # Who is asked as soon as it is healthy; who is to be asked; and by URL who is being asked, and who
+        # then once more.
         self._due: set[Member] = set()
         self._back: set[tuple[str, str]] = set()
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._again: set[str] = set()
+        self._places = asyncio.Semaphore(ASKED_AT_ONCE_MAX)
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._bugs = SparingLog(log)
@@ -72,8 +77,11 @@ class Returning:
     async def stop(self) -> None:
         """End all questions."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            self._again.clear()
+            tasks = (self._task, *self._asking.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def group_came(self, service: GroupService) -> None:
         """See groups.Follower."""
@@ -132,20 +140,31 @@ class Returning:
             await self._wake.wait()
             self._wake.clear()
             back, self._back = self._back, set()
-            try:
-                await self._ask_again(
-                    [
-                        worker
-                        for worker in self._deployment.config.worker
-                        if any((worker.barrier_group, seat.key) in back for seat in worker.seats)
-                    ]
-                )
-            except ConfigError as error:
-                log.warning("what workers say now cannot be taken up: %s", error)
-            except Exception as error:  # noqa: BLE001 - logged; else nobody would ask who comes back again
-                self._bugs.log(
-                    logging.ERROR, "asking workers that came back who they are failed", exc_info=error
-                )
+            for worker in self._deployment.config.worker:
+                if any((worker.barrier_group, seat.key) in back for seat in worker.seats):
+                    self._begin(worker.url)
+
+    def _begin(self, url: str) -> None:
+        if url in self._asking:
+            self._again.add(url)
+            return
+        self._asking[url] = task = asyncio.create_task(self._ask_one(url))
+        task.add_done_callback(partial(self._asked, url))
+
+    def _asked(self, url: str, _task: asyncio.Task[None]) -> None:
+        del self._asking[url]
+        if url in self._again:
+            self._again.remove(url)
+            self._begin(url)
+
+    async def _ask_one(self, url: str) -> None:
+        try:
+            async with self._places:
+                await self._ask_again([each for each in self._deployment.config.worker if each.url == url])
+        except ConfigError as error:
+            log.warning("what workers say now cannot be taken up: %s", error)
+        except Exception as error:  # noqa: BLE001 - logged: it is asked when it comes back the next time
+            self._bugs.log(logging.ERROR, "asking a worker who it is failed", exc_info=error)
 
     async def _ask_again(self, workers: Sequence[Worker]) -> None:
         findings = await find_out(self._deployment.config, workers, self._settings)

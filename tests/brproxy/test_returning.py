@@ -145,7 +145,7 @@ async def test_what_fails_is_told_and_the_next_is_asked(start, caplog, monkeypat
 
     monkeypatch.setattr(returning, "find_out", broken)
     await goes_out_and_comes_back_as(server, roster, OTHER)
-    await until(lambda: "asking workers that came back who they are failed" in caplog.text)
+    await until(lambda: "asking a worker who it is failed" in caplog.text)
     monkeypatch.undo()
     await goes_out_and_comes_back_as(server, roster, OTHER)
     await until(lambda: roster.member(0).limits.kv_capacity_tokens == 10_000)
