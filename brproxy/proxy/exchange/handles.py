@@ -132,17 +132,33 @@ class PrefillAnswer(WorkerAnswer):
         return super()._kind_of(head)
 
 
-class DecodeAnswer(WorkerAnswer):
-    """The answer of a worker that decodes what another has prefilled; ``is_error``: it does not.
+class PairedAnswer(WorkerAnswer):
+    """The answer of a worker that decodes what another prefills beside it, or has prefilled."""
+
+    __slots__ = ("_is_error",)
+
+    _is_error: bool
+
+    @property
+    def tells_failure(self) -> bool:
+        """Whether it says, by its status or in an event so far, that the worker does not decode."""
+        return self._is_error or self.account.reports_error
+
+    def head(self, head: ResponseHead) -> None:
+        """See Exchange.head."""
+        self._is_error = head.status >= _ERROR
+        super().head(head)
+
+
+class DecodeAnswer(PairedAnswer):
+    """The answer of a worker that decodes what another has prefilled.
 
     Engines have no word of its own for what they could not fetch: vLLM answers 500, or 200 with a stream
     whose first event is an error (seen on 0.32). So any failure of the engine's may be that, and counts as a
     death where the request can be served without.
     """
 
-    __slots__ = ("_decode", "is_error")
-
-    is_error: bool
+    __slots__ = ("_decode",)
 
     def __init__(
         self,
@@ -160,7 +176,6 @@ class DecodeAnswer(WorkerAnswer):
 
     def head(self, head: ResponseHead) -> None:
         """See Exchange.head."""
-        self.is_error = head.status >= _ERROR
         if (
             head.status >= _OF_SERVER
             and not self.account.dialect.is_refusal(head.status)
@@ -168,24 +183,6 @@ class DecodeAnswer(WorkerAnswer):
         ):
             self.moves_on(Event.DIED, f"it answered with status {head.status}")
             return
-        super().head(head)
-
-
-class PairedAnswer(WorkerAnswer):
-    """The answer of a worker that decodes what another prefills beside it."""
-
-    __slots__ = ("_is_error",)
-
-    _is_error: bool
-
-    @property
-    def tells_failure(self) -> bool:
-        """Whether it says, by its status or in an event so far, that the worker does not decode."""
-        return self._is_error or self.account.reports_error
-
-    def head(self, head: ResponseHead) -> None:
-        """See Exchange.head."""
-        self._is_error = head.status >= _ERROR
         super().head(head)
 
 

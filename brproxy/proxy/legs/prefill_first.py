@@ -271,7 +271,7 @@ class DecodeLeg(Attempts):
 
     def begun(self, *, is_long: bool) -> None:
         """See deciding.Attempt.begun."""
-        if self._answer.is_error:
+        if self._answer.tells_failure:
             self._prefilled.lost()
         else:
             self._prefilled.taken()

@@ -207,6 +207,30 @@ async def test_whose_client_leaves_its_decode_worker_silent_has_its_prefill_free
     assert len(decode.requests) == 2
 
 
+@pytest.mark.parametrize("names_status", [True, False])
+async def test_what_nobody_decodes_is_freed_however_that_is_said(
+    names_status, start_worker, start_halves, answer
+):
+    full = {"error": {"message": "full", "code": 503}}
+
+    async def script(writer):
+        if json.loads(decode.requests[-1][2])["max_tokens"] == 1:
+            writer.write(whole(choices("freed")))
+        else:
+            writer.write(whole(full, "503 Service Unavailable") if names_status else stream(full))
+        await writer.drain()
+        return False
+
+    prefill, decode = await start_worker(answer(PREFILLED)), await start_worker(script)
+    proxy, ask = await start_halves([prefill.url], [decode.url])
+    status, body = await ask(stream=True)
+    assert (status, b"full" in body) == (503 if names_status else 200, True)
+    await proxy.idle()
+    legs = [json.loads(body)["max_tokens"] == 1 for _, _, body in decode.requests]
+    assert legs.count(True) == 1
+    assert legs[-1]
+
+
 async def test_who_waits_for_a_prefill_that_nobody_will_do_goes_on_without(
     start_worker, start_decoder, start_halves, silence, until
 ):
