@@ -176,7 +176,7 @@ class FailoverAttempts(Attempts):
             with lease:
                 await make(self._service, group, lease, self._incoming, self._sink).run()
 
-        with Failovers(_failovers_of(self._service, group)) as failovers:
+        with Failovers(self._service.metrics.failovers_of(group.group)) as failovers:
             await _in_parts(part, keeper, group, request, self._incoming, self._sink, failovers)
 
 
@@ -205,7 +205,7 @@ async def run_split_in_parts(
     async def part(request: PendingRequest, _avoid: frozenset[WorkerIndex]) -> None:
         await run_split(service, group, handover, request, incoming, sink, kinds)
 
-    with Failovers(_failovers_of(service, group)) as failovers:
+    with Failovers(service.metrics.failovers_of(group.group)) as failovers:
         await _in_parts(part, keeper, group, request, incoming, sink, failovers)
 
 
@@ -238,10 +238,6 @@ def keeper_of(
         failovers_max=limits.failovers_max if facts.stream else 0,
         recomputed_max=limits.recomputed_max,
     )
-
-
-def _failovers_of(service: Service, group: GroupService) -> Counter[str]:
-    return service.metrics.groups[group.group.name].failovers
 
 
 def _begin(keeper: Keeper, incoming: Incoming) -> None:

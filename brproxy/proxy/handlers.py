@@ -103,6 +103,9 @@ class Handlers:
             else:
                 with counted:
                     await counted.wait()
+                    if group.group.leaves:
+                        # It was removed meanwhile, and there may be another in its place.
+                        group = service.choose(incoming.facts.model or _model_in_path(incoming.path))
                     await self._serve(group, pending, incoming, sink)
         finally:
             self._requests -= 1

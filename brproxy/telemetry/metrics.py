@@ -131,6 +131,11 @@ class Metrics(Collector):
         """Forget what has happened in a group."""
         del self._groups[group]
 
+    def failovers_of(self, group: Group) -> Counter[str]:
+        """Return what failovers of a group are counted in; those of one that has gone are shown nowhere."""
+        metrics = self._groups.get(group)
+        return Counter() if metrics is None else metrics.failovers
+
     def exposition(self) -> bytes:
         """Return everything in the Prometheus text format."""
         return generate_latest(self._registry)

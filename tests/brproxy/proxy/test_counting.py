@@ -167,6 +167,18 @@ async def test_who_waits_for_it_arrives_with_it(engine, start, ask, until):
     assert await task == 200
 
 
+async def test_whose_group_is_removed_while_it_waits_is_not_brought_there(engine, start, ask, until):
+    engine.counts.clear()
+    proxy = await start(ENGINE | {"wait_s": 60})
+    task = ask(proxy)
+    await until(lambda: engine.asked)
+    groups = proxy.running.service.groups
+    groups.retire(groups.each()[0])
+    engine.counts.set()
+    # There is no other for its model.
+    assert await task == 404
+
+
 async def test_who_leaves_while_it_waits_leaves_nothing_behind(engine, start, ask, until):
     engine.counts.clear()
     proxy = await start(ENGINE | {"wait_s": 60})
