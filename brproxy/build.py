@@ -145,7 +145,7 @@ def build_service(config: Config, clock: Clock | None = None, builder: GroupBuil
         load_state(Path(config.prediction.state_file), predictors_of(fleet), config.prediction.predictor)
     metrics = Metrics(fleet)
     groups = Groups(fleet, services)
-    groups.follow(_Counting(metrics))
+    groups.follow(_CountedGroups(metrics))
     watch = Watch(look_interval_s(config), partial(_look_after, groups))
     limits = config.limits
     estimator = TokenEstimator(config.estimate.bytes_per_token, limits.models_max)
@@ -175,7 +175,7 @@ def build_service(config: Config, clock: Clock | None = None, builder: GroupBuil
     )
 
 
-class _Counting:
+class _CountedGroups:
     """Has ``metrics`` follow the groups."""
 
     def __init__(self, metrics: Metrics) -> None:

@@ -30,7 +30,5 @@ def build_counting(
         return None
     gate = Gate(own.in_flight_max, own.per_second_max)
     counting = Counting(source, gate, estimator, clock, wait_s=own.wait_s, body_bytes_max=own.body_bytes_max)
-    for service in groups.each():
-        counting.group_came(service)
-    groups.follow(counting)
+    groups.follow_all(counting)
     return counting

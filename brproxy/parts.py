@@ -96,9 +96,7 @@ class Parts:
             (self._faults, config.fault_tolerance.enabled),
         ):
             if is_on:
-                for group in groups.each():
-                    part.group_came(group)
-                groups.follow(part)
+                groups.follow_all(part)
 
     def _settle(self, config: Config) -> None:
         self._prober.settings = probe_settings(config)

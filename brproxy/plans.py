@@ -47,13 +47,13 @@ _LIVE = (
 )
 """Keys that what runs takes up; those that end with a dot are whole tables. All others are read at start."""
 
+_LIVE_TABLES = tuple(name for name in _LIVE if name.endswith("."))
 _POLICY_TABLE = re.compile(r"routing\.[^.]+\.")
 
 
 def is_live(key: str) -> bool:
     """Tell whether a change of ``key`` is taken up by what runs."""
-    tables = tuple(name for name in _LIVE if name.endswith("."))
-    return key in _LIVE or key.startswith(tables) or _POLICY_TABLE.match(key) is not None
+    return key in _LIVE or key.startswith(_LIVE_TABLES) or _POLICY_TABLE.match(key) is not None
 
 
 class Kind(Enum):

@@ -66,9 +66,7 @@ class Returning:
                 for member in service.group.roster.members
                 if (service.group.name, member.key) in silent
             )
-        for service in groups.each():
-            self.group_came(service)
-        groups.follow(self)
+        groups.follow_all(self)
 
     def start(self) -> None:
         """Begin to ask."""

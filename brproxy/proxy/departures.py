@@ -21,9 +21,7 @@ class Departures:
         self._groups = groups
         self._watch = watch
         self.gone_s = gone_s
-        for service in groups.each():
-            self.group_came(service)
-        groups.follow(self)
+        groups.follow_all(self)
         watch.also(self.look)
 
     def group_came(self, service: GroupService) -> None:

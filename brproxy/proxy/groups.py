@@ -53,6 +53,12 @@ class Groups(Mapping[str, "GroupService"]):
         """Have ``follower`` told, in the order of asking, of groups that come and go from now on."""
         self._followers.append(follower)
 
+    def follow_all(self, follower: Follower) -> None:
+        """Have ``follower`` take up the groups that are there, and be told as by ``follow``."""
+        for service in self.each():
+            follower.group_came(service)
+        self.follow(follower)
+
     def add(self, service: GroupService) -> None:
         """Have a group serve requests from now on."""
         self._fleet.add(service.group)
