@@ -11,7 +11,7 @@ decides instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import cast
@@ -38,8 +38,9 @@ from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.roster import Change, Member
 from brproxy.routing.policy import AnyPolicy, least
-from brproxy.routing.view import NOT_ADMITTED, ClusterView, RoundState
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, Outlook, RoundState
 from brproxy.sessions import SessionLimits, Sessions
+from brproxy.step_costs import StepCosts
 from brproxy.types import (
     TOKENS_MAX,
     BrproxyError,
@@ -76,6 +77,7 @@ class Dispatcher:
 
     ``waiting`` are those that wait, ``ledger`` has those that are bound, ``happenings`` tells what happens to
     both, and ``faults`` counts what went wrong. ``sessions`` remembers who served whom, None: nobody does.
+    ``costs`` says what a step costs as far as it is known by now.
     Of the last round, ``admitted`` is what it bound, also if it raised, and ``undecidable`` are the requests
     that it could not decide and that no other will: they still wait, and the caller ends them.
     """
@@ -89,6 +91,7 @@ class Dispatcher:
         limits: PoolLimits,
         group: str = "",
         sessions: SessionLimits | None = None,
+        costs: Callable[[], StepCosts | None] = lambda: None,
     ) -> None:
         self.ledger = ledger
         self.roster = ledger.roster
@@ -107,6 +110,7 @@ class Dispatcher:
         self.undecidable: list[RequestId] = []
         self._ids = cast("Iterator[RequestId]", count())
         self._rng = rng
+        self._costs = costs
         self._foresight = Foresight(ledger, policy, predictor, self.quality, self.faults, rng)
         self._policy_is_broken = False
         self.roster.observe(self._member_changed)
@@ -346,9 +350,12 @@ class Dispatcher:
             state,
             [entry.prompt_tokens for entry in waiting],
             [entry.passed_over for entry in waiting],
-            self._foresight.forecast(state, len(discounts) - 1),
-            turnover_steps,
-            self.predictor.LOOKAHEAD_TURNOVERS,
+            Outlook(
+                self._foresight.forecast(state, len(discounts) - 1),
+                turnover_steps,
+                self.predictor.LOOKAHEAD_TURNOVERS,
+                self._costs(),
+            ),
             [entry.sequences for entry in waiting] if self.waiting.plural else None,
             None if self.sessions is None else self.sessions.homes(waiting),
         )

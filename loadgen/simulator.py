@@ -19,6 +19,7 @@ from brproxy.prediction.predictor import PredictorParams, make_predictor
 from brproxy.prediction.quality import PredictionQuality
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import PolicyParams, make_policy
+from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, RequestId
 from loadgen.barrier import BarrierRecord, BarrierStats
 from loadgen.cluster import Cluster, ClusterSettings, IntArray
@@ -83,6 +84,7 @@ class _Run:
         *,
         keep_loads: bool,
     ) -> None:
+        costs = StepCosts(settings.step_base_s, settings.step_s_per_kv_token, settings.prefill_s_per_token)
         limits = WorkerLimits(settings.slots, settings.kv_capacity_tokens)
         self._dispatcher = Dispatcher(
             Ledger(Roster.of([limits] * settings.workers)),
@@ -90,6 +92,7 @@ class _Run:
             make_predictor(choice.predictor, choice.predictor_params),
             np.random.default_rng(seed),
             _POOL,
+            costs=lambda: costs,
         )
         self._requests = workload.requests
         self._cluster = Cluster(settings)

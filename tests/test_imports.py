@@ -17,7 +17,7 @@ CORE = (
     BASE
     | STATES
     | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "sessions", "dispatcher"}
-    | {"rounds", "fleet", "regression", "estimate", "prompt_counts"}
+    | {"rounds", "fleet", "regression", "estimate", "prompt_counts", "step_costs"}
 )
 ALLOWED = {
     "types": set(),
@@ -32,7 +32,8 @@ ALLOWED = {
     "health": set(),
     "logs": set(),
     "command": {"types"},
-    "routing": BASE,
+    "step_costs": set(),
+    "routing": BASE | {"step_costs"},
     "prediction": BASE,
     "engines": BASE,
     "slow_start": {"roster", "health"},
@@ -49,7 +50,8 @@ ALLOWED = {
     "sessions": {"types", "happenings", "ledger", "lifecycle", "roster", "routing"},
     "dispatcher": BASE
     | STATES
-    | {"ledger", "happenings", "learning", "foresight", "sessions", "routing", "prediction"},
+    | {"ledger", "happenings", "learning", "foresight", "sessions", "routing", "prediction"}
+    | {"step_costs"},
     "fleet": BASE | {"dispatcher", "roster"},
     "prompt_counts": {"types", "dispatcher", "happenings", "lifecycle"},
     "tokenizer_file": {"types"},
@@ -119,6 +121,7 @@ ALLOWED = {
 }
 LOADGEN_MAY_USE = CORE | {"command", "validation"}
 PURE = (
+    "step_costs",
     "routing",
     "prediction",
     "engines",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from brproxy.step_costs import StepCosts
 from brproxy.types import InvalidInputError
 
 IntArray = NDArray[np.int64]
@@ -96,6 +97,19 @@ class RoundState:
 
 
 @dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a round may know beside who is where; the fields are those of ClusterView.
+
+    ``forecast`` None: the load now is all there is.
+    """
+
+    forecast: FloatArray | None = None
+    turnover_steps: float = 1.0
+    lookahead_turnovers: float = 1.0
+    costs: StepCosts | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterView:
     """G workers of one barrier group and N waiting requests, oldest first.
 
@@ -113,6 +127,7 @@ class ClusterView:
     ``turnover_steps``: decode steps between two requests that leave a full worker, mean output / slots.
     ``lookahead_turnovers``: how many of those the forecast is worth looking ahead.
     ``prefill_tokens[G]``: prompts that are booked and have yet to be prefilled; None: nobody counts them.
+    ``costs``: what a step costs; None: nobody knows.
     """
 
     kv_tokens: IntArray
@@ -129,6 +144,7 @@ class ClusterView:
     sequences: IntArray | None = None
     prefill_tokens: IntArray | None = None
     homes: Sequence[Home | None] | None = None
+    costs: StepCosts | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays whose shapes do not belong together; every policy relies on that."""
@@ -164,14 +180,14 @@ class ClusterView:
         state: RoundState,
         prompt_tokens: Sequence[int],
         passed_over: Sequence[int],
-        forecast: FloatArray | None = None,
-        turnover_steps: float = 1.0,
-        lookahead_turnovers: float = 1.0,
+        outlook: Outlook | None = None,
         sequences: Sequence[int] | None = None,
         homes: Sequence[Home | None] | None = None,
     ) -> ClusterView:
-        """Return the view of ``state`` and what waits; without a forecast, the load now is all there is."""
+        """Return the view of ``state`` and what waits; without an outlook, the load now is all there is."""
         kv_tokens = np.array(state.kv_tokens, dtype=np.int64)
+        outlook = outlook or Outlook()
+        forecast = outlook.forecast
         return ClusterView(
             kv_tokens=kv_tokens,
             requests=np.array(state.requests, dtype=np.int64),
@@ -182,11 +198,12 @@ class ClusterView:
             prompt_tokens=np.array(prompt_tokens, dtype=np.int64),
             passed_over=np.array(passed_over, dtype=np.int64),
             forecast=kv_tokens.astype(np.float64)[:, None] if forecast is None else forecast,
-            turnover_steps=turnover_steps,
-            lookahead_turnovers=lookahead_turnovers,
+            turnover_steps=outlook.turnover_steps,
+            lookahead_turnovers=outlook.lookahead_turnovers,
             sequences=None if sequences is None else np.array(sequences, dtype=np.int64),
             prefill_tokens=np.array(state.prefill_tokens, dtype=np.int64),
             homes=homes,
+            costs=outlook.costs,
         )
 
     @property

@@ -11,7 +11,7 @@ from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import make_predictor
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import POLICIES, make_policy
-from brproxy.routing.view import NOT_ADMITTED, ClusterView
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, Outlook
 from brproxy.types import PendingRequest, WorkerIndex
 
 POOL = PoolLimits(100, 10.0)
@@ -177,9 +177,7 @@ def decided_by_a_round(dispatcher, entry, mask, seed):
         ledger.state(mask, late_binding=policy.params.late_binding),
         [entry.prompt_tokens],
         [entry.passed_over],
-        forecast,
-        turnover,
-        predictor.LOOKAHEAD_TURNOVERS,
+        Outlook(forecast, turnover, predictor.LOOKAHEAD_TURNOVERS),
     )
     return int(policy.route(view, np.random.default_rng(seed))[0]), forecast @ discounts
 
