@@ -2,12 +2,14 @@
 
 Source: the paper's algorithm (arXiv 2605.06113), with what our simulator taught:
 
+* Margins go to a level below the envelope, ``aim.py`` says why; only a request that was passed over is judged
+  by the envelope itself.
 * Workers are taken by *headroom* (the discounted margin in KV tokens), not by free slots; free slots and
   KV room only say who is eligible. Equal headroom: more free slots first, then at random.
 * Stage 1, while free slots suffice for everybody who waits: the worker with the most headroom admits the
   one request of the window with the largest F. Stage 2, when slots are scarce: it admits the best *subset*,
-  of up to ``subset_max`` requests. In both, when no score is positive the best single request is admitted
-  all the same.
+  of up to ``subset_max`` of the oldest requests. In both, when no score is positive the best single request
+  is admitted all the same.
 * The window is the *oldest* waiting requests, sliding as they are admitted. A very large request placed
   before a margin for it has opened costs all workers for as long as it runs, so it may be passed over, and a
   limit bounds how often: ``passed_over_max_per_worker`` times G younger requests. From half of that on room
@@ -36,13 +38,17 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from pydantic import Field
 
+from brproxy.routing.aim import growth_tokens, level
 from brproxy.routing.fscore import FScore
 from brproxy.routing.policy import PolicyParams, RoutingPolicy, tie_limit
-from brproxy.routing.subsets import SUBSET_SIZE_MAX, WINDOW_MAX, subset_members, subset_sums
+from brproxy.routing.subsets import SUBSET_SIZE_MAX, SUBSET_WINDOW_MAX, subset_members, subset_sums
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, Home, IntArray, RoundState
 
 _MAKE_ROOM_FROM = 2
 """Room is made for a request once it has been passed over for 1 / so much of the limit."""
+
+WINDOW_MAX = 512
+"""Largest window (requests): a choice looks at each of it."""
 
 _DRAWS = 64
 """Random numbers drawn at once."""
@@ -57,7 +63,7 @@ class BalanceParams(PolicyParams):
         "instead of binding on arrival and letting the worker queue.",
     )
     window: int = Field(
-        default=32,
+        default=64,
         ge=1,
         le=WINDOW_MAX,
         description="Oldest waiting requests that a choice looks at (requests).",
@@ -80,6 +86,13 @@ class BalanceParams(PolicyParams):
         description="β / G: the price of raising the envelope (times G). An overflow is sticky and lasts, so "
         "it costs more than the one step that the paper's 1 charges.",
     )
+    aim: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="How high workers are filled: share of the way from mean to envelope (ratio). "
+        "Left out: follows the traffic. The paper's is 1.",
+    )
 
 
 def random_order(draw: float, workers: Iterable[int]) -> list[int]:
@@ -100,6 +113,9 @@ class BalanceRound:
         self._kv_free = view.kv_free.copy()
         self._forecast: FloatArray = view.forecast[:, : len(fscore.discounts)].copy()
         self._envelope: FloatArray = self._forecast.max(axis=0)
+        self._mean: FloatArray = self._forecast.mean(axis=0)
+        workers = view.workers
+        self._growth = growth_tokens(view.turnover_steps, float(view.requests.sum()) / workers, workers)
         self._discount_sum = fscore.discount_sum
         self._discounted_load: FloatArray = self._forecast @ fscore.discounts
         self._prompts: list[int] = view.prompt_tokens.tolist()
@@ -160,18 +176,23 @@ class BalanceRound:
             window = [i for i in window if self._prompts[i] <= kv_free]
         if not window:
             return []
-        margins = self._envelope - self._forecast[worker]
         prompts = np.array([self._prompts[i] for i in window], dtype=np.float64)
+        aim = self._params.aim
+        filled = level(self._mean, self._envelope, aim, self._growth, float(prompts.mean()))
+        margins = filled - self._forecast[worker]
+        best, score = self._fscore.best(margins, prompts)
         size_max = min(int(self._slots_free[worker]), self._subset_max(), len(window))
         if size_max > 1:
-            sums = subset_sums(prompts, size_max)
+            among = prompts[:SUBSET_WINDOW_MAX]
+            sums = subset_sums(among, size_max)
             if kv_free < size_max * self._prompt_max:
                 sums = np.where(sums <= kv_free, sums, np.inf)
-            best, score = self._fscore.best(margins, sums)
+            subset, subset_score = self._fscore.best(margins, sums)
+            if subset_score > max(score, 0.0):
+                return [window[i] for i in subset_members(len(among), subset)]
             if score > 0:
-                return [window[i] for i in subset_members(len(window), best)]
+                return [window[best]]
         # One request; also when nothing pays: the least harmful, so that no slot idles and nobody starves.
-        best, score = self._fscore.best(margins, prompts)
         if self._homes is not None:
             best = self._best_guest(worker, window, margins, best, score)
         return [window[best]]
@@ -246,6 +267,7 @@ class BalanceRound:
         self._kv_free[worker] -= prompt_tokens
         self._open[worker] &= self._slots_free[worker] > 0
         self._forecast[worker] += prompt_tokens
+        self._mean += prompt_tokens / self._view.workers
         np.maximum(self._envelope, self._forecast[worker], out=self._envelope)
         self._discounted_load[worker] += prompt_tokens * self._discount_sum
         self._waiting.remove(request)

@@ -16,8 +16,8 @@ from brproxy.routing.view import FloatArray, IntArray
 SUBSET_SIZE_MAX = 4
 """Largest subset: the paper's R_max. Five of 32 would be 200,000 more sums."""
 
-WINDOW_MAX = 64
-"""Largest window: with four of 64 the tables hold 679,120 subsets."""
+SUBSET_WINDOW_MAX = 32
+"""Most requests to choose a subset from: with 64 the tables would hold 679,120 sums."""
 
 
 @lru_cache(maxsize=256)

@@ -16,13 +16,23 @@ UNLIMITED = 1 << 40
 
 
 def make_view(
-    kv_tokens, prompts, slots_free, kv_free=None, passed_over=None, forecast=None, sequences=None, homes=None
+    kv_tokens,
+    prompts,
+    slots_free,
+    *,
+    kv_free=None,
+    passed_over=None,
+    forecast=None,
+    sequences=None,
+    homes=None,
+    running=0,
+    turnover_steps=1.0,
 ):
     workers = len(kv_tokens)
     kv = np.array(kv_tokens, dtype=np.int64)
     return ClusterView(
         kv_tokens=kv,
-        requests=np.zeros(workers, dtype=np.int64),
+        requests=np.full(workers, running, dtype=np.int64),
         slots=np.full(workers, 64, dtype=np.int64),
         slots_free=np.array(slots_free, dtype=np.int64),
         kv_capacity=np.full(workers, UNLIMITED, dtype=np.int64),
@@ -32,11 +42,17 @@ def make_view(
         forecast=kv[:, None].astype(float) if forecast is None else forecast,
         sequences=None if sequences is None else np.array(sequences, dtype=np.int64),
         homes=homes,
+        turnover_steps=turnover_steps,
     )
 
 
+def published(**params):
+    """Parameters with margins up to the envelope itself: what most examples here are told by."""
+    return BalanceParams(aim=1.0, **params)
+
+
 def decide(view, params=None, fscore=None, seed=0):
-    params = params or BalanceParams()
+    params = params or published()
     fscore = fscore or FScore.make(0, 1.0, 1.0, view.workers)
     return BalanceRound(view, params, fscore, np.random.default_rng(seed)).run()
 
@@ -61,6 +77,23 @@ class BruteForce:
     def margin(self, worker, step):
         return max(load[step] for load in self.loads) - self.loads[worker][step]
 
+    def margins_to_fill(self, window):
+        """Return what the margin of a worker at a step is for a choice from ``window``."""
+        workers = self.view.workers
+        prompts = [int(self.view.prompt_tokens[i]) for i in window]
+        longest_wait = sum(1 / k for k in range(1, workers + 1))
+        growth = self.view.turnover_steps * self.view.requests.mean() * longest_wait
+
+        def margin(worker, step):
+            loads = [load[step] for load in self.loads]
+            mean, highest = sum(loads) / workers, max(loads)
+            if self.params.aim is not None:
+                return mean + self.params.aim * (highest - mean) - loads[worker]
+            up = max(0.3 * (highest - mean), highest - mean - growth)
+            return mean + min(up, 2 * sum(prompts) / len(prompts)) - loads[worker]
+
+        return margin
+
     def headroom(self, worker):
         weights = [self.gamma**h for h in range(self.horizon)]
         return sum(w * self.margin(worker, h) for h, w in enumerate(weights)) / sum(weights)
@@ -77,17 +110,17 @@ class BruteForce:
         is_near = round(self.level(home.place) - least - home.discount_tokens, 6) <= 0
         return home.place if is_near else worker
 
-    def best_guest(self, worker, window, best):
+    def best_guest(self, worker, window, best, margin):
         """Return the best single request where what is at home with the worker is worth its discount."""
         prompts, worth = (
             self.view.prompt_tokens.tolist(),
             self.alpha * sum(self.gamma**h for h in range(self.horizon)),
         )
-        score = self.score(worker, prompts[best])
+        score = self.score(worker, prompts[best], margin)
         for i in window:
             home = self.homes[i]
             if home is not None and home.place == worker:
-                as_guest = self.score(worker, prompts[i]) + worth * home.discount_tokens
+                as_guest = self.score(worker, prompts[i], margin) + worth * home.discount_tokens
                 if as_guest > score:
                     best, score = i, as_guest
         return best
@@ -143,20 +176,23 @@ class BruteForce:
                 continue
             needed = sum(self.sequences[i] for i in self.waiting)
             ample = sum(max(s, 0) for g, s in enumerate(self.slots) if g not in self.closed) >= needed
+            margin = self.margins_to_fill(window)
             largest = min(1 if ample else self.params.subset_max, self.slots[worker], len(window))
             subsets = [q for size in range(1, largest + 1) for q in combinations(window, size)]
             fitting = [q for q in subsets if sum(prompts[i] for i in q) <= self.kv[worker]]
-            best = max(self.score(worker, sum(prompts[i] for i in q)) for q in fitting)
+            best = max(self.score(worker, sum(prompts[i] for i in q), margin) for q in fitting)
             single = best <= 0 or largest == 1
             if single:
                 fitting = [q for q in fitting if len(q) == 1]
-                best = max(self.score(worker, prompts[q[0]]) for q in fitting)
+                best = max(self.score(worker, prompts[q[0]], margin) for q in fitting)
             tolerance = 1e-9 * max(1.0, abs(best))
             chosen = next(
-                q for q in fitting if self.score(worker, sum(prompts[i] for i in q)) >= best - tolerance
+                q
+                for q in fitting
+                if self.score(worker, sum(prompts[i] for i in q), margin) >= best - tolerance
             )
             if single:
-                chosen = (self.best_guest(worker, window, chosen[0]),)
+                chosen = (self.best_guest(worker, window, chosen[0], margin),)
             least = self.level(worker)
             for i in chosen:
                 if self.slots[worker] > 0:
@@ -188,16 +224,21 @@ def views(draw, horizon_steps=0):
         kv_tokens,
         prompts,
         draw(st.lists(st.integers(0, 3), **per_worker)),
-        draw(st.lists(st.one_of(st.just(UNLIMITED), st.integers(0, 6000)), **per_worker)),
+        kv_free=draw(st.lists(st.one_of(st.just(UNLIMITED), st.integers(0, 6000)), **per_worker)),
         # Of the limit for one worker: not overdue, from when room is made, and must go.
-        [
+        passed_over=[
             passed_over * workers
             for passed_over in draw(st.lists(st.sampled_from([0, 0, 0, 96, 191, 192]), **each))
         ],
         forecast=forecast.T.astype(float),
         sequences=draw(st.one_of(st.none(), st.lists(st.integers(1, 4), **each))),
         homes=draw(st.one_of(st.none(), st.lists(st.one_of(st.none(), homes(workers)), **each))),
+        running=draw(st.sampled_from([0, 1, 64])),
+        turnover_steps=draw(st.sampled_from([1.0, 2.5, 20.0])),
     )
+
+
+aims = st.sampled_from([None, None, 0.0, 0.4, 1.0])
 
 
 def homes(workers):
@@ -206,17 +247,19 @@ def homes(workers):
 
 
 @settings(max_examples=300)
-@given(views(), st.integers(1, 8), st.integers(1, 4), st.integers(0, 3))
-def test_br_0_is_the_brute_force(view, window, subset_max, seed):
-    params = BalanceParams(window=window, subset_max=subset_max)
+@given(views(), st.integers(1, 8), st.integers(1, 4), aims, st.integers(0, 3))
+def test_br_0_is_the_brute_force(view, window, subset_max, aim, seed):
+    params = BalanceParams(window=window, subset_max=subset_max, aim=aim)
     expected = BruteForce(view, params, 1.0, 1.0, view.workers, seed).run()
     assert decide(view, params, seed=seed).tolist() == expected
 
 
 @settings(max_examples=200)
-@given(views(horizon_steps=3), st.integers(1, 8), st.sampled_from([0.5, 1.0]), st.sampled_from([1.0, 8.0]))
-def test_br_h_is_the_brute_force(view, window, gamma, beta_per_worker):
-    params = BalanceParams(window=window)
+@given(
+    views(horizon_steps=3), st.integers(1, 8), st.sampled_from([0.5, 1.0]), st.sampled_from([1.0, 8.0]), aims
+)
+def test_br_h_is_the_brute_force(view, window, gamma, beta_per_worker, aim):
+    params = BalanceParams(window=window, aim=aim)
     beta = beta_per_worker * view.workers
     fscore = FScore.make(3, gamma, 1.0, beta)
     assert decide(view, params, fscore).tolist() == BruteForce(view, params, gamma, 1.0, beta, 0).run()
@@ -245,8 +288,19 @@ def test_ties_do_not_all_go_to_the_first_worker():
 
 def test_only_the_window_is_looked_at():
     view = make_view([1000, 0], prompts=[10, 10, 1000], slots_free=[0, 1])
-    assert decide(view, BalanceParams(window=2)).tolist() == [1, NOT_ADMITTED, NOT_ADMITTED]
-    assert decide(view, BalanceParams(window=3)).tolist() == [NOT_ADMITTED, NOT_ADMITTED, 1]
+    assert decide(view, published(window=2)).tolist() == [1, NOT_ADMITTED, NOT_ADMITTED]
+    assert decide(view, published(window=3)).tolist() == [NOT_ADMITTED, NOT_ADMITTED, 1]
+
+
+def test_single_requests_come_from_the_whole_window_and_subsets_from_its_oldest():
+    prompts = [10] * 40 + [500]
+    alone = make_view([1000, 500], prompts, slots_free=[0, 1])
+    assert decide(alone, published(window=41)).tolist() == [NOT_ADMITTED] * 40 + [1]
+    assert decide(alone, published(window=40)).tolist()[40] == NOT_ADMITTED
+    several = make_view([1000, 500], prompts, slots_free=[0, 2])
+    assert decide(several, published(window=41)).tolist()[40] == 1
+    pairs = make_view([1000, 980], prompts, slots_free=[0, 2])
+    assert decide(pairs, published(window=41)).tolist()[:2] == [1, 1]
 
 
 def test_an_overdue_request_goes_first():
@@ -282,7 +336,7 @@ def test_extreme_groups_are_the_brute_force(workers, horizon_steps, loads):
     forecast = np.repeat(kv_tokens[:, None], horizon_steps + 1, axis=1).astype(float)
     forecast[:, 1:] += growth
     prompts = [0, 1 << 30, *rng.lognormal(7.2, 1.3, 14).astype(int).tolist(), 0, 1 << 40]
-    params = BalanceParams(window=12)
+    params = published(window=12)
     for slots in ((rng.random(workers) < max(0.05, 2 / workers)).astype(int), np.full(workers, 20)):
         view = make_view(kv_tokens, prompts, slots, forecast=forecast)
         for beta in (float(workers), 16.0 * workers):
@@ -292,7 +346,7 @@ def test_extreme_groups_are_the_brute_force(workers, horizon_steps, loads):
 
 @pytest.mark.parametrize("giant", [950, 5000])
 def test_nobody_is_passed_over_more_often_than_the_limit(giant):
-    params = BalanceParams(passed_over_max_per_worker=5)
+    params = published(passed_over_max_per_worker=5)
     passed_over = 0
     for round_number in range(20):
         # A giant that never pays, and a fresh small request each round that always does.
@@ -317,12 +371,12 @@ def test_nobody_is_passed_over_more_often_than_the_limit(giant):
 )
 def test_room_is_made_before_a_request_has_to_go(passed_over, lightest, prompts, expected, because):
     view = make_view([1000, 1000, lightest], prompts, [0, 0, 1], passed_over=[passed_over, 0][: len(prompts)])
-    assert decide(view, BalanceParams(passed_over_max_per_worker=10)).tolist() == expected, because
+    assert decide(view, published(passed_over_max_per_worker=10)).tolist() == expected, because
 
 
 def test_one_worker_is_held_at_a_time():
     view = make_view([1000, 700, 600], [800, 900, 50], [0, 1, 1], passed_over=[25, 25, 0])
-    decision = decide(view, BalanceParams(passed_over_max_per_worker=10)).tolist()
+    decision = decide(view, published(passed_over_max_per_worker=10)).tolist()
     assert decision == [NOT_ADMITTED, NOT_ADMITTED, 1]
 
 

@@ -20,7 +20,7 @@ from loadgen.report.tables import BEST_BASELINE
 
 FOLDER = Path(__file__).parents[3] / "config" / "scenarios"
 SMALL = """
-policies = ["join-shortest-queue", "br-0:beta_per_worker=1"]
+policies = ["join-shortest-queue", "br-0:beta_per_worker=1,aim=1"]
 seeds = 2
 [workload]
 name = "short"
@@ -29,7 +29,7 @@ requests_per_worker = 40
 workers = 3
 slots = 4
 [[paper]]
-policy = "br-0:beta_per_worker=1"
+policy = "br-0:beta_per_worker=1,aim=1"
 imbalance_kv_tokens = 51927
 tpot_ms_p95 = 79.3
 output_tokens_per_s = 943
@@ -114,7 +114,7 @@ def test_published_figures_belong_to_a_policy_with_its_predictor():
     assert published("br-h,random") == {"br-h": 979, "random": 811}
     assert published("br-h,random", "oracle") == {"br-h": 1029, "random": 811}
     assert published("br-h,br-h@survival", "exact-match") == {"br-h@survival": 979}
-    assert published("br-0,br-0:beta_per_worker=1.0") == {"br-0:beta_per_worker=1.0": 943}
+    assert published("br-0,br-0:aim=1.0,beta_per_worker=1") == {"br-0:aim=1.0,beta_per_worker=1": 943}
 
 
 def test_several_scenarios_in_one_command(scenario, tmp_path):
