@@ -280,6 +280,10 @@ def simulate(
     trace: TraceFile = None,
     workers: Annotated[int | None, typer.Option(min=1, help="DP workers, not the file's.")] = None,
     rate: Rate = None,
+    dispatch_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps until what is decided takes part, not the file's; 0: at once."),
+    ] = None,
     seed: Seed = 1,
     seeds: Annotated[int | None, typer.Option(min=1, help="So many seeds, from --seed on.")] = None,
     processes: Annotated[
@@ -295,7 +299,9 @@ def simulate(
     if len(paths) > 1 and (out or plot):
         msg = "--out and --plot take one --scenario at a time"
         raise InvalidInputError(msg)
-    plans = [plan_simulation(path, policies, predictor, trace, workers, rate) for path in paths]
+    plans = [
+        plan_simulation(path, policies, predictor, trace, workers, rate, dispatch_steps) for path in paths
+    ]
     console = Console()
     for plan in plans:
         first_to_last = range(seed, seed + (plan.seeds if seeds is None else seeds))

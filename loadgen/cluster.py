@@ -26,10 +26,17 @@ from brproxy.types import InvalidInputError
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
+DISPATCH_STEPS_MAX = 1000
+"""A router that is so many steps behind is none."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterSettings:
-    """A deployment: ``step_base_s`` is t0, ``step_s_per_kv_token`` is a; seconds and tokens throughout."""
+    """A deployment: ``step_base_s`` is t0, ``step_s_per_kv_token`` is a; seconds and tokens throughout.
+
+    ``dispatch_steps``: how many steps later a request takes part than the one in which a router decides on
+    it; only the simulator looks at it, in a real or emulated deployment it follows from the network.
+    """
 
     workers: int = 8
     slots: int = 64
@@ -37,6 +44,7 @@ class ClusterSettings:
     step_base_s: float = 0.030
     step_s_per_kv_token: float = 100e-9
     prefill_s_per_token: float = 0.0
+    dispatch_steps: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what is no deployment."""
@@ -48,6 +56,9 @@ class ClusterSettings:
             raise InvalidInputError(msg)
         if self.step_base_s <= 0 or self.step_s_per_kv_token < 0 or self.prefill_s_per_token < 0:
             msg = "step_base_s must be positive, the cost of KV and prefill tokens at least 0"
+            raise InvalidInputError(msg)
+        if not 0 <= self.dispatch_steps <= DISPATCH_STEPS_MAX:
+            msg = f"dispatch_steps must be 0 to {DISPATCH_STEPS_MAX}, got {self.dispatch_steps}"
             raise InvalidInputError(msg)
 
 

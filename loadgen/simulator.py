@@ -1,12 +1,16 @@
 """The cluster model in virtual time, driven by the proxy's own dispatcher, ledger, policies and predictors.
 
-Requests arrive between steps and are decided on before the next one begins, as in the proxy, whose tick is
-much shorter than a step. A late-binding policy's request starts with the next step, an early-binding one's
-waits in its worker's queue. Nothing here decides anything.
+The proxy's tick is much shorter than a step, but no request gets to an engine in the instant in which a slot
+falls free. While a step runs the proxy sees the tokens of the one before, fills the slots that those freed,
+and takes in what arrives; what it decides then reaches the engine ``dispatch_steps`` steps later, 1 of them
+with the step that comes next. So a slot that is freed by a step stays empty in the one after it, unless its
+worker has a queue, as under an early-binding policy. With 0 freed slot and next request meet in the same
+instant, between two steps. Nothing here decides anything.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +18,7 @@ from numpy.typing import NDArray
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.ledger import BoolArray, Ledger
-from brproxy.lifecycle import Event
+from brproxy.lifecycle import Entry, Event
 from brproxy.prediction.predictor import PredictorParams, make_predictor
 from brproxy.prediction.quality import PredictionQuality
 from brproxy.roster import Roster, WorkerLimits
@@ -22,12 +26,15 @@ from brproxy.routing.policy import PolicyParams, make_policy
 from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, RequestId
 from loadgen.barrier import BarrierRecord, BarrierStats
-from loadgen.cluster import Cluster, ClusterSettings, IntArray
+from loadgen.cluster import Cluster, ClusterSettings, IntArray, Step
 from loadgen.workload import TraceRequest, Workload
 
 FloatArray = NDArray[np.float64]
 
 _POOL = PoolLimits(requests_max=1 << 40, wait_s_max=1e12)
+
+IDLE_S_MAX = 600.0
+"""A policy that leaves requests waiting for so long, while nothing runs, will never admit them (seconds)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +111,10 @@ class _Run:
         self._first_s = np.full(count, np.nan)
         self._last_s = np.full(count, np.nan)
         self._next = 0
+        self._steps = 0
+        self._dispatch_steps = settings.dispatch_steps
+        # What is decided and not there yet, each with the step that it can take part in at the earliest.
+        self._in_transit: deque[tuple[int, Entry]] = deque()
         self._keep_loads = keep_loads
         self._loads: list[tuple[float, IntArray]] = []
 
@@ -114,36 +125,66 @@ class _Run:
             float(self._arrival_s[count * 95 // 100]),
         )
         now_s = float(self._arrival_s[0])
+        busy_s = now_s
         while drain or now_s < steady_s[1]:
             self._arrivals(now_s)
-            self._decide(now_s)
-            step = self._cluster.begin_step()
+            step = self._begin_step(now_s)
             if step is None:
-                if self._next == count:
+                if self._next < count:
+                    now_s = self._arrival_s[self._next].item()
+                elif self._dispatcher.waiting.count and now_s < busy_s + IDLE_S_MAX:
+                    now_s += self._cluster.settings.step_base_s
+                else:
                     break
-                now_s = float(self._arrival_s[self._next])
                 continue
             if self._keep_loads:
                 self._loads.append((now_s, step.kv_tokens))
-            tokens = self._step(now_s, now_s + step.duration_s)
+            ended_s = now_s + step.duration_s
+            if self._dispatch_steps:
+                self._decide(now_s)
+                if self._arrivals(ended_s):
+                    self._decide(ended_s)
+            tokens = self._end_step(now_s, ended_s)
             self._record.add(now_s, step.duration_s, step.kv_tokens, tokens)
-            now_s += step.duration_s
+            self._steps += 1
+            now_s = busy_s = ended_s
         return self._result(steady_s)
 
-    def _arrivals(self, now_s: float) -> None:
-        """Let everything arrive that is due, each at its own time."""
+    def _arrivals(self, now_s: float) -> bool:
+        """Let everything arrive that is due, each at its own time; tell whether anything did."""
+        first = self._next
         while self._next < len(self._requests) and self._arrival_s[self._next] <= now_s:
             request = self._requests[self._next]
             # The ledger numbers requests from 0 in order of arrival: ids are positions in the workload.
             self._dispatcher.arrive(pending_request(request), request.arrival_s)
             self._next += 1
+        return self._next > first
+
+    def _begin_step(self, now_s: float) -> Step | None:
+        """Begin a step with what is there by now; None where nothing runs."""
+        if not self._dispatch_steps:
+            self._decide(now_s)
+        self._deliver(self._steps)
+        step = self._cluster.begin_step()
+        if step is None and self._dispatch_steps:
+            # No step is under way that a request would have to wait for.
+            self._decide(now_s)
+            self._deliver(self._steps + self._dispatch_steps)
+            step = self._cluster.begin_step()
+        return step
 
     def _decide(self, now_s: float) -> None:
-        for entry in self._dispatcher.decide(now_s, self._routable):
+        due = self._steps + self._dispatch_steps
+        self._in_transit.extend((due, entry) for entry in self._dispatcher.decide(now_s, self._routable))
+
+    def _deliver(self, step: int) -> None:
+        """Hand the workers what they can take into ``step``, in the order in which it was decided."""
+        while self._in_transit and self._in_transit[0][0] <= step:
+            _, entry = self._in_transit.popleft()
             request = self._requests[entry.id]
             self._cluster.submit(entry.id, entry.worker, request.prompt_tokens, request.output_tokens)
 
-    def _step(self, begun_s: float, ended_s: float) -> int:
+    def _end_step(self, begun_s: float, ended_s: float) -> int:
         """Decode a token for everything that runs; return how many there were."""
         result = self._cluster.end_step()
         ids = result.request_ids

@@ -59,6 +59,7 @@ def simulate_all(
     workload, capacity = first.draw()
     described = first.describe(workload) | {
         "seeds": len(seeds),
+        "dispatch_steps": first.cluster.dispatch_steps,
         "perfect_output_tokens_per_s": capacity.output_tokens_per_s,
         "perfect_requests_per_s": capacity.requests_per_s,
     }

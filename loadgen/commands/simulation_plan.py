@@ -36,8 +36,12 @@ def plan_simulation(
     trace: Path | None,
     workers: int | None,
     rate: float | None,
+    dispatch_steps: int | None = None,
 ) -> SimulationPlan:
-    """Put a scenario file and the command line's choices together; raises InvalidInputError."""
+    """Put a scenario file and the command line's choices together; raises InvalidInputError.
+
+    What is None on the command line is as the file says.
+    """
     file = ScenarioFile(policies=DEFAULT_POLICIES.split(",")) if path is None else load_scenario(path)
     if file.prefill is not None:
         msg = f"{path}: [prefill] is for loadgen compare: a simulation has no prefill workers"
@@ -53,7 +57,7 @@ def plan_simulation(
     )
     return SimulationPlan(
         file.title,
-        partial(_scenario, file, folder, trace, workers, rate),
+        partial(_scenario, file, folder, trace, workers, rate, dispatch_steps),
         chosen,
         file.seeds,
         _published(file, chosen) if same_deployment else {},
@@ -82,9 +86,17 @@ def _decisive(choice: SimulatedPolicy) -> SimulatedPolicy:
 
 
 def _scenario(
-    file: ScenarioFile, folder: Path, trace: Path | None, workers: int | None, rate: float | None, seed: int
+    file: ScenarioFile,
+    folder: Path,
+    trace: Path | None,
+    workers: int | None,
+    rate: float | None,
+    dispatch_steps: int | None,
+    seed: int,
 ) -> Scenario:
     scenario = file.scenario(folder, seed, workers, rate)
+    if dispatch_steps is not None:
+        scenario = replace(scenario, cluster=replace(scenario.cluster, dispatch_steps=dispatch_steps))
     if trace is None:
         return scenario
     # A trace named on the command line comes with its own times unless a rate is given as well.

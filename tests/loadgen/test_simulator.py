@@ -5,7 +5,9 @@ import pytest
 
 from brproxy.prediction.predictor import PREDICTORS
 from brproxy.routing.policies.br_h import Lookahead, lookahead_for
+from brproxy.routing.policies.least_kv import LeastKvPolicy
 from brproxy.routing.policy import POLICIES, make_policy
+from brproxy.routing.view import NOT_ADMITTED
 from brproxy.types import InvalidInputError
 from loadgen.arrivals import with_gamma_arrivals
 from loadgen.capacity import perfect_capacity
@@ -51,6 +53,52 @@ def test_a_single_request_by_hand():
     assert run.ttft_s[0] == pytest.approx(steps_s[0])
     assert run.tpot_s[0] == pytest.approx((steps_s[1] + steps_s[2]) / 2)
     assert run.wait_s[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "dispatch_steps", "tokens_each_step"),
+    [
+        # One slot, answers of two tokens: begun in step 0, 2, …; with the bubble a step stays empty.
+        ("br-0", 0, [1, 1, 1, 1, 1, 1]),
+        ("br-0", 1, [1, 1, 1, 0, 1, 1, 0, 1]),
+        ("br-0", 2, [1, 1, 1, 0, 0, 1, 1, 0]),
+        # What was bound on arrival waits in the worker's queue and starts at once.
+        ("least-kv", 1, [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_freed_slot_and_the_next_request_do_not_meet_at_once(policy, dispatch_steps, tokens_each_step):
+    # The other worker is there only to keep the steps coming, with one long answer.
+    settings = ClusterSettings(2, 1, step_s_per_kv_token=0.0, dispatch_steps=dispatch_steps)
+    requests = [TraceRequest(0.0, 1000, 100), TraceRequest(0.0, 10, 3)]
+    workload = Workload("w", (*requests, *(TraceRequest(0.01, 10, 2) for _ in range(3))))
+    run = simulate(workload, settings, SimulatedPolicy(policy), seed=0, keep_loads=True)
+    busy = (run.loads[1] > 0).sum(axis=1) - 1
+    assert busy[: len(tokens_each_step)].tolist() == tokens_each_step
+
+
+def test_who_arrives_during_a_step_and_finds_a_slot_starts_with_the_next():
+    settings = ClusterSettings(2, 2, step_s_per_kv_token=0.0, dispatch_steps=1)
+    workload = Workload("w", (TraceRequest(0.0, 10, 9), TraceRequest(0.040, 10, 2)))
+    run = simulate(workload, settings, SimulatedPolicy("br-0"), seed=0)
+    assert run.wait_s.tolist() == pytest.approx([0.0, 0.060 - 0.040])
+
+
+@pytest.mark.parametrize("dispatch_steps", [0, 1])
+def test_a_policy_may_have_requests_wait_while_nothing_runs(dispatch_steps, monkeypatch):
+    rounds, place = [0], LeastKvPolicy.place
+
+    def patient(self, *arguments):
+        rounds[0] += 1
+        return NOT_ADMITTED if rounds[0] < 10 else place(self, *arguments)
+
+    settings = ClusterSettings(2, 2, dispatch_steps=dispatch_steps)
+    workload = Workload("w", tuple(TraceRequest(0.0, 10, 2) for _ in range(3)))
+    monkeypatch.setattr(LeastKvPolicy, "place", patient)
+    run = simulate(workload, settings, SimulatedPolicy("least-kv"), seed=0)
+    assert run.finished.all()
+    assert run.wait_s.min() > 0
+    monkeypatch.setattr(LeastKvPolicy, "place", lambda *_: NOT_ADMITTED)
+    assert not simulate(workload, settings, SimulatedPolicy("least-kv"), seed=0).finished.any()
 
 
 @pytest.mark.parametrize("policy", ["br-0", "br-h"])

@@ -96,6 +96,20 @@ def test_the_command_line_replaces_what_the_file_says(scenario, tmp_path):
     assert document["policies"][0]["intervals"] == {}
 
 
+def test_the_bubble_is_in_the_file_and_on_the_command_line(scenario, tmp_path):
+    out = tmp_path / "out.json"
+    found = []
+    for options in ([], ["--dispatch-steps", 0]):
+        assert invoke("--scenario", scenario, "--seeds", 1, *options, "--out", out).exit_code == 0
+        found.append(json.loads(out.read_text(encoding="utf-8")))
+    assert [document["scenario"]["dispatch_steps"] for document in found] == [1, 0]
+    with_it, without = (document["policies"][1]["output_tokens_per_s"] for document in found)
+    assert with_it < without
+    scenario.write_text(SMALL.replace("slots = 4", "slots = 4\ndispatch_steps = 7"), encoding="utf-8")
+    plan = plan_simulation(scenario, None, None, None, None, None)
+    assert plan.scenario(1).cluster.dispatch_steps == 7
+
+
 @pytest.mark.parametrize(
     ("workers", "rate", "shown"), [(None, None, True), (3, 1.1, True), (2, None, False), (None, 0.5, False)]
 )
