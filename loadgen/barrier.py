@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from brproxy.types import InvalidInputError
-from loadgen.cluster import IntArray
+from loadgen.cluster_settings import IntArray
 
 STEPS_MAX = 10_000_000
 """Most steps that are kept: at 10 ms each, more than a day."""

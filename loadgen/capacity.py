@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.workload import Workload
 
 

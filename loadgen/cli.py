@@ -14,7 +14,7 @@ from brproxy.command import make_command, run_command
 from brproxy.types import InvalidInputError
 from loadgen.cli_bench import bench, bench_proxy
 from loadgen.client import ClientSettings, Lengths
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.commands import demo as demonstration
 from loadgen.commands.bars import Bars
 from loadgen.commands.compare import ComparisonSettings
@@ -29,6 +29,7 @@ from loadgen.commands.simulation_plan import plan_simulation
 from loadgen.emulator.settings import EmulatorSettings, Role, Transfer
 from loadgen.options import (
     BootstrapPort,
+    Chunk,
     Cv,
     DeploymentRole,
     KvCapacity,
@@ -75,6 +76,7 @@ def emulate(
     step_base_ms: StepBase = 30.0,
     step_ns_per_kv_token: StepPerKv = 100.0,
     prefill_us_per_token: Prefill = 0.0,
+    prefill_tokens_max: Chunk = None,
     speed: Speed = 1.0,
     base_port: Annotated[int, typer.Option(help="Port of the first worker, 0: free ones.")] = 8001,
     model: Annotated[str, typer.Option(help="Name of the model that the workers serve.")] = "emulated",
@@ -94,7 +96,8 @@ def emulate(
 ) -> None:
     """Emulate a DP deployment: HTTP ports for its workers, vLLM's wire format, a barrier at each step."""
     cluster = _cluster(
-        workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
+        *(workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token),
+        *(prefill_us_per_token, prefill_tokens_max),
     )
     sglang = sglang or transfer == Transfer.SGLANG
     settings = EmulatorSettings(
@@ -187,6 +190,7 @@ def compare(
     step_base_ms: StepBase = 30.0,
     step_ns_per_kv_token: StepPerKv = 100.0,
     prefill_us_per_token: Prefill = 0.0,
+    prefill_tokens_max: Chunk = None,
     prefill_workers: PrefillWorkers = 0,
     prefill_slots: PrefillSlots = 4,
     prefill_kv_capacity_tokens: PrefillKvCapacity = None,
@@ -224,7 +228,8 @@ def compare(
         if rate is None and requests_per_s is None and trace is None:
             rate = SYNTHETIC_RATE
         cluster = _cluster(
-            workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token, prefill_us_per_token
+            *(workers, slots, kv_capacity_tokens, step_base_ms, step_ns_per_kv_token),
+            *(prefill_us_per_token, prefill_tokens_max),
         )
         prefill = None
         if prefill_workers:
@@ -330,6 +335,7 @@ def _cluster(
     step_base_ms: float,
     step_ns_per_kv_token: float,
     prefill_us_per_token: float,
+    prefill_tokens_max: int | None,
 ) -> ClusterSettings:
     return ClusterSettings(
         workers=workers,
@@ -338,6 +344,7 @@ def _cluster(
         step_base_s=step_base_ms / 1e3,
         step_s_per_kv_token=step_ns_per_kv_token / 1e9,
         prefill_s_per_token=prefill_us_per_token / 1e6,
+        prefill_tokens_max=prefill_tokens_max,
     )
 
 

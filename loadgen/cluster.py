@@ -6,60 +6,34 @@ token a step. As in a continuous-batching engine every worker has slots, a KV ca
 queue; when the KV cache would overflow, the newest running requests are pushed back to the queue's front and
 later recomputed, prompt and output so far.
 
+Prefill is whole or in chunks: a worker then prefills so many tokens in a step, of those that came first, and
+what is begun holds its slot and all its room while only the KV that is there is load. A request decodes its
+first token in the step that ends its prefill.
+
 A request whose KV comes from elsewhere is *loading* from the moment that it has a slot and room until
 ``loaded`` says that all is there; it then runs without prefill. KV that a worker keeps for somebody else is
 reserved: it takes room and costs no time.
 
-Running requests are rows of parallel arrays in order of admission, so that a step is array arithmetic.
+Running requests are columns of one array in order of admission, so that a step is array arithmetic.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brproxy.types import InvalidInputError
+from loadgen.cluster_settings import ClusterSettings, IntArray
 
-IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-DISPATCH_STEPS_MAX = 1000
-"""A router that is so many steps behind is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterSettings:
-    """A deployment: ``step_base_s`` is t0, ``step_s_per_kv_token`` is a; seconds and tokens throughout.
-
-    ``dispatch_steps``: how many steps later a request takes part than the one in which a router decides on
-    it; only the simulator looks at it, in a real or emulated deployment it follows from the network.
-    """
-
-    workers: int = 8
-    slots: int = 64
-    kv_capacity_tokens: int | None = None
-    step_base_s: float = 0.030
-    step_s_per_kv_token: float = 100e-9
-    prefill_s_per_token: float = 0.0
-    dispatch_steps: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse what is no deployment."""
-        if self.workers < 1 or self.slots < 1:
-            msg = f"workers and slots must be at least 1, got {self.workers} and {self.slots}"
-            raise InvalidInputError(msg)
-        if self.kv_capacity_tokens is not None and self.kv_capacity_tokens < 1:
-            msg = f"kv_capacity_tokens must be at least 1, got {self.kv_capacity_tokens}"
-            raise InvalidInputError(msg)
-        if self.step_base_s <= 0 or self.step_s_per_kv_token < 0 or self.prefill_s_per_token < 0:
-            msg = "step_base_s must be positive, the cost of KV and prefill tokens at least 0"
-            raise InvalidInputError(msg)
-        if not 0 <= self.dispatch_steps <= DISPATCH_STEPS_MAX:
-            msg = f"dispatch_steps must be 0 to {DISPATCH_STEPS_MAX}, got {self.dispatch_steps}"
-            raise InvalidInputError(msg)
+_ID, _WORKER, _PROMPT, _DECODED, _OUTPUT, _MISSING = range(6)
+"""What is known of a running request; the last: tokens that have yet to be prefilled."""
 
 
 @dataclass(slots=True)
@@ -88,10 +62,15 @@ class _Queued:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step that has begun: how long it takes, and the load that makes it so (int64[G])."""
+    """A step that has begun: how long it takes, and what makes it so.
+
+    ``kv_tokens`` and ``prefill_tokens`` of each worker, int64[G]; ``admitted``: who got a slot for it.
+    """
 
     duration_s: float
     kv_tokens: IntArray
+    prefill_tokens: IntArray
+    admitted: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +91,13 @@ class Cluster:
         self._queued: dict[int, int] = {}
         self._loading: dict[int, tuple[int, _Queued]] = {}
         self._reserved = np.zeros(settings.workers, dtype=np.int64)
-        self._ids = np.empty(0, dtype=np.int64)
-        self._worker = np.empty(0, dtype=np.int64)
-        self._prompt = np.empty(0, dtype=np.int64)
-        self._decoded = np.empty(0, dtype=np.int64)
-        self._output = np.empty(0, dtype=np.int64)
+        self._rows = np.empty((6, 0), dtype=np.int64)
+        self._prefilling = False
 
     @property
     def running(self) -> IntArray:
         """Requests that run on each worker, int64[G]."""
-        return np.bincount(self._worker, minlength=self.settings.workers)
+        return np.bincount(self._rows[_WORKER], minlength=self.settings.workers)
 
     @property
     def preemptions(self) -> int:
@@ -142,8 +118,8 @@ class Cluster:
     @property
     def kv_tokens(self) -> IntArray:
         """Load L_g of each worker, int64[G]."""
-        kv = np.bincount(self._worker, self._prompt + self._decoded, minlength=self.settings.workers)
-        return kv.astype(np.int64)
+        rows = self._rows
+        return self._sums(rows[_PROMPT] + rows[_DECODED] - rows[_MISSING])
 
     @property
     def loading(self) -> list[int]:
@@ -156,8 +132,9 @@ class Cluster:
 
     @property
     def kv_used_tokens(self) -> IntArray:
-        """Tokens that take room on each worker: its load, and what is reserved, int64[G]."""
-        return self.kv_tokens + self._reserved
+        """Tokens that take room on each worker, int64[G]: load, what is yet to be prefilled, and reserved."""
+        rows = self._rows
+        return self._sums(rows[_PROMPT] + rows[_DECODED]) + self._reserved
 
     def reserve(self, worker: int, kv_tokens: int) -> None:
         """Take room for ``kv_tokens`` tokens on ``worker``; fewer than none gives room back."""
@@ -215,43 +192,78 @@ class Cluster:
             queue = self._queues[worker]
             self._queues[worker] = deque(q for q in queue if q.request_id != request_id)
             return
-        self._keep(self._ids != request_id)
+        self._keep(self._rows[_ID] != request_id)
 
     def begin_step(self) -> Step | None:
         """Admit from the queues and return the step that begins; None when there is nothing to run."""
         self._preempt()
-        prefill_tokens = self._admit()
-        if not len(self._ids):
+        prefill_tokens, admitted = self._prefill()
+        if not self._rows.shape[1]:
             return None
         kv_tokens = self.kv_tokens
-        settings = self.settings
-        duration_s = (
-            settings.step_base_s
-            + settings.step_s_per_kv_token * float(kv_tokens.max())
-            + settings.prefill_s_per_token * float(prefill_tokens.max())
-        )
-        return Step(duration_s, kv_tokens)
+        return Step(self.settings.step_s(kv_tokens, prefill_tokens), kv_tokens, prefill_tokens, admitted)
 
     def end_step(self) -> StepResult:
-        """Decode a token for every running request and let those that are done leave."""
-        self._decoded += 1
-        result = StepResult(self._ids, self._decoded >= self._output)
-        if result.finished.any():
-            self._keep(~result.finished)
+        """Decode a token for every request whose prefill is over and let those that are done leave."""
+        rows = self._rows
+        decodes = rows[_MISSING] == 0
+        rows[_DECODED] += decodes
+        finished = rows[_DECODED] >= rows[_OUTPUT]
+        ids = rows[_ID]
+        result = (
+            StepResult(ids[decodes], finished[decodes]) if self._prefilling else StepResult(ids, finished)
+        )
+        if finished.any():
+            self._keep(~finished)
         return result
 
-    def _admit(self) -> IntArray:
-        """Move queued requests into free slots; return the prompt tokens to prefill, int64[G]."""
+    def _prefill(self) -> tuple[IntArray, list[int]]:
+        """Go on with what is begun and move queued requests into free slots, as far as a step goes.
+
+        Return the prompt tokens that the step prefills, int64[G], and who got a slot.
+        """
         prefill_tokens = np.zeros(self.settings.workers, dtype=np.int64)
-        if not self._queued:
-            return prefill_tokens
+        if not self._queued and not self._prefilling:
+            return prefill_tokens, []
+        left = self._prefill_left()
+        rows = self._rows
+        if self._prefilling:
+            for row in np.flatnonzero(rows[_MISSING]).tolist():
+                worker = int(rows[_WORKER, row])
+                tokens = int(min(rows[_MISSING, row], left[worker]))
+                rows[_MISSING, row] -= tokens
+                left[worker] -= tokens
+                prefill_tokens[worker] += tokens
+        admitted: list[tuple[int, _Queued, int]] = []
+        if self._queued:
+            for worker, request in self._admit(left):
+                tokens = int(min(request.prefill_tokens, left[worker]))
+                left[worker] -= tokens
+                prefill_tokens[worker] += tokens
+                admitted.append((worker, request, request.prefill_tokens - tokens))
+            self._append(admitted)
+        self._prefilling = self.settings.prefill_tokens_max is not None and bool(self._rows[_MISSING].any())
+        return prefill_tokens, [request.request_id for _, request, _ in admitted]
+
+    def _prefill_left(self) -> list[float]:
+        """Return how many tokens each worker can prefill in a step beside those that it decodes."""
+        most = self.settings.prefill_tokens_max
+        if most is None:
+            return [math.inf] * self.settings.workers
+        rows = self._rows
+        decoding = np.bincount(rows[_WORKER], rows[_MISSING] == 0, minlength=self.settings.workers)
+        return [most - count for count in decoding.tolist()]
+
+    def _admit(self, left: list[float]) -> Iterator[tuple[int, _Queued]]:
+        """Take from the queues who has a slot and room; with nothing ``left`` to prefill others wait."""
         running, kv_tokens = self.running, self.kv_used_tokens
         loading = self._loading_requests()
-        admitted: list[tuple[int, _Queued]] = []
         for worker, queue in enumerate(self._queues):
             slots = self.settings.slots - int(running[worker] + loading[worker])
             kv_free = self._kv_free(worker, running, kv_tokens)
             while queue and slots > 0 and queue[0].kv_tokens <= kv_free:
+                if queue[0].prefill_tokens and left[worker] <= 0:
+                    break
                 request = queue.popleft()
                 del self._queued[request.request_id]
                 slots -= 1
@@ -260,10 +272,7 @@ class Cluster:
                     self._loading[request.request_id] = (worker, request)
                     self.reserve(worker, request.kv_tokens)
                 else:
-                    admitted.append((worker, request))
-                    prefill_tokens[worker] += request.prefill_tokens
-        self._append(admitted)
-        return prefill_tokens
+                    yield worker, request
 
     def _kv_free(self, worker: int, running: IntArray, kv_tokens: IntArray) -> float:
         if self.settings.kv_capacity_tokens is None:
@@ -279,43 +288,41 @@ class Cluster:
     def _preempt(self) -> None:
         """Push the newest requests of an overflowing worker back to the front of its queue."""
         capacity = self.settings.kv_capacity_tokens
-        if capacity is None or not len(self._ids):
+        if capacity is None or not self._rows.shape[1]:
             return
-        room = capacity - self._reserved
-        overflowing = np.flatnonzero(self.kv_tokens + self.running > room)
+        overflowing = np.flatnonzero(self.kv_used_tokens + self.running > capacity)
         for worker in overflowing.tolist():
-            rows = np.flatnonzero(self._worker == worker)
-            needs = (self._prompt + self._decoded + 1)[rows]
+            columns = np.flatnonzero(self._rows[_WORKER] == worker)
+            needs = (self._rows[_PROMPT] + self._rows[_DECODED] + 1)[columns]
             # At least the oldest stays: alone it fits, or it would not have been taken. What is reserved may
             # be in its way and will go again: until then the worker has more than it can hold.
-            kept = max(1, int(np.searchsorted(np.cumsum(needs), room[worker], side="right")))
-            self._push_back(worker, rows[kept:])
+            room = capacity - self._reserved[worker]
+            kept = max(1, int(np.searchsorted(np.cumsum(needs), room, side="right")))
+            self._push_back(worker, columns[kept:])
 
-    def _push_back(self, worker: int, rows: IntArray) -> None:
-        for row in rows[::-1].tolist():
-            request = _Queued(
-                int(self._ids[row]), int(self._prompt[row]), int(self._output[row]), int(self._decoded[row])
-            )
-            self._queues[worker].appendleft(request)
-            self._queued[request.request_id] = worker
-        self.preempted[worker] += len(rows)
-        keep = np.ones(len(self._ids), dtype=bool)
-        keep[rows] = False
+    def _push_back(self, worker: int, columns: IntArray) -> None:
+        for column in columns[::-1].tolist():
+            request_id, _, prompt, decoded, output, _ = self._rows[:, column].tolist()
+            self._queues[worker].appendleft(_Queued(request_id, prompt, output, decoded))
+            self._queued[request_id] = worker
+        self.preempted[worker] += len(columns)
+        keep = np.ones(self._rows.shape[1], dtype=bool)
+        keep[columns] = False
         self._keep(keep)
 
-    def _append(self, admitted: list[tuple[int, _Queued]]) -> None:
+    def _append(self, admitted: list[tuple[int, _Queued, int]]) -> None:
         if not admitted:
             return
-        columns = np.array(
-            [(r.request_id, w, r.prompt_tokens, r.decoded_tokens, r.output_tokens) for w, r in admitted],
-            dtype=np.int64,
-        ).T
-        old = (self._ids, self._worker, self._prompt, self._decoded, self._output)
-        self._ids, self._worker, self._prompt, self._decoded, self._output = (
-            np.concatenate(pair) for pair in zip(old, columns, strict=True)
-        )
+        columns = [
+            (r.request_id, worker, r.prompt_tokens, r.decoded_tokens, r.output_tokens, missing)
+            for worker, r, missing in admitted
+        ]
+        self._rows = np.concatenate((self._rows, np.array(columns, dtype=np.int64).T), axis=1)
 
-    def _keep(self, rows: BoolArray) -> None:
-        self._ids, self._worker, self._prompt, self._decoded, self._output = (
-            column[rows] for column in (self._ids, self._worker, self._prompt, self._decoded, self._output)
-        )
+    def _keep(self, columns: BoolArray) -> None:
+        self._rows = self._rows[:, columns]
+
+    def _sums(self, tokens: IntArray) -> IntArray:
+        """Return the sum over each worker's requests, int64[G]."""
+        # Added up as floats, which are exact as far as any load goes.
+        return np.bincount(self._rows[_WORKER], tokens, minlength=self.settings.workers).astype(np.int64)

@@ -15,6 +15,13 @@ KvCapacity = Annotated[int | None, typer.Option(help="KV cache of a worker (toke
 StepBase = Annotated[float, typer.Option(help="t0: what a step takes without KV load (ms).")]
 StepPerKv = Annotated[float, typer.Option(help="a: what each KV token of the heaviest worker adds (ns).")]
 Prefill = Annotated[float, typer.Option(help="What a prompt token adds to the step that prefills it (µs).")]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-tokens-max",
+        help="Tokens that a worker prefills in a step at most; left out: whole prompts.",
+    ),
+]
 Speed = Annotated[float, typer.Option(help="Run so many times as fast as real time.")]
 Name = Annotated[
     str, typer.Option("--workload", help="Synthetic workload: proprietary, azure-2024, short or repeated.")

@@ -23,10 +23,10 @@ from brproxy.prediction.predictor import PredictorParams, make_predictor
 from brproxy.prediction.quality import PredictionQuality
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import PolicyParams, make_policy
-from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, RequestId
 from loadgen.barrier import BarrierRecord, BarrierStats
-from loadgen.cluster import Cluster, ClusterSettings, IntArray, Step
+from loadgen.cluster import Cluster, Step
+from loadgen.cluster_settings import ClusterSettings, IntArray
 from loadgen.workload import TraceRequest, Workload
 
 FloatArray = NDArray[np.float64]
@@ -91,7 +91,7 @@ class _Run:
         *,
         keep_loads: bool,
     ) -> None:
-        costs = StepCosts(settings.step_base_s, settings.step_s_per_kv_token, settings.prefill_s_per_token)
+        costs = settings.costs
         limits = WorkerLimits(settings.slots, settings.kv_capacity_tokens)
         self._dispatcher = Dispatcher(
             Ledger(Roster.of([limits] * settings.workers)),
@@ -139,12 +139,14 @@ class _Run:
                 continue
             if self._keep_loads:
                 self._loads.append((now_s, step.kv_tokens))
+            if step.admitted:
+                self._admitted(step.admitted, now_s)
             ended_s = now_s + step.duration_s
             if self._dispatch_steps:
                 self._decide(now_s)
                 if self._arrivals(ended_s):
                     self._decide(ended_s)
-            tokens = self._end_step(now_s, ended_s)
+            tokens = self._end_step(ended_s)
             self._record.add(now_s, step.duration_s, step.kv_tokens, tokens)
             self._steps += 1
             now_s = busy_s = ended_s
@@ -184,12 +186,17 @@ class _Run:
             request = self._requests[entry.id]
             self._cluster.submit(entry.id, entry.worker, request.prompt_tokens, request.output_tokens)
 
-    def _end_step(self, begun_s: float, ended_s: float) -> int:
+    def _admitted(self, request_ids: list[int], now_s: float) -> None:
+        """Note when each got a slot, those that were preempted for the first time only."""
+        for request_id in request_ids:
+            if np.isnan(self._started_s[request_id]):
+                self._started_s[request_id] = now_s
+
+    def _end_step(self, ended_s: float) -> int:
         """Decode a token for everything that runs; return how many there were."""
         result = self._cluster.end_step()
         ids = result.request_ids
         new = ids[np.isnan(self._first_s[ids])]
-        self._started_s[new] = begun_s
         self._first_s[new] = ended_s
         ledger = self._dispatcher.ledger
         for request_id in new.tolist():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
 from loadgen.report.schema import PolicyResult, Report

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from brproxy.types import InvalidInputError
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.emulator.server import running_emulator
 from loadgen.emulator.settings import EmulatorSettings
 
@@ -37,6 +37,8 @@ def emulate_arguments(cluster: ClusterSettings, speed: float, more: Mapping[str,
     }
     if cluster.kv_capacity_tokens is not None:
         options["--kv-capacity-tokens"] = cluster.kv_capacity_tokens
+    if cluster.prefill_tokens_max is not None:
+        options["--prefill-tokens-max"] = cluster.prefill_tokens_max
     return ["emulate", *(str(part) for option in options.items() for part in option)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.commands.emulate import BOOTSTRAP, READY, emulate_arguments
 from loadgen.commands.scenario import PrefillServers
 from loadgen.emulator.settings import LEASE_S, Role, Transfer

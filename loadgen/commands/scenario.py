@@ -10,7 +10,7 @@ import numpy as np
 from brproxy.types import InvalidInputError
 from loadgen.arrivals import faster, with_gamma_arrivals
 from loadgen.capacity import Capacity, perfect_capacity
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.emulator.settings import Transfer
 from loadgen.traces.synthetic import synthetic_workload
 from loadgen.traces.trace_format import load_trace
@@ -138,6 +138,7 @@ class Scenario:
             "step_base_ms": cluster.step_base_s * 1e3,
             "step_ns_per_kv_token": cluster.step_s_per_kv_token * 1e9,
             "prefill_us_per_token": cluster.prefill_s_per_token * 1e6,
+            "prefill_tokens_max": cluster.prefill_tokens_max,
         }
         if prefill is None:
             return described

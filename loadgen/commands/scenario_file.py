@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from brproxy.validation import Section, load_toml, validate
-from loadgen.cluster import DISPATCH_STEPS_MAX, ClusterSettings
+from loadgen.cluster_settings import DISPATCH_STEPS_MAX, ClusterSettings
 from loadgen.commands.scenario import Arrivals, PrefillServers, Scenario, WorkloadChoice
 from loadgen.emulator.settings import Transfer
 from loadgen.report.tables import BEST_BASELINE
@@ -48,6 +48,12 @@ class ClusterSection(Section):
     step_base_ms: Number = Field(default=30.0, gt=0, description="t0.")
     step_ns_per_kv_token: Number = Field(default=100.0, ge=0, description="a.")
     prefill_us_per_token: Number = Field(default=0.0, ge=0, description="Added to the step that prefills.")
+    prefill_tokens_max: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that a worker prefills in a step at most, those that it decodes included; "
+        "left out: whole prompts.",
+    )
     dispatch_steps: int = Field(
         default=1,
         ge=0,
@@ -109,6 +115,7 @@ class ScenarioFile(Section):
                 step_base_s=cluster.step_base_ms / 1e3,
                 step_s_per_kv_token=cluster.step_ns_per_kv_token / 1e9,
                 prefill_s_per_token=cluster.prefill_us_per_token / 1e6,
+                prefill_tokens_max=cluster.prefill_tokens_max,
                 dispatch_steps=cluster.dispatch_steps,
             ),
             seed,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from itertools import count
 
 from loadgen.barrier import BarrierRecord, BarrierStats
-from loadgen.cluster import Cluster, ClusterSettings
+from loadgen.cluster import Cluster
+from loadgen.cluster_settings import ClusterSettings
 
 LAG_S_MAX = 1.0
 """Seconds of real time that steps may be late before the emulated clock is set back: see ``lag_s``."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from brproxy.types import InvalidInputError
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 
 
 class Role(StrEnum):

@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 
 from loadgen.client import ClientSettings, Failure, Lengths, Replay
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.emulator.server import EmulatorSettings, running_emulator
 from loadgen.workload import TraceRequest, Workload
 

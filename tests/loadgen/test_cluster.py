@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brproxy.types import InvalidInputError
-from loadgen.cluster import Cluster, ClusterSettings
+from loadgen.cluster import Cluster
+from loadgen.cluster_settings import ClusterSettings
 
 
 class PlainCluster:
@@ -19,6 +20,7 @@ class PlainCluster:
         self.loading = [[] for _ in range(settings.workers)]
         self.kept = [0] * settings.workers
         self.states = {}
+        self.missing = {}
 
     def submit(self, request_id, worker, prompt, output, remote):
         self.queues[worker].append([request_id, prompt, output, 0])
@@ -48,20 +50,32 @@ class PlainCluster:
             while len(running) > 1 and self.needs(running) + self.needs(loading) + kept > capacity:
                 queue.insert(0, running.pop())
                 self.states[queue[0][0]] = "here"
+            budget = float("inf")
+            if self.settings.prefill_tokens_max is not None:
+                budget = self.settings.prefill_tokens_max - sum(not self.missing.get(r[0]) for r in running)
             tokens = 0
+            for request in running:
+                chunk = min(self.missing.get(request[0], 0), budget - tokens)
+                self.missing[request[0]] = self.missing.get(request[0], 0) - chunk
+                tokens += chunk
             while (
                 queue
                 and len(running) + len(loading) < self.settings.slots
                 and self.needs([*running, *loading, queue[0]]) + kept <= capacity
             ):
+                prompt = queue[0][1] + queue[0][3] if self.states[queue[0][0]] == "here" else 0
+                if prompt and tokens >= budget:
+                    break
                 request = queue.pop(0)
                 if self.states[request[0]] == "remote":
                     loading.append(request)
                     continue
-                tokens += request[1] + request[3] if self.states[request[0]] == "here" else 0
+                chunk = min(prompt, budget - tokens)
+                self.missing[request[0]] = prompt - chunk
+                tokens += chunk
                 running.append(request)
             prefill.append(tokens)
-        loads = [sum(r[1] + r[3] for r in running) for running in self.running]
+        loads = [sum(r[1] + r[3] - self.missing.get(r[0], 0) for r in running) for running in self.running]
         if not any(self.running):
             return None
         duration_s = (
@@ -69,12 +83,14 @@ class PlainCluster:
             + self.settings.step_s_per_kv_token * max(loads)
             + self.settings.prefill_s_per_token * max(prefill)
         )
-        return duration_s, loads
+        return duration_s, loads, prefill
 
     def end_step(self):
         results = {}
         for running in self.running:
             for request in running:
+                if self.missing[request[0]]:
+                    continue
                 request[3] += 1
                 results[request[0]] = request[3] >= request[2]
             running[:] = [r for r in running if r[3] < r[2]]
@@ -95,9 +111,11 @@ operations = st.lists(
 
 
 @settings(max_examples=200)
-@given(operations, st.sampled_from([None, 50, 90]), st.integers(1, 4))
-def test_it_is_the_plain_model(operations, capacity, slots):
-    cluster_settings = ClusterSettings(3, slots, capacity, 0.03, 1e-4, 1e-3)
+@given(
+    operations, st.sampled_from([None, 50, 90]), st.integers(1, 4), st.none() | st.sampled_from([4, 7, 25])
+)
+def test_it_is_the_plain_model(operations, capacity, slots, chunk):
+    cluster_settings = ClusterSettings(3, slots, capacity, 0.03, 1e-4, 1e-3, chunk)
     cluster, plain = Cluster(cluster_settings), PlainCluster(cluster_settings)
     submitted = 0
     for operation, *arguments in operations:
@@ -123,6 +141,8 @@ def test_it_is_the_plain_model(operations, capacity, slots):
                 continue
             assert step.duration_s == pytest.approx(expected[0])
             assert step.kv_tokens.tolist() == expected[1]
+            assert step.prefill_tokens.tolist() == expected[2]
+            assert chunk is None or step.prefill_tokens.max() <= chunk
             result = cluster.end_step()
             done = dict(zip(result.request_ids.tolist(), result.finished.tolist(), strict=True))
             assert done == plain.end_step()
@@ -133,6 +153,7 @@ def test_it_is_the_plain_model(operations, capacity, slots):
         assert cluster.kv_used_tokens.tolist() == [
             sum(r[1] + r[3] for r in running) + plain.needs(loading) + kept for running, loading, kept in used
         ]
+        assert not cluster.running.sum() or (cluster.kv_tokens <= cluster.kv_used_tokens).all()
         assert cluster.running.tolist() == [len(running) for running in plain.running]
 
 
@@ -143,6 +164,29 @@ def test_the_heaviest_worker_makes_the_step():
     assert cluster.begin_step().duration_s == pytest.approx(0.030 + 0.010)
     cluster.end_step()
     assert cluster.begin_step().kv_tokens.tolist() == [100_001, 50_001]
+
+
+def test_a_prompt_in_chunks_by_hand():
+    cluster = Cluster(ClusterSettings(1, 4, 10_000, 0.030, 1e-6, 1e-5, 100))
+    cluster.submit(0, 0, 60, 9)
+    cluster.submit(1, 0, 200, 2)
+    cluster.submit(2, 0, 10, 2)
+    prefilled, loads, decoded, admitted, durations_s = [], [], [], [], []
+    for _ in range(4):
+        step = cluster.begin_step()
+        prefilled.append(step.prefill_tokens.tolist()[0])
+        loads.append(step.kv_tokens.tolist()[0])
+        admitted.append(step.admitted)
+        durations_s.append(step.duration_s)
+        # What is begun has all its room at once.
+        assert cluster.kv_used_tokens[0] >= 260
+        decoded.append(cluster.end_step().request_ids.tolist())
+    # The first is whole, the second's 200 tokens come as 40, 99 and 61 beside one and one decode token.
+    assert prefilled == [100, 99, 71, 0]
+    assert admitted == [[0, 1], [], [2], []]
+    assert decoded == [[0], [0], [0, 1, 2], [0, 1, 2]]
+    assert loads == [60 + 40, 61 + 139, 62 + 200 + 10, 63 + 201 + 11]
+    assert durations_s[0] == pytest.approx(0.030 + 1e-6 * 100 + 1e-5 * 100)
 
 
 def test_preempted_requests_are_recomputed_and_lose_nothing():
@@ -166,6 +210,8 @@ def test_preempted_requests_are_recomputed_and_lose_nothing():
         ({"kv_capacity_tokens": 0}, "kv_capacity_tokens must be at least 1, got 0"),
         ({"step_base_s": 0.0}, "step_base_s must be positive"),
         ({"prefill_s_per_token": -1.0}, "at least 0"),
+        ({"prefill_tokens_max": 63}, "prefill_tokens_max must be at least the slots, 64, got 63"),
+        ({"dispatch_steps": -1}, "dispatch_steps must be 0 to 1000, got -1"),
     ],
 )
 def test_impossible_deployments(arguments, words):

@@ -8,10 +8,11 @@ from brproxy.routing.policies.br_h import Lookahead, lookahead_for
 from brproxy.routing.policies.least_kv import LeastKvPolicy
 from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED
+from brproxy.step_costs import StepCosts
 from brproxy.types import InvalidInputError
 from loadgen.arrivals import with_gamma_arrivals
 from loadgen.capacity import perfect_capacity
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.commands.bench import CASES, GROUPS, BenchCase, BenchResult, bench, bench_table
 from loadgen.simulator import SimulatedPolicy, simulate
 from loadgen.traces.synthetic import RepeatedPrompts, synthetic_workload
@@ -81,6 +82,24 @@ def test_who_arrives_during_a_step_and_finds_a_slot_starts_with_the_next():
     workload = Workload("w", (TraceRequest(0.0, 10, 9), TraceRequest(0.040, 10, 2)))
     run = simulate(workload, settings, SimulatedPolicy("br-0"), seed=0)
     assert run.wait_s.tolist() == pytest.approx([0.0, 0.060 - 0.040])
+
+
+def test_a_wait_ends_with_the_slot_and_the_first_token_with_the_last_chunk():
+    settings = ClusterSettings(1, 2, None, 0.030, 0.0, 1e-5, prefill_tokens_max=100)
+    workload = Workload("one", (TraceRequest(0.0, 250, 2),))
+    run = simulate(workload, settings, SimulatedPolicy("br-0"), seed=0)
+    assert run.wait_s[0] == 0
+    assert run.ttft_s[0] == pytest.approx(3 * 0.030 + 250e-5)
+    assert run.tpot_s[0] == pytest.approx(0.030)
+
+
+def test_the_dispatcher_is_told_what_a_step_costs(monkeypatch):
+    costs = []
+    monkeypatch.setattr(LeastKvPolicy, "route", lambda self, view, rng: costs.append(view.costs))
+    settings = ClusterSettings(1, 2, None, 0.030, 1e-7, 1e-5, prefill_tokens_max=100)
+    workload = Workload("w", tuple(TraceRequest(0.0, 250, 2) for _ in range(2)))
+    simulate(workload, settings, SimulatedPolicy("least-kv"), seed=0)
+    assert costs[0] == StepCosts(0.030, 1e-7, 1e-5, 100)
 
 
 @pytest.mark.parametrize("dispatch_steps", [0, 1])

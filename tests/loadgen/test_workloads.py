@@ -7,7 +7,8 @@ from brproxy.registry import UnknownNameError
 from brproxy.types import InvalidInputError
 from loadgen.arrivals import faster, with_gamma_arrivals
 from loadgen.capacity import perfect_capacity
-from loadgen.cluster import Cluster, ClusterSettings
+from loadgen.cluster import Cluster
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.prompts import PromptMaker
 from loadgen.traces.synthetic import SYNTHETIC, synthetic_workload
 from loadgen.workload import TraceRequest, Workload

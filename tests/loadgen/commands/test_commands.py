@@ -10,7 +10,7 @@ import pytest
 from brproxy.registry import UnknownNameError
 from brproxy.types import InvalidInputError
 from loadgen.cli import main
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.commands import demo
 from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.processes import ProcessError, running_process

@@ -8,7 +8,7 @@ import aiohttp
 import orjson
 import pytest
 
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.emulator.server import EmulatorSettings, RunningEmulator, running_emulator
 
 

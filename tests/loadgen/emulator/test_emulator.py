@@ -8,7 +8,7 @@ import pytest
 from brproxy.engines.load import LoadReport
 from brproxy.engines.load_pages import read_sglang_loads, read_vllm_metrics
 from brproxy.types import InvalidInputError
-from loadgen.cluster import ClusterSettings
+from loadgen.cluster_settings import ClusterSettings
 from loadgen.emulator.server import EmulatorSettings, running_emulator
 from loadgen.emulator.wire import LENGTH_HEADER, RANK_HEADER
 
