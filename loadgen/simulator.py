@@ -147,7 +147,7 @@ class _Run:
                 if self._arrivals(ended_s):
                     self._decide(ended_s)
             tokens = self._end_step(ended_s)
-            self._record.add(now_s, step.duration_s, step.kv_tokens, tokens)
+            self._record.add(now_s, step, tokens)
             self._steps += 1
             now_s = busy_s = ended_s
         return self._result(steady_s)

@@ -28,6 +28,10 @@ _FIGURES = (
     "tpot_ms_p95",
     "ttft_ms_p95",
     "wait_ms_p99",
+    "mean_kv_tokens",
+    "prefill_balance",
+    "preemptions",
+    "ttft_ms_p50",
 )
 
 
@@ -97,6 +101,10 @@ def policy_result(label: str, simulation: Simulation, perfect_tokens_per_s: floa
         tpot_ms_p95=tpot_ms.p95 if tpot_ms else None,
         ttft_ms_p95=ttft_ms.p95 if ttft_ms else None,
         wait_ms_p99=wait_ms.p99 if wait_ms else None,
+        mean_kv_tokens=simulation.barrier.mean_kv_tokens,
+        prefill_balance=simulation.barrier.prefill_balance,
+        preemptions=simulation.preemptions,
+        ttft_ms_p50=ttft_ms.p50 if ttft_ms else None,
         requests=len(simulation.finished),
         lost=int((~simulation.finished).sum()),
         tpot_ms=tpot_ms,

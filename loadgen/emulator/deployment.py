@@ -144,7 +144,7 @@ class Deployment:
             if late_s > LAG_S_MAX:
                 self.lag_s += late_s
                 self._origin_s += late_s
-            self._record.add(start_s, step.duration_s, step.kv_tokens, self._deliver())
+            self._record.add(start_s, step, self._deliver())
             start_s = end_s
 
     def _admit(self) -> None:

@@ -72,6 +72,16 @@ class PolicyResult(Document):
     wait_ms_p99: float | None = Field(description="Time from arrival to a slot; only a simulator knows it.")
     requests: int = Field(description="Requests of the whole run.")
     lost: int = Field(description="Requests that failed, for whatever reason.")
+    mean_kv_tokens: float | None = Field(
+        default=None, description="Time-average of the mean KV tokens of a worker."
+    )
+    prefill_balance: float | None = Field(
+        default=None, description="Mean over most prompt tokens of a worker, over the steps that prefill any."
+    )
+    preemptions: float | None = Field(
+        default=None, description="Requests pushed back by full KV caches in the whole run (mean over seeds)."
+    )
+    ttft_ms_p50: float | None = Field(default=None, description="Time to first token, median.")
     failures: dict[str, int] = Field(default_factory=dict, description="Lost requests by kind.")
     ttft_ms: Percentiles | None = None
     tpot_ms: Percentiles | None = None

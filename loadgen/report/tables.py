@@ -39,12 +39,24 @@ _PREFILL = (
 
 
 class _Figure(NamedTuple):
-    """A figure of the report that publications give, too."""
+    """A figure of the report: its name there, and how it is shown, ``factor`` times as much."""
 
     name: str
     heading: str
     style: str
+    factor: float = 1.0
 
+
+_SIMULATED = (
+    _Figure("imbalance_kv_tokens", "imbal.\nKV tok.", ",.0f"),
+    _Figure("mean_kv_tokens", "mean\nk tok.", ",.0f", 1e-3),
+    _Figure("idle_fraction", "idle\n%", ".2f", 100),
+    _Figure("prefill_balance", "prefill\nbal. %", ".1f", 100),
+    _Figure("throughput_of_perfect", "of per-\nfect %", ".1f", 100),
+    _Figure("tpot_ms_p95", "TPOT\nP95 ms", ".1f"),
+    _Figure("wait_ms_p99", "wait\nP99 s", ".1f", 1e-3),
+    _Figure("preemptions", "pre-\nempted", ",.0f"),
+)
 
 _PUBLISHED = (
     _Figure("output_tokens_per_s", "output\ntok/s", ",.0f"),
@@ -198,20 +210,19 @@ def simulation_tables(
 
 
 def simulation_table(report: Report) -> Table:
-    """Return simulated policies side by side, ± the confidence interval."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """Return simulated policies side by side, ± the confidence interval; what is nothing has no column."""
+    nothing_said = {
+        "prefill_balance": not report.scenario.get("prefill_us_per_token"),
+        "preemptions": not any(result.preemptions for result in report.policies),
+    }
+    shown = [figure for figure in _SIMULATED if not nothing_said.get(figure.name)]
+    # Nine columns have to fit into eighty characters.
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("policy", overflow="fold", min_width=19)
-    for column in ("imbal.\nKV tok.", "idle\n%", "of per-\nfect %", "TPOT\nP95 ms", "wait\nP99 s"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for figure in shown:
+        table.add_column(figure.heading, justify="right", no_wrap=True)
     for result in report.policies:
-        table.add_row(
-            result.policy,
-            _measured(result, "imbalance_kv_tokens", 1, ",.0f"),
-            _measured(result, "idle_fraction", 100, ".2f"),
-            _measured(result, "throughput_of_perfect", 100, ".1f"),
-            _measured(result, "tpot_ms_p95", 1, ".1f"),
-            _measured(result, "wait_ms_p99", 1e-3, ".1f"),
-        )
+        table.add_row(result.policy, *(_measured(result, figure) for figure in shown))
     return table
 
 
@@ -245,10 +256,10 @@ def published_table(report: Report, published: Mapping[str, PublishedFigures]) -
     return table
 
 
-def _measured(result: PolicyResult, figure: str, factor: float, style: str) -> str:
-    value: float | None = getattr(result, figure)
+def _measured(result: PolicyResult, figure: _Figure) -> str:
+    value: float | None = getattr(result, figure.name)
     if value is None:
         return "-"
-    interval = result.intervals.get(figure)
-    spread = "" if interval is None else f"\n[dim]±{interval * factor:{style}}[/dim]"
-    return f"{value * factor:{style}}{spread}"
+    interval = result.intervals.get(figure.name)
+    spread = "" if interval is None else f"\n[dim]±{interval * figure.factor:{figure.style}}[/dim]"
+    return f"{value * figure.factor:{figure.style}}{spread}"

@@ -6,13 +6,18 @@ import pytest
 from brproxy.types import InvalidInputError
 from loadgen import barrier
 from loadgen.barrier import BarrierRecord
+from loadgen.cluster import Step
+
+
+def step(duration_s, kv_tokens, prefill_tokens=(0, 0)):
+    return Step(duration_s, np.array(kv_tokens), np.array(prefill_tokens), [])
 
 
 def record():
     steps = BarrierRecord()
-    steps.add(0.0, 1.0, np.array([100, 0]), 2)
-    steps.add(1.0, 3.0, np.array([100, 60]), 4)
-    steps.add(4.0, 1.0, np.array([0, 0]), 0)
+    steps.add(0.0, step(1.0, [100, 0], [300, 100]), 2)
+    steps.add(1.0, step(3.0, [100, 60]), 4)
+    steps.add(4.0, step(1.0, [0, 0]), 0)
     return steps
 
 
@@ -21,6 +26,15 @@ def test_time_averages():
     assert (stats.steps, stats.busy_s, stats.output_tokens) == (2, 4.0, 6)
     assert stats.imbalance_kv_tokens == pytest.approx((100 * 1 + 40 * 3) / 4)
     assert stats.idle_fraction == pytest.approx(1 - (50 * 1 + 80 * 3) / (100 * 1 + 100 * 3))
+    assert stats.mean_kv_tokens == pytest.approx((50 * 1 + 80 * 3) / 4)
+
+
+def test_prefill_is_balanced_or_not_in_the_steps_that_have_some():
+    steps = record()
+    assert steps.stats(0.0, 9.0).prefill_balance == pytest.approx(200 / 300)
+    steps.add(5.0, step(9.0, [5, 5], [7, 7]), 2)
+    assert steps.stats(0.0, 9.0).prefill_balance == pytest.approx((200 / 300 + 1) / 2)
+    assert steps.stats(1.0, 5.0).prefill_balance is None
 
 
 def test_a_window_takes_the_steps_that_begin_in_it():
@@ -36,4 +50,4 @@ def test_nothing_to_say():
 def test_the_record_is_bounded(monkeypatch):
     monkeypatch.setattr(barrier, "STEPS_MAX", 3)
     with pytest.raises(InvalidInputError, match="more than 3 steps"):
-        record().add(5.0, 1.0, np.array([0]), 0)
+        record().add(5.0, step(1.0, [0], [0]), 0)

@@ -79,7 +79,11 @@ def test_a_run_prints_a_table_and_writes_the_document(scenario, tmp_path):
         assert policy["wait_ms_p99"] > 0
         assert policy["lost"] == 0
         assert policy["requests"] == 2 * 3 * 40
-        assert policy["intervals"].keys() >= {"idle_fraction", "throughput_of_perfect"}
+        assert policy["intervals"].keys() >= {"idle_fraction", "throughput_of_perfect", "mean_kv_tokens"}
+        assert policy["preemptions"] == 0
+        assert policy["prefill_balance"] > 0
+    assert "prefill" not in result.output, "prefill costs nothing"
+    assert "empted" not in result.output, "nothing was preempted"
 
 
 def test_the_command_line_replaces_what_the_file_says(scenario, tmp_path):

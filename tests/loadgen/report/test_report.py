@@ -28,6 +28,7 @@ from loadgen.report.tables import (
     latency_table,
     outcome_table,
     published_table,
+    simulation_table,
     strongest_baseline,
 )
 from loadgen.workload import TraceRequest
@@ -140,6 +141,23 @@ def test_the_comparison_fits_eighty_columns_and_names_its_baseline():
         "the strongest baseline",
     ):
         assert words in text
+
+
+def test_a_simulation_fits_eighty_columns_and_shows_what_there_is():
+    # Of the largest deployment, with intervals, and with all that there may be.
+    more = {"wait_ms_p99": 1_234_567.0, "mean_kv_tokens": 3_000_000.0}
+    rare = {"prefill_balance": 0.135, "preemptions": 1590.0}
+    interval = dict.fromkeys(("idle_fraction", "imbalance_kv_tokens"), 0.01)
+    plain = result("br-0", intervals=interval).model_copy(update=more)
+    text = shown(simulation_table(Report(scenario={}, policies=[plain])))
+    assert "…" not in text
+    assert "3,000" in text
+    assert "pre" not in text
+    report = Report(scenario={"prefill_us_per_token": 20.0}, policies=[plain.model_copy(update=rare)])
+    text = shown(simulation_table(report))
+    assert "…" not in text
+    assert "1,590" in text
+    assert "13.5" in text
 
 
 def test_published_figures_stand_beside_ours_relative_to_each_strongest_baseline():
