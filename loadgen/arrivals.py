@@ -1,4 +1,4 @@
-"""When the requests of a workload arrive: a Poisson or bursty process, or the trace's own times."""
+"""When the requests of a workload arrive and leave: a Poisson or bursty process, or the trace's own times."""
 
 from __future__ import annotations
 
@@ -33,6 +33,28 @@ def with_gamma_arrivals(
     arrivals = np.cumsum(gaps) - gaps[0]
     timed = zip(workload.requests, arrivals.tolist(), strict=True)
     return replace(workload, requests=tuple(replace(request, arrival_s=at_s) for request, at_s in timed))
+
+
+def with_aborts(workload: Workload, fraction: float, rng: np.random.Generator) -> Workload:
+    """Return the workload with the clients of a random ``fraction`` of its requests leaving before the end.
+
+    Each of them leaves at a point of its output that is drawn uniformly. Raises InvalidInputError.
+    """
+    if not 0 <= fraction <= 1:
+        msg = f"the share of requests that are aborted must be between 0 and 1, got {fraction}"
+        raise InvalidInputError(msg)
+    aborted = rng.random(len(workload.requests)) < fraction
+    points = rng.random(len(workload.requests))
+    drawn = zip(workload.requests, aborted.tolist(), points.tolist(), strict=True)
+    return replace(
+        workload,
+        requests=tuple(
+            replace(request, aborted_after_tokens=1 + int(point * request.output_tokens))
+            if leaves
+            else request
+            for request, leaves, point in drawn
+        ),
+    )
 
 
 def faster(workload: Workload, speed: float) -> Workload:

@@ -20,10 +20,11 @@ class BarrierStats:
     """Over the steps that began in a window.
 
     ``imbalance_kv_tokens``: time-average of max - min load. ``idle_fraction``: the KV work that the workers
-    could have done while they waited at the barrier, ``1 - Σ mean·dt / Σ max·dt``. ``mean_kv_tokens``:
-    time-average of the mean load. ``prefill_balance``: the mean of the prompt tokens that each worker
-    prefills, by the most that one does, averaged over the steps in which any is prefilled: 1 where all do the
-    same, 1 / G where one does all. ``output_tokens`` were decoded in ``busy_s`` seconds of steps.
+    could have done while they waited at the barrier, ``1 - Σ mean·dt / Σ max·dt`` of what their loads weigh.
+    ``mean_kv_tokens``: time-average of the mean load. ``prefill_balance``: the mean of the prompt tokens that
+    each worker prefills, by the most that one does, averaged over the steps in which any is prefilled: 1
+    where all do the same, 1 / G where one does all. ``output_tokens`` were decoded in ``busy_s`` seconds of
+    steps.
     """
 
     steps: int
@@ -35,7 +36,10 @@ class BarrierStats:
     prefill_balance: float | None
 
 
-_COLUMNS = ("start_s", "duration_s", "max", "mean", "min", "prefill_balance", "tokens")
+_COLUMNS = (
+    *("start_s", "duration_s", "kv_max", "kv_mean", "kv_min", "work_max", "work_mean"),
+    *("prefill_balance", "tokens"),
+)
 
 
 class BarrierRecord:
@@ -49,9 +53,12 @@ class BarrierRecord:
         if len(self._columns["start_s"]) >= STEPS_MAX:
             msg = f"more than {STEPS_MAX} steps; reset the statistics"
             raise InvalidInputError(msg)
-        kv_tokens = step.kv_tokens
-        loads = (float(kv_tokens.max()), float(kv_tokens.mean()), float(kv_tokens.min()))
-        values = (start_s, step.duration_s, *loads, _balance(step.prefill_tokens), float(output_tokens))
+        kv_tokens, work = step.kv_tokens, step.work
+        loads = highest, mean, _ = float(kv_tokens.max()), float(kv_tokens.mean()), float(kv_tokens.min())
+        # Mostly one and the same array.
+        works = (highest, mean) if work is kv_tokens else (float(work.max()), float(work.mean()))
+        prefill_balance = _balance(step.prefill_tokens)
+        values = (start_s, step.duration_s, *loads, *works, prefill_balance, float(output_tokens))
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 
@@ -59,16 +66,18 @@ class BarrierRecord:
         """Return the statistics of the steps with ``from_s <= start < to_s``."""
         columns = {name: np.array(column) for name, column in self._columns.items()}
         inside = (columns["start_s"] >= from_s) & (columns["start_s"] < to_s)
-        duration_s, highest, mean, lowest, balance, tokens = (columns[name][inside] for name in _COLUMNS[1:])
+        duration_s, highest, mean, lowest, work_max, work_mean, balance, tokens = (
+            columns[name][inside] for name in _COLUMNS[1:]
+        )
         balance = balance[balance > 0]
         busy_s = float(duration_s.sum())
-        envelope = float((highest * duration_s).sum())
+        envelope = float((work_max * duration_s).sum())
         return BarrierStats(
             steps=int(inside.sum()),
             busy_s=busy_s,
             output_tokens=int(tokens.sum()),
             imbalance_kv_tokens=float(((highest - lowest) * duration_s).sum()) / busy_s if busy_s else None,
-            idle_fraction=1 - float((mean * duration_s).sum()) / envelope if envelope else None,
+            idle_fraction=1 - float((work_mean * duration_s).sum()) / envelope if envelope else None,
             mean_kv_tokens=float((mean * duration_s).sum()) / busy_s if busy_s else None,
             prefill_balance=float(balance.mean()) if len(balance) else None,
         )

@@ -1,10 +1,12 @@
-"""The barrier-step model of a DP deployment. Pure: no time, no sockets, no randomness.
+"""The barrier-step model of a DP deployment. Pure: no time, no sockets, randomness as an argument.
 
 All workers step together. A step takes ``t0 + a · max_g L_g`` plus the prefill work in it, the slowest
-worker's again; L_g are the KV tokens of the requests that run on worker g. Each running request decodes one
-token a step. As in a continuous-batching engine every worker has slots, a KV capacity and a first-come
-queue; when the KV cache would overflow, the newest running requests are pushed back to the queue's front and
-later recomputed, prompt and output so far.
+worker's again; L_g are the KV tokens of the requests that run on worker g (``cluster_settings`` has more that
+a step may cost). Each running request decodes one token a step, or several at random.
+
+As in a continuous-batching engine every worker has slots, a KV capacity and a first-come queue; when the KV
+cache would overflow, the newest running requests are pushed back to the queue's front and later recomputed,
+prompt and output so far.
 
 Prefill is whole or in chunks: a worker then prefills so many tokens in a step, of those that came first, and
 what is begun holds its slot and all its room while only the KV that is there is load. A request decodes its
@@ -28,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brproxy.types import InvalidInputError
-from loadgen.cluster_settings import ClusterSettings, IntArray
+from loadgen.cluster_settings import TOKENS_PER_STEP_MAX, ClusterSettings, FloatArray, IntArray
 
 BoolArray = NDArray[np.bool_]
 
@@ -64,28 +66,36 @@ class _Queued:
 class Step:
     """A step that has begun: how long it takes, and what makes it so.
 
-    ``kv_tokens`` and ``prefill_tokens`` of each worker, int64[G]; ``admitted``: who got a slot for it.
+    ``kv_tokens`` and ``prefill_tokens`` of each worker, int64[G]; ``work``: what its KV tokens weigh, in
+    those of a plain worker (G); ``admitted``: who got a slot for it.
     """
 
     duration_s: float
     kv_tokens: IntArray
     prefill_tokens: IntArray
+    work: IntArray | FloatArray
     admitted: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step did: the requests that decoded a token (int64[K]) and which of them are done (bool[K])."""
+    """What a step did: the requests that decoded (int64[K]) and which of them are done (bool[K]).
+
+    ``output_tokens``: how many each of them decoded (int64[K]); None: one.
+    """
 
     request_ids: IntArray
     finished: BoolArray
+    output_tokens: IntArray | None = None
 
 
 class Cluster:
-    """The running and queued requests of every worker."""
+    """The running and queued requests of every worker; ``rng`` draws how many tokens each decodes."""
 
-    def __init__(self, settings: ClusterSettings) -> None:
+    def __init__(self, settings: ClusterSettings, rng: np.random.Generator | None = None) -> None:
         self.settings = settings
+        self._rng = rng or np.random.default_rng(0)
+        self._slots = settings.worker_slots
         self.preempted = [0] * settings.workers
         self._queues: list[deque[_Queued]] = [deque() for _ in range(settings.workers)]
         self._queued: dict[int, int] = {}
@@ -200,22 +210,35 @@ class Cluster:
         prefill_tokens, admitted = self._prefill()
         if not self._rows.shape[1]:
             return None
-        kv_tokens = self.kv_tokens
-        return Step(self.settings.step_s(kv_tokens, prefill_tokens), kv_tokens, prefill_tokens, admitted)
+        settings, kv_tokens = self.settings, self.kv_tokens
+        work = settings.work(kv_tokens, prefill_tokens)
+        requests_max = int(self.running.max()) if settings.step_s_per_request else 0
+        duration_s = settings.step_s(work, prefill_tokens, requests_max)
+        return Step(duration_s, kv_tokens, prefill_tokens, work, admitted)
 
     def end_step(self) -> StepResult:
-        """Decode a token for every request whose prefill is over and let those that are done leave."""
+        """Decode for every request whose prefill is over and let those that are done leave."""
         rows = self._rows
         decodes = rows[_MISSING] == 0
-        rows[_DECODED] += decodes
+        tokens = None if self.settings.tokens_per_step == 1 else self._drawn_tokens() * decodes
+        rows[_DECODED] += decodes if tokens is None else tokens
         finished = rows[_DECODED] >= rows[_OUTPUT]
-        ids = rows[_ID]
-        result = (
-            StepResult(ids[decodes], finished[decodes]) if self._prefilling else StepResult(ids, finished)
-        )
+        result = StepResult(rows[_ID], finished, tokens)
+        if self._prefilling:
+            those = None if tokens is None else tokens[decodes]
+            result = StepResult(rows[_ID][decodes], finished[decodes], those)
         if finished.any():
             self._keep(~finished)
         return result
+
+    def _drawn_tokens(self) -> IntArray:
+        """Return how many tokens each running request decodes: one at first, then 1 to 3 to its end."""
+        rows = self._rows
+        predicted = TOKENS_PER_STEP_MAX - 1
+        share = (self.settings.tokens_per_step - 1) / predicted
+        more = self._rng.binomial(predicted, share, rows.shape[1]) * (rows[_DECODED] > 0)
+        tokens: IntArray = np.minimum(1 + more, rows[_OUTPUT] - rows[_DECODED])
+        return tokens
 
     def _prefill(self) -> tuple[IntArray, list[int]]:
         """Go on with what is begun and move queued requests into free slots, as far as a step goes.
@@ -259,7 +282,7 @@ class Cluster:
         running, kv_tokens = self.running, self.kv_used_tokens
         loading = self._loading_requests()
         for worker, queue in enumerate(self._queues):
-            slots = self.settings.slots - int(running[worker] + loading[worker])
+            slots = self._slots[worker] - int(running[worker] + loading[worker])
             kv_free = self._kv_free(worker, running, kv_tokens)
             while queue and slots > 0 and queue[0].kv_tokens <= kv_free:
                 if queue[0].prefill_tokens and left[worker] <= 0:
@@ -277,8 +300,9 @@ class Cluster:
     def _kv_free(self, worker: int, running: IntArray, kv_tokens: IntArray) -> float:
         if self.settings.kv_capacity_tokens is None:
             return float("inf")
-        # Every running request is about to decode one more token.
-        return self.settings.kv_capacity_tokens - int(kv_tokens[worker] + running[worker])
+        # Every running request is about to decode more.
+        growth = self.settings.tokens_in_step_max
+        return self.settings.kv_capacity_tokens - int(kv_tokens[worker] + growth * running[worker])
 
     def _loading_requests(self) -> IntArray:
         """Return the requests that are loading on each worker, int64[G]."""
@@ -290,10 +314,11 @@ class Cluster:
         capacity = self.settings.kv_capacity_tokens
         if capacity is None or not self._rows.shape[1]:
             return
-        overflowing = np.flatnonzero(self.kv_used_tokens + self.running > capacity)
+        growth = self.settings.tokens_in_step_max
+        overflowing = np.flatnonzero(self.kv_used_tokens + growth * self.running > capacity)
         for worker in overflowing.tolist():
             columns = np.flatnonzero(self._rows[_WORKER] == worker)
-            needs = (self._rows[_PROMPT] + self._rows[_DECODED] + 1)[columns]
+            needs = (self._rows[_PROMPT] + self._rows[_DECODED] + growth)[columns]
             # At least the oldest stays: alone it fits, or it would not have been taken. What is reserved may
             # be in its way and will go again: until then the worker has more than it can hold.
             room = capacity - self._reserved[worker]

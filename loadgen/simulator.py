@@ -14,7 +14,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.ledger import BoolArray, Ledger
@@ -26,10 +25,8 @@ from brproxy.routing.policy import PolicyParams, make_policy
 from brproxy.types import PendingRequest, RequestId
 from loadgen.barrier import BarrierRecord, BarrierStats
 from loadgen.cluster import Cluster, Step
-from loadgen.cluster_settings import ClusterSettings, IntArray
+from loadgen.cluster_settings import TOKENS_PER_STEP_MAX, ClusterSettings, FloatArray, IntArray
 from loadgen.workload import TraceRequest, Workload
-
-FloatArray = NDArray[np.float64]
 
 _POOL = PoolLimits(requests_max=1 << 40, wait_s_max=1e12)
 
@@ -52,7 +49,8 @@ class Simulation:
     """What happened. Per request, float64[N] in order of arrival, NaN where the run ended before.
 
     ``wait_s``: arrival to the step that admits it. ``ttft_s``: arrival to first token. ``tpot_s``: time for
-    each token after the first. ``steady_s``: from 25 % to 95 % of the arrivals, what ``barrier`` is over.
+    each token after the first. ``finished`` were served to their end, ``aborted`` left before (bool[N]).
+    ``steady_s``: from 25 % to 95 % of the arrivals, what ``barrier`` is over.
     ``loads``: start of each step (float64[S]) and KV tokens of each worker in it (int64[S, G]), if kept.
     """
 
@@ -63,6 +61,7 @@ class Simulation:
     ttft_s: FloatArray
     tpot_s: FloatArray
     finished: BoolArray
+    aborted: BoolArray
     preemptions: int
     quality: PredictionQuality
     loads: tuple[FloatArray, IntArray]
@@ -92,9 +91,9 @@ class _Run:
         keep_loads: bool,
     ) -> None:
         costs = settings.costs
-        limits = WorkerLimits(settings.slots, settings.kv_capacity_tokens)
+        limits = [WorkerLimits(slots, settings.kv_capacity_tokens) for slots in settings.worker_slots]
         self._dispatcher = Dispatcher(
-            Ledger(Roster.of([limits] * settings.workers)),
+            Ledger(Roster.of(limits)),
             make_policy(choice.policy, choice.policy_params),
             make_predictor(choice.predictor, choice.predictor_params),
             np.random.default_rng(seed),
@@ -102,7 +101,8 @@ class _Run:
             costs=lambda: costs,
         )
         self._requests = workload.requests
-        self._cluster = Cluster(settings)
+        # Its own generator: what a policy draws must not change what the deployment does.
+        self._cluster = Cluster(settings, np.random.default_rng((seed, 1)))
         self._routable = (True,) * settings.workers
         self._record = BarrierRecord()
         count = len(workload.requests)
@@ -110,6 +110,7 @@ class _Run:
         self._started_s = np.full(count, np.nan)
         self._first_s = np.full(count, np.nan)
         self._last_s = np.full(count, np.nan)
+        self._aborted = np.zeros(count, dtype=bool)
         self._next = 0
         self._steps = 0
         self._dispatch_steps = settings.dispatch_steps
@@ -184,7 +185,7 @@ class _Run:
         while self._in_transit and self._in_transit[0][0] <= step:
             _, entry = self._in_transit.popleft()
             request = self._requests[entry.id]
-            self._cluster.submit(entry.id, entry.worker, request.prompt_tokens, request.output_tokens)
+            self._cluster.submit(entry.id, entry.worker, request.prompt_tokens, request.decoded_tokens)
 
     def _admitted(self, request_ids: list[int], now_s: float) -> None:
         """Note when each got a slot, those that were preempted for the first time only."""
@@ -193,7 +194,7 @@ class _Run:
                 self._started_s[request_id] = now_s
 
     def _end_step(self, ended_s: float) -> int:
-        """Decode a token for everything that runs; return how many there were."""
+        """Decode for everything that runs, and end what is done or left; return how many tokens it was."""
         result = self._cluster.end_step()
         ids = result.request_ids
         new = ids[np.isnan(self._first_s[ids])]
@@ -201,18 +202,28 @@ class _Run:
         ledger = self._dispatcher.ledger
         for request_id in new.tolist():
             ledger.first_token(RequestId(request_id), ended_s)
-        decoded = np.zeros(len(self._requests), dtype=bool)
-        decoded[ids] = True
-        ledger.grow_rows(decoded[ledger.row_ids()])
+        if result.output_tokens is None:
+            tokens = len(ids)
+            decoded = np.zeros(len(self._requests), dtype=bool)
+            decoded[ids] = True
+            ledger.grow_rows(decoded[ledger.row_ids()])
+        else:
+            tokens = int(result.output_tokens.sum())
+            grown = np.zeros(len(self._requests), dtype=np.int64)
+            grown[ids] = result.output_tokens
+            for least in range(1, TOKENS_PER_STEP_MAX + 1):
+                ledger.grow_rows(grown[ledger.row_ids()] >= least)
         finished = ids[result.finished]
         self._last_s[finished] = ended_s
         for request_id in finished.tolist():
-            self._dispatcher.end(RequestId(request_id), Event.FINISH)
-        return len(ids)
+            aborted = self._requests[request_id].aborted_after_tokens is not None
+            self._aborted[request_id] = aborted
+            self._dispatcher.end(RequestId(request_id), Event.CANCEL if aborted else Event.FINISH)
+        return tokens
 
     def _result(self, steady_s: tuple[float, float]) -> Simulation:
-        outputs = np.array([r.output_tokens for r in self._requests], dtype=np.float64)
-        finished = ~np.isnan(self._last_s)
+        outputs = np.array([r.decoded_tokens for r in self._requests], dtype=np.float64)
+        finished = ~np.isnan(self._last_s) & ~self._aborted
         tpot_s = np.full(len(outputs), np.nan)
         several = finished & (outputs > 1)
         tpot_s[several] = (self._last_s - self._first_s)[several] / (outputs[several] - 1)
@@ -224,6 +235,7 @@ class _Run:
             ttft_s=self._first_s - self._arrival_s,
             tpot_s=tpot_s,
             finished=finished,
+            aborted=self._aborted,
             preemptions=self._cluster.preemptions,
             quality=self._dispatcher.quality.report(),
             loads=(

@@ -12,8 +12,9 @@ class TraceRequest:
     """One request of a workload.
 
     ``arrival_s`` counts from the workload's start. Requests with the same ``prompt_key`` send the same
-    prompt text; None means a text of its own. Prompts with the same ``prefix_key`` begin alike. Raises
-    InvalidInputError on counts that no engine could serve.
+    prompt text; None means a text of its own. Prompts with the same ``prefix_key`` begin alike. Its client
+    leaves once ``aborted_after_tokens`` of the output are decoded; None: it stays. Raises InvalidInputError
+    on counts that no engine could serve.
     """
 
     arrival_s: float
@@ -21,6 +22,7 @@ class TraceRequest:
     output_tokens: int
     prompt_key: int | None = None
     prefix_key: int | None = None
+    aborted_after_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Check ranges here, so that every trace format reports them alike."""
@@ -33,6 +35,15 @@ class TraceRequest:
         if self.output_tokens < 1:
             msg = f"output_tokens must be at least 1, got {self.output_tokens}"
             raise InvalidInputError(msg)
+        aborted = self.aborted_after_tokens
+        if aborted is not None and not 1 <= aborted <= self.output_tokens:
+            msg = f"aborted_after_tokens must be 1 to {self.output_tokens}, the output, got {aborted}"
+            raise InvalidInputError(msg)
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Return the output tokens that are decoded before its client leaves, or all of them."""
+        return self.output_tokens if self.aborted_after_tokens is None else self.aborted_after_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,4 +51,6 @@ def plan_from_file(
         names = ", ".join("--" + name.replace("_", "-") for name in others)
         raise InvalidInputError(f"{names}: the scenario file says that; change it there")
     file = load_scenario(path)
-    return ComparisonPlan(file.scenario(path.parent, seed, workers, rate), policies or tuple(file.policies))
+    scenario = file.scenario(path.parent, seed, workers, rate)
+    scenario.must_be_emulated()
+    return ComparisonPlan(scenario, policies or tuple(file.policies))

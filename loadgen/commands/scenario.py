@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from brproxy.types import InvalidInputError
-from loadgen.arrivals import faster, with_gamma_arrivals
+from loadgen.arrivals import faster, with_aborts, with_gamma_arrivals
 from loadgen.capacity import Capacity, perfect_capacity
 from loadgen.cluster_settings import ClusterSettings
 from loadgen.emulator.settings import Transfer
@@ -19,11 +19,15 @@ from loadgen.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class WorkloadChoice:
-    """Where requests come from: a trace file, or a synthetic law by name; ``requests``: the first so many."""
+    """Where requests come from: a trace file, or a synthetic law by name; ``requests``: the first so many.
+
+    ``abort_fraction`` of them are aborted by their clients, each somewhere in its output.
+    """
 
     name: str = "short"
     trace: Path | None = None
     requests: int | None = 2000
+    abort_fraction: float = 0.0
 
     def load(self, rng: np.random.Generator) -> tuple[Workload, bool]:
         """Return the requests, and whether they have arrival times; raises InvalidInputError."""
@@ -93,6 +97,11 @@ class Scenario:
         """
         rng = np.random.default_rng(self.seed)
         workload, has_times = self.workload.load(rng)
+        if self.workload.abort_fraction:
+            # Drawn apart, so that who leaves changes nothing of what was asked.
+            workload = with_aborts(
+                workload, self.workload.abort_fraction, np.random.default_rng((self.seed, 1))
+            )
         self._check_room(workload)
         prefills = self.prefill is None
         decoding = self.cluster if prefills else replace(self.cluster, prefill_s_per_token=0.0)
@@ -139,6 +148,7 @@ class Scenario:
             "step_ns_per_kv_token": cluster.step_s_per_kv_token * 1e9,
             "prefill_us_per_token": cluster.prefill_s_per_token * 1e6,
             "prefill_tokens_max": cluster.prefill_tokens_max,
+            **self._beyond_the_basics(),
         }
         if prefill is None:
             return described
@@ -149,3 +159,27 @@ class Scenario:
             "prefill_kv_capacity_tokens": prefill.kv_capacity_tokens,
             "transfer_ms_per_ktoken": prefill.transfer_ms_per_ktoken,
         }
+
+    def _beyond_the_basics(self) -> dict[str, str | int | float | None]:
+        """Return what only a simulation knows, as far as it is not as it mostly is."""
+        cluster, plain = self.cluster, ClusterSettings()
+        values: dict[str, tuple[str | float, str | float]] = {
+            "abort_fraction": (self.workload.abort_fraction, 0.0),
+            "decode_factor_under_prefill": (
+                cluster.decode_factor_under_prefill,
+                plain.decode_factor_under_prefill,
+            ),
+            "step_us_per_request": (cluster.step_s_per_request * 1e6, plain.step_s_per_request),
+            "batch_buckets": (" ".join(map(str, cluster.batch_buckets)), ""),
+            "tokens_per_step": (cluster.tokens_per_step, plain.tokens_per_step),
+            "slots_each": (" ".join(map(str, cluster.slots_each)), ""),
+            "slowness": (" ".join(map(str, cluster.slowness)), ""),
+        }
+        return {name: value for name, (value, usual) in values.items() if value != usual}
+
+    def must_be_emulated(self) -> None:
+        """Raise InvalidInputError for what an emulated deployment and its clients cannot do."""
+        simulated = ", ".join(self._beyond_the_basics())
+        if simulated:
+            msg = f"{simulated}: only loadgen simulate knows that; leave it out"
+            raise InvalidInputError(msg)

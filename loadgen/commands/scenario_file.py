@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from brproxy.validation import Section, load_toml, validate
-from loadgen.cluster_settings import DISPATCH_STEPS_MAX, ClusterSettings
+from loadgen.cluster_settings import DISPATCH_STEPS_MAX, TOKENS_PER_STEP_MAX, ClusterSettings
 from loadgen.commands.scenario import Arrivals, PrefillServers, Scenario, WorkloadChoice
 from loadgen.emulator.settings import Transfer
 from loadgen.report.tables import BEST_BASELINE
@@ -24,6 +24,9 @@ class WorkloadSection(Section):
     trace: str = Field(default="", description="Trace file in its place, relative to the scenario file.")
     requests_per_worker: int = Field(
         default=1500, ge=1, description="Requests for each worker; of a trace the first so many."
+    )
+    abort_fraction: Number = Field(
+        default=0.0, ge=0, le=1, description="Share of clients that leave, each somewhere in its output."
     )
 
 
@@ -53,6 +56,28 @@ class ClusterSection(Section):
         ge=1,
         description="Tokens that a worker prefills in a step at most, those that it decodes included; "
         "left out: whole prompts.",
+    )
+    decode_factor_under_prefill: Number = Field(
+        default=1.0, ge=1, description="Cost of a KV token of a worker that prefills in the same step, in a."
+    )
+    step_us_per_request: Number = Field(
+        default=0.0, ge=0, description="Added to a step for each request of the worker that runs most."
+    )
+    batch_buckets: list[int] = Field(
+        default_factory=list, description="Sizes that this number is padded to; left out: none."
+    )
+    tokens_per_step: Number = Field(
+        default=1.0,
+        ge=1,
+        le=TOKENS_PER_STEP_MAX,
+        description="Mean tokens that a request decodes in a step, 1 to 3 at random (multi-token).",
+    )
+    slots_each: list[int] = Field(
+        default_factory=list, description="Slots of each worker; left out: as `slots`."
+    )
+    slowness: list[Number] = Field(
+        default_factory=list,
+        description="How many times as long each worker's KV and prefill tokens take; left out: 1.",
     )
     dispatch_steps: int = Field(
         default=1,
@@ -102,7 +127,12 @@ class ScenarioFile(Section):
         count = cluster.workers if workers is None else workers
         trace = folder / self.workload.trace if self.workload.trace else None
         return Scenario(
-            WorkloadChoice(self.workload.name, trace, self.workload.requests_per_worker * count),
+            WorkloadChoice(
+                self.workload.name,
+                trace,
+                self.workload.requests_per_worker * count,
+                self.workload.abort_fraction,
+            ),
             Arrivals(
                 rate=self.arrivals.rate if rate is None else rate,
                 cv=self.arrivals.cv,
@@ -117,6 +147,12 @@ class ScenarioFile(Section):
                 prefill_s_per_token=cluster.prefill_us_per_token / 1e6,
                 prefill_tokens_max=cluster.prefill_tokens_max,
                 dispatch_steps=cluster.dispatch_steps,
+                decode_factor_under_prefill=cluster.decode_factor_under_prefill,
+                step_s_per_request=cluster.step_us_per_request / 1e6,
+                batch_buckets=tuple(cluster.batch_buckets),
+                tokens_per_step=cluster.tokens_per_step,
+                slots_each=tuple(cluster.slots_each),
+                slowness=tuple(cluster.slowness),
             ),
             seed,
             self._prefill_servers(),

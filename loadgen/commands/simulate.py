@@ -106,7 +106,7 @@ def policy_result(label: str, simulation: Simulation, perfect_tokens_per_s: floa
         preemptions=simulation.preemptions,
         ttft_ms_p50=ttft_ms.p50 if ttft_ms else None,
         requests=len(simulation.finished),
-        lost=int((~simulation.finished).sum()),
+        lost=int((~simulation.finished & ~simulation.aborted).sum()),
         tpot_ms=tpot_ms,
         ttft_ms=ttft_ms,
     )

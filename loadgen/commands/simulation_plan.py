@@ -10,7 +10,7 @@ from pathlib import Path
 from brproxy.routing.policy import make_policy
 from brproxy.types import InvalidInputError
 from loadgen.commands.policy_spec import parse_policies, parse_policy
-from loadgen.commands.scenario import Scenario, WorkloadChoice
+from loadgen.commands.scenario import Scenario
 from loadgen.commands.scenario_file import ScenarioFile, load_scenario
 from loadgen.report.tables import BEST_BASELINE, PublishedFigures
 from loadgen.simulator import SimulatedPolicy
@@ -101,4 +101,6 @@ def _scenario(
         return scenario
     # A trace named on the command line comes with its own times unless a rate is given as well.
     arrivals = scenario.arrivals if rate is not None else replace(scenario.arrivals, rate=None)
-    return replace(scenario, workload=WorkloadChoice(trace=trace, requests=None), arrivals=arrivals)
+    return replace(
+        scenario, workload=replace(scenario.workload, trace=trace, requests=None), arrivals=arrivals
+    )

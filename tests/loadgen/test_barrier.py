@@ -10,7 +10,8 @@ from loadgen.cluster import Step
 
 
 def step(duration_s, kv_tokens, prefill_tokens=(0, 0)):
-    return Step(duration_s, np.array(kv_tokens), np.array(prefill_tokens), [])
+    loads = np.array(kv_tokens)
+    return Step(duration_s, loads, np.array(prefill_tokens), loads, [])
 
 
 def record():
@@ -35,6 +36,16 @@ def test_prefill_is_balanced_or_not_in_the_steps_that_have_some():
     steps.add(5.0, step(9.0, [5, 5], [7, 7]), 2)
     assert steps.stats(0.0, 9.0).prefill_balance == pytest.approx((200 / 300 + 1) / 2)
     assert steps.stats(1.0, 5.0).prefill_balance is None
+
+
+def test_idle_is_of_what_loads_weigh():
+    steps = BarrierRecord()
+    # The first worker takes twice as long: it is busy all the time, and the others wait for it.
+    loads = np.array([50, 90])
+    steps.add(0.0, Step(1.0, loads, np.zeros(2, dtype=np.int64), loads * [2.0, 1.0], []), 2)
+    stats = steps.stats(0.0, 1.0)
+    assert stats.idle_fraction == pytest.approx(1 - 95 / 100)
+    assert (stats.imbalance_kv_tokens, stats.mean_kv_tokens) == (40.0, 70.0)
 
 
 def test_a_window_takes_the_steps_that_begin_in_it():

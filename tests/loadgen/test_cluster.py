@@ -212,6 +212,14 @@ def test_preempted_requests_are_recomputed_and_lose_nothing():
         ({"prefill_s_per_token": -1.0}, "at least 0"),
         ({"prefill_tokens_max": 63}, "prefill_tokens_max must be at least the slots, 64, got 63"),
         ({"dispatch_steps": -1}, "dispatch_steps must be 0 to 1000, got -1"),
+        ({"decode_factor_under_prefill": 0.9}, "decode_factor_under_prefill must be at least 1, got 0.9"),
+        ({"step_s_per_request": -1.0}, "at least 0"),
+        ({"batch_buckets": (8, 4)}, r"batch_buckets must increase, from at least 1, got \[8, 4\]"),
+        ({"tokens_per_step": 3.5}, "tokens_per_step must be 1 to 3, got 3.5"),
+        ({"slots_each": (1, 2)}, "slots_each must have one value for each of 8 workers, got 2"),
+        ({"workers": 2, "slots_each": (1, 0)}, r"slots_each must be at least 1 each, got \[1, 0\]"),
+        ({"slowness": (1.0,)}, "slowness must have one value for each of 8 workers, got 1"),
+        ({"workers": 1, "slowness": (0.0,)}, r"slowness must be above 0 and at most 1000, got \[0.0\]"),
     ],
 )
 def test_impossible_deployments(arguments, words):
@@ -225,3 +233,82 @@ def test_impossible_requests():
         cluster.submit(0, 0, 90, 11)
     with pytest.raises(InvalidInputError, match="needs a prompt and an output, got 1 and 0"):
         cluster.submit(0, 0, 1, 0)
+
+
+def test_kv_tokens_cost_more_where_a_worker_prefills():
+    settings = ClusterSettings(2, 4, None, 0.030, 1e-6, 0.0, decode_factor_under_prefill=3.0)
+    cluster = Cluster(settings)
+    cluster.submit(0, 0, 10_000, 5)
+    cluster.begin_step()
+    cluster.end_step()
+    cluster.submit(1, 1, 6_000, 5)
+    step = cluster.begin_step()
+    assert step.kv_tokens.tolist() == [10_001, 6_000]
+    assert step.work.tolist() == [10_001, 18_000]
+    assert step.duration_s == pytest.approx(0.030 + 0.018)
+    cluster.end_step()
+    assert cluster.begin_step().duration_s == pytest.approx(0.030 + 0.010002)
+
+
+def test_requests_cost_what_the_fullest_workers_bucket_costs():
+    settings = ClusterSettings(2, 9, None, 0.030, 0.0, step_s_per_request=1e-3, batch_buckets=(1, 4, 8))
+    cluster = Cluster(settings)
+    durations_ms = []
+    for request_id in range(9):
+        cluster.submit(request_id, 0, 1, 100)
+        durations_ms.append(round(cluster.begin_step().duration_s * 1e3))
+        cluster.end_step()
+    # The other worker is padded to it at no cost. Beyond the last bucket nothing is padded.
+    cluster.submit(9, 1, 1, 100)
+    assert cluster.begin_step().duration_s == pytest.approx(0.039)
+    assert durations_ms == [31, 34, 34, 34, 38, 38, 38, 38, 39]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=30),
+    st.floats(1, 3),
+    st.none() | st.integers(100, 200),
+    st.integers(0, 9),
+)
+def test_several_tokens_a_step_are_as_many_in_the_end(sizes, mean, capacity, seed):
+    cluster = Cluster(ClusterSettings(2, 4, capacity, tokens_per_step=mean), np.random.default_rng(seed))
+    for request_id, (prompt, output) in enumerate(sizes):
+        cluster.submit(request_id, request_id % 2, prompt, output)
+    decoded, done = [0] * len(sizes), []
+    while cluster.begin_step() is not None:
+        assert capacity is None or (cluster.kv_used_tokens <= capacity).all()
+        result = cluster.end_step()
+        each = (
+            [1] * len(result.request_ids) if result.output_tokens is None else result.output_tokens.tolist()
+        )
+        for request_id, tokens in zip(result.request_ids.tolist(), each, strict=True):
+            assert 1 <= tokens <= (3 if decoded[request_id] and mean > 1 else 1)
+            decoded[request_id] += tokens
+        done += result.request_ids[result.finished].tolist()
+    assert decoded == [output for _, output in sizes]
+    assert sorted(done) == list(range(len(sizes)))
+
+
+def test_tokens_a_step_have_their_mean():
+    cluster = Cluster(ClusterSettings(1, 64, tokens_per_step=1.8), np.random.default_rng(1))
+    for request_id in range(64):
+        cluster.submit(request_id, 0, 1, 10_000)
+    cluster.begin_step()
+    assert cluster.end_step().output_tokens.tolist() == [1] * 64
+    tokens = [cluster.begin_step() and cluster.end_step().output_tokens.mean() for _ in range(200)]
+    assert np.mean(tokens) == pytest.approx(1.8, abs=0.03)
+
+
+def test_workers_may_be_unequal():
+    settings = ClusterSettings(2, 9, None, 0.030, 1e-6, 1e-5, slots_each=(1, 3), slowness=(1.0, 1.5))
+    cluster = Cluster(settings)
+    for request_id in range(8):
+        cluster.submit(request_id, request_id % 2, 1000, 5)
+    step = cluster.begin_step()
+    assert cluster.running.tolist() == [1, 3]
+    assert step.work.tolist() == [1000, 4500]
+    assert step.duration_s == pytest.approx(0.030 + 1.5 * (3000e-6 + 3000e-5))
+    assert settings.costs.slowness == pytest.approx((0.8, 1.2))
+    assert settings.costs.s_per_kv_token == pytest.approx(1.25e-6)
+    assert settings.costs.s_per_prefill_token == pytest.approx(1.25e-5)

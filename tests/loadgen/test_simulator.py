@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from brproxy.ledger import Ledger
 from brproxy.prediction.predictor import PREDICTORS
 from brproxy.routing.policies.br_h import Lookahead, lookahead_for
 from brproxy.routing.policies.least_kv import LeastKvPolicy
@@ -10,7 +11,7 @@ from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED
 from brproxy.step_costs import StepCosts
 from brproxy.types import InvalidInputError
-from loadgen.arrivals import with_gamma_arrivals
+from loadgen.arrivals import with_aborts, with_gamma_arrivals
 from loadgen.capacity import perfect_capacity
 from loadgen.cluster_settings import ClusterSettings
 from loadgen.commands.bench import CASES, GROUPS, BenchCase, BenchResult, bench, bench_table
@@ -100,6 +101,48 @@ def test_the_dispatcher_is_told_what_a_step_costs(monkeypatch):
     workload = Workload("w", tuple(TraceRequest(0.0, 250, 2) for _ in range(2)))
     simulate(workload, settings, SimulatedPolicy("least-kv"), seed=0)
     assert costs[0] == StepCosts(0.030, 1e-7, 1e-5, 100)
+
+
+def test_the_books_hold_every_token_of_several_in_a_step(monkeypatch):
+    checked = []
+
+    class Watched(Ledger):
+        def grow_rows(self, rows):
+            super().grow_rows(rows)
+            checked.append(sum(self.kv_tokens))
+
+    monkeypatch.setattr("loadgen.simulator.Ledger", Watched)
+    settings = ClusterSettings(2, 4, tokens_per_step=2.0)
+    workload = Workload("w", tuple(TraceRequest(0.0, 10, 40) for _ in range(8)))
+    run = simulate(workload, settings, SimulatedPolicy("br-0"), seed=0, keep_loads=True)
+    assert run.finished.all()
+    assert run.record.stats(0.0, np.inf).output_tokens == 8 * 40
+    # Three levels in each step, the last of them is what the next step begins with.
+    booked, loads = checked[2::3], run.loads[1].sum(axis=1)
+    full = [i for i in range(1, len(loads)) if loads[i] == booked[i - 1]]
+    assert len(full) > 10
+    # A token takes half as long, as the steps do not.
+    assert run.tpot_s.mean() == pytest.approx(0.030 / 2, rel=0.1)
+
+
+def test_clients_that_leave_are_neither_served_nor_lost_and_teach_nothing():
+    workload = overload(requests=300)
+    leaving = with_aborts(workload, 0.3, np.random.default_rng(1))
+    run = simulate(leaving, SMALL, SimulatedPolicy("br-h", "survival"), seed=0)
+    gone = np.array([r.aborted_after_tokens is not None for r in leaving.requests])
+    assert 60 < gone.sum() < 120
+    assert (run.aborted == gone).all()
+    assert (run.finished == ~gone).all()
+    assert run.record.stats(0.0, np.inf).output_tokens == sum(r.decoded_tokens for r in leaving.requests)
+    assert np.isnan(run.tpot_s[gone]).all()
+
+
+def test_the_dispatcher_knows_unequal_slots():
+    settings = ClusterSettings(2, 4, slots_each=(1, 3))
+    workload = Workload("w", tuple(TraceRequest(0.0, 10, 4) for _ in range(8)))
+    run = simulate(workload, settings, SimulatedPolicy("br-0"), seed=0, keep_loads=True)
+    assert sorted(run.loads[1][0].tolist()) == [10, 30]
+    assert np.isnan(run.wait_s).sum() == 0
 
 
 @pytest.mark.parametrize("dispatch_steps", [0, 1])

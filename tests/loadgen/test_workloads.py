@@ -5,7 +5,7 @@ import pytest
 
 from brproxy.registry import UnknownNameError
 from brproxy.types import InvalidInputError
-from loadgen.arrivals import faster, with_gamma_arrivals
+from loadgen.arrivals import faster, with_aborts, with_gamma_arrivals
 from loadgen.capacity import perfect_capacity
 from loadgen.cluster import Cluster
 from loadgen.cluster_settings import ClusterSettings
@@ -81,25 +81,83 @@ def test_an_empty_workload():
         Workload("w", ())
 
 
-def test_capacity_of_equal_requests_is_what_a_full_cluster_does():
-    settings = ClusterSettings(2, 4, None, 0.03, 1e-5)
-    workload = Workload("w", tuple(TraceRequest(0.0, 100, 11) for _ in range(400)))
-    capacity = perfect_capacity(workload, settings)
-    cluster = Cluster(settings)
-    # Staggered, so that every age is there at every step, as in a steady state.
+def test_aborts_are_drawn_uniformly_over_the_output():
+    workload = synthetic_workload("short", 20_000, rng())
+    assert with_aborts(workload, 0.0, rng(1)) == workload
+    requests = with_aborts(workload, 0.25, rng(1)).requests
+    points = [r.aborted_after_tokens / r.output_tokens for r in requests if r.aborted_after_tokens]
+    assert len(points) == pytest.approx(5000, rel=0.05)
+    assert np.quantile(points, [0.25, 0.5, 0.75]) == pytest.approx([0.25, 0.5, 0.75], abs=0.02)
+    assert [r.decoded_tokens for r in requests] == [
+        r.aborted_after_tokens or r.output_tokens for r in requests
+    ]
+    with pytest.raises(InvalidInputError, match=r"aborted must be between 0 and 1, got 1\.5"):
+        with_aborts(workload, 1.5, rng())
+    with pytest.raises(InvalidInputError, match="aborted_after_tokens must be 1 to 5, the output, got 6"):
+        TraceRequest(0.0, 1, 5, aborted_after_tokens=6)
+
+
+def full_cluster(settings, prompt, output):
+    """Return the output tokens/s of slots that are always full, with workers in step and ages spread."""
+    cluster = Cluster(settings, rng())
     time_s, tokens, submitted = 0.0, 0, 0
-    for step_number in range(550):
-        for worker in range(2):
-            while cluster.running[worker] + cluster.queued[worker] < min(4, 1 + step_number // 3):
-                cluster.submit(submitted, worker, 100, 11)
+    gap = -(-output // max(settings.worker_slots))
+    for step_number in range(40 * output):
+        for worker, slots in enumerate(settings.worker_slots):
+            # Staggered, so that every age is there at every step, as in a steady state.
+            while cluster.running[worker] + cluster.queued[worker] < min(slots, 1 + step_number // gap):
+                cluster.submit(submitted, worker, prompt, output)
                 submitted += 1
         step = cluster.begin_step()
         time_s += step.duration_s
-        tokens += len(cluster.end_step().request_ids)
-        if step_number == 49:
+        result = cluster.end_step()
+        each = result.output_tokens
+        tokens += len(result.request_ids) if each is None else int(each.sum())
+        if step_number == 10 * output:
             time_s, tokens = 0.0, 0
-    assert tokens / time_s == pytest.approx(capacity.output_tokens_per_s, rel=0.02)
-    assert capacity.requests_per_s == pytest.approx(capacity.output_tokens_per_s / 11)
+    return tokens / time_s
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"prefill_s_per_token": 1e-4},
+        {"prefill_s_per_token": 1e-4, "prefill_tokens_max": 40},
+        {"prefill_s_per_token": 1e-4, "decode_factor_under_prefill": 3.0},
+        {"decode_factor_under_prefill": 3.0, "prefill_tokens_max": 54},
+        {"step_s_per_request": 1e-3, "batch_buckets": (1, 2, 8)},
+        {"tokens_per_step": 2.2},
+        {"slots_each": (4, 4), "slowness": (2.0, 2.0)},
+    ],
+    ids=str,
+)
+def test_capacity_of_equal_requests_is_what_a_full_cluster_does(more):
+    settings = ClusterSettings(2, 4, None, 0.03, 1e-5, **more)
+    workload = Workload("w", tuple(TraceRequest(0.0, 100, 44) for _ in range(400)))
+    capacity = perfect_capacity(workload, settings)
+    assert full_cluster(settings, 100, 44) == pytest.approx(capacity.output_tokens_per_s, rel=0.02)
+    assert capacity.requests_per_s == pytest.approx(capacity.output_tokens_per_s / 44)
+
+
+def test_perfect_balance_of_unequal_workers_is_what_each_does_in_the_same_time():
+    workload = Workload("w", (TraceRequest(0.0, 1000, 100),))
+    plain = perfect_capacity(workload, ClusterSettings(8, 64))
+    slow = perfect_capacity(workload, ClusterSettings(8, 64, slowness=(1.25, 1.25, *(1.0,) * 6)))
+    # Two of eight at 0.8 of the speed: 7.6 of eight workers for the same KV work.
+    assert slow.step_s - 0.030 == pytest.approx((plain.step_s - 0.030) * 8 / 7.6)
+    assert slow.kv_tokens_per_worker == plain.kv_tokens_per_worker
+    fewer = perfect_capacity(workload, ClusterSettings(2, 64, slots_each=(32, 64)))
+    assert fewer.kv_tokens_per_worker == pytest.approx(0.75 * plain.kv_tokens_per_worker)
+
+
+def test_aborted_output_is_no_work():
+    whole = Workload("w", (TraceRequest(0.0, 1000, 100),))
+    left = Workload("w", (TraceRequest(0.0, 1000, 100, aborted_after_tokens=10),))
+    short = Workload("w", (TraceRequest(0.0, 1000, 10),))
+    settings = ClusterSettings(2, 64)
+    assert perfect_capacity(left, settings) == perfect_capacity(short, settings)
+    assert perfect_capacity(left, settings) != perfect_capacity(whole, settings)
 
 
 def test_kv_capacity_limits_capacity():

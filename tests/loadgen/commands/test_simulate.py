@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from brproxy.types import InvalidInputError
 from brproxy.validation import ConfigError
 from loadgen.cli import app
+from loadgen.commands.comparison_plan import plan_from_file
 from loadgen.commands.policy_spec import parse_policies, parse_policy
 from loadgen.commands.scenario_file import load_scenario
 from loadgen.commands.simulate import mean_of
@@ -112,6 +113,45 @@ def test_the_bubble_is_in_the_file_and_on_the_command_line(scenario, tmp_path):
     scenario.write_text(SMALL.replace("slots = 4", "slots = 4\ndispatch_steps = 7"), encoding="utf-8")
     plan = plan_simulation(scenario, None, None, None, None, None)
     assert plan.scenario(1).cluster.dispatch_steps == 7
+
+
+BEYOND = {
+    "workload": {"abort_fraction": 0.25},
+    "cluster": {
+        "prefill_tokens_max": 512,
+        "decode_factor_under_prefill": 3.0,
+        "step_us_per_request": 50.0,
+        "batch_buckets": [1, 2, 4],
+        "tokens_per_step": 1.5,
+        "slots_each": [4, 2, 4],
+        "slowness": [1.0, 1.25, 1.0],
+    },
+}
+
+
+def test_what_is_beyond_the_basics_is_in_the_file(tmp_path):
+    lines = ['policies = ["br-0"]', "[workload]", "requests_per_worker = 40", 'name = "short"']
+    for section, keys in BEYOND.items():
+        lines += [f"{key} = {value}" for key, value in keys.items() if section == "workload"]
+    lines += ["[cluster]", "workers = 3", "slots = 4", "kv_capacity_tokens = 50000"]
+    lines += [f"{key} = {value}" for key, value in BEYOND["cluster"].items()]
+    path, out = tmp_path / "beyond.toml", tmp_path / "out.json"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    scenario = plan_simulation(path, None, None, None, None, None).scenario(1)
+    assert scenario.workload.abort_fraction == 0.25
+    cluster = scenario.cluster
+    assert (cluster.prefill_tokens_max, cluster.decode_factor_under_prefill) == (512, 3.0)
+    assert (cluster.step_s_per_request, cluster.batch_buckets) == (50e-6, (1, 2, 4))
+    assert (cluster.tokens_per_step, cluster.slots_each, cluster.slowness) == (1.5, (4, 2, 4), (1, 1.25, 1))
+    result = invoke("--scenario", path, "--seeds", 1, "--out", out)
+    assert result.exit_code == 0, result.output
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["scenario"]["slowness"] == "1.0 1.25 1.0"
+    assert document["policies"][0]["lost"] == 0
+    with pytest.raises(
+        InvalidInputError, match=r"abort_fraction, .*slowness: only loadgen simulate knows that"
+    ):
+        plan_from_file(path, [], (), None, None, 1)
 
 
 @pytest.mark.parametrize(
