@@ -180,6 +180,8 @@ class Replay:
             document["messages"] = [{"role": "user", "content": text}]
         else:
             document["prompt"] = text
+        if request.user:
+            document["user"] = request.user
         if self._settings.lengths is Lengths.MAX_TOKENS:
             document |= {"max_tokens": request.output_tokens, "ignore_eos": True}
         if not self._settings.verify:

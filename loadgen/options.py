@@ -28,7 +28,10 @@ Name = Annotated[
 ]
 TraceFile = Annotated[
     Path | None,
-    typer.Option(help="Trace file instead: Azure, Mooncake, BurstGPT or ShareGPT, told by content."),
+    typer.Option(
+        help="Trace instead: a file (Azure, Mooncake, BurstGPT or ShareGPT, told by content), "
+        "or a folder of ServeGen's clients."
+    ),
 ]
 Requests = Annotated[int | None, typer.Option(help="Requests; of a trace the first so many, by default all.")]
 RequestsPerS = Annotated[float | None, typer.Option(help="Arrivals a second, in the deployment's time.")]

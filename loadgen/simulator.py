@@ -251,6 +251,7 @@ def pending_request(request: TraceRequest) -> PendingRequest:
         request.prompt_tokens,
         prompt_hash=request.prompt_key,
         prefix_hash=request.prefix_key,
+        user=request.user,
         output_tokens_true=request.output_tokens,
         prompt_is_exact=True,
     )

@@ -12,6 +12,7 @@ from loadgen.arrivals import faster, with_aborts, with_gamma_arrivals
 from loadgen.capacity import Capacity, perfect_capacity
 from loadgen.cluster_settings import ClusterSettings
 from loadgen.emulator.settings import Transfer
+from loadgen.traces.servegen import load_servegen
 from loadgen.traces.synthetic import synthetic_workload
 from loadgen.traces.trace_format import load_trace
 from loadgen.workload import Workload
@@ -19,9 +20,10 @@ from loadgen.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class WorkloadChoice:
-    """Where requests come from: a trace file, or a synthetic law by name; ``requests``: the first so many.
+    """Where requests come from: a trace (a file, or a folder of clients), or a synthetic law by name.
 
-    ``abort_fraction`` of them are aborted by their clients, each somewhere in its output.
+    ``requests``: the first so many; None: all, of a trace. ``abort_fraction`` of them are aborted by
+    their clients, each somewhere in its output.
     """
 
     name: str = "short"
@@ -35,7 +37,10 @@ class WorkloadChoice:
             msg = f"requests must be at least 1, got {self.requests}"
             raise InvalidInputError(msg)
         if self.trace is not None:
-            loaded = load_trace(self.trace, self.requests)
+            if self.trace.is_dir():
+                loaded = load_servegen(self.trace, self.requests, rng)
+            else:
+                loaded = load_trace(self.trace, self.requests)
             return loaded.workload, loaded.has_times
         if self.requests is None:
             msg = "a synthetic workload needs a number of requests: give --requests"

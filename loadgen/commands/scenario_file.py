@@ -21,7 +21,9 @@ class WorkloadSection(Section):
     """Where requests come from."""
 
     name: str = Field(default="proprietary", description=f"Synthetic workload: {', '.join(WORKLOADS)}.")
-    trace: str = Field(default="", description="Trace file in its place, relative to the scenario file.")
+    trace: str = Field(
+        default="", description="Trace (file or folder) in its place, relative to the scenario file."
+    )
     requests_per_worker: int = Field(
         default=1500, ge=1, description="Requests for each worker; of a trace the first so many."
     )

@@ -101,6 +101,7 @@ def _scenario(
         return scenario
     # A trace named on the command line comes with its own times unless a rate is given as well.
     arrivals = scenario.arrivals if rate is not None else replace(scenario.arrivals, rate=None)
-    return replace(
-        scenario, workload=replace(scenario.workload, trace=trace, requests=None), arrivals=arrivals
-    )
+    # A folder of clients is a day of a large service: of it come as many requests as the scenario has.
+    requests = scenario.workload.requests if trace.is_dir() else None
+    workload = replace(scenario.workload, trace=trace, requests=requests)
+    return replace(scenario, workload=workload, arrivals=arrivals)
