@@ -57,6 +57,11 @@ def with_aborts(workload: Workload, fraction: float, rng: np.random.Generator) -
     )
 
 
+def at_once(workload: Workload) -> Workload:
+    """Return the workload as a closed batch: all of it arrives at 0."""
+    return replace(workload, requests=tuple(replace(r, arrival_s=0.0) for r in workload.requests))
+
+
 def faster(workload: Workload, speed: float) -> Workload:
     """Return the workload with its own times divided by ``speed`` (> 0)."""
     if not 0 < speed < float("inf"):

@@ -36,7 +36,7 @@ def perfect_capacity(workload: Workload, settings: ClusterSettings) -> Capacity:
     """Return what ``settings`` could do with ``workload``, prefill included."""
     prompts = np.array([r.prompt_tokens for r in workload.requests], dtype=np.float64)
     outputs = np.array([r.decoded_tokens for r in workload.requests], dtype=np.float64)
-    decoding, before = _steps(outputs, settings.tokens_per_step), _steps_before(prompts, settings)
+    decoding, before = steps_of(outputs, settings.tokens_per_step), _steps_before(prompts, settings)
     steps = float((decoding + before).mean())
     slot_kv_tokens = float(((prompts + (outputs - 1) / 2) * decoding + prompts / 2 * before).mean()) / steps
     # Each step so many of the requests of a worker end, and as many new prompts are prefilled.
@@ -64,8 +64,8 @@ def perfect_capacity(workload: Workload, settings: ClusterSettings) -> Capacity:
     return Capacity(requests_per_s * float(outputs.mean()), requests_per_s, step_s, kv_tokens)
 
 
-def _steps(outputs: FloatArray, tokens_per_step: float) -> FloatArray:
-    """Return the mean number of steps that each output takes: one token, then 1 to 3 at a time."""
+def steps_of(outputs: FloatArray, tokens_per_step: float) -> FloatArray:
+    """Return the mean number of steps that each of ``outputs`` takes: one token, then 1 to 3 at a time."""
     # A step draws 1 + binomial tokens; the last ones draw more than are left, E[X (X - 1)] / 2 E[X] of them.
     share = (tokens_per_step - 1) / (TOKENS_PER_STEP_MAX - 1)
     variance = (TOKENS_PER_STEP_MAX - 1) * share * (1 - share)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from loadgen.emulator.settings import Role, Transfer
+from loadgen.traces.synthetic import WORKLOADS
 
 Workers = Annotated[int, typer.Option(help="DP workers of the emulated deployment.")]
 Slots = Annotated[int, typer.Option(help="Requests that a worker runs at once.")]
@@ -23,9 +24,7 @@ Chunk = Annotated[
     ),
 ]
 Speed = Annotated[float, typer.Option(help="Run so many times as fast as real time.")]
-Name = Annotated[
-    str, typer.Option("--workload", help="Synthetic workload: proprietary, azure-2024, short or repeated.")
-]
+Name = Annotated[str, typer.Option("--workload", help=f"Synthetic workload: {', '.join(WORKLOADS)}.")]
 TraceFile = Annotated[
     Path | None,
     typer.Option(

@@ -50,19 +50,23 @@ class Simulation:
 
     ``wait_s``: arrival to the step that admits it. ``ttft_s``: arrival to first token. ``tpot_s``: time for
     each token after the first. ``finished`` were served to their end, ``aborted`` left before (bool[N]).
-    ``steady_s``: from 25 % to 95 % of the arrivals, what ``barrier`` is over.
-    ``loads``: start of each step (float64[S]) and KV tokens of each worker in it (int64[S, G]), if kept.
+    ``makespan_s``: first arrival to the last answer, None where the run ended before.
+    ``steady_s``: from 25 % to 95 % of the arrivals, what ``barrier`` is over. Of a closed batch, whose
+    requests all arrive at once, that is the whole run. ``steady``: the requests of that part. ``loads``:
+    start of each step (float64[S]) and KV tokens of each worker in it (int64[S, G]), if kept.
     """
 
     barrier: BarrierStats
     record: BarrierRecord
     steady_s: tuple[float, float]
+    steady: slice
     wait_s: FloatArray
     ttft_s: FloatArray
     tpot_s: FloatArray
     finished: BoolArray
     aborted: BoolArray
     preemptions: int
+    makespan_s: float | None
     quality: PredictionQuality
     loads: tuple[FloatArray, IntArray]
 
@@ -121,13 +125,12 @@ class _Run:
 
     def run(self, *, drain: bool) -> Simulation:
         count = len(self._requests)
-        steady_s = (
-            float(self._arrival_s[count * 25 // 100]),
-            float(self._arrival_s[count * 95 // 100]),
-        )
+        steady = slice(count * 25 // 100, count * 95 // 100)
+        steady_s = float(self._arrival_s[steady.start]), float(self._arrival_s[steady.stop])
+        is_closed = bool(self._arrival_s[0] == self._arrival_s[-1])
         now_s = float(self._arrival_s[0])
         busy_s = now_s
-        while drain or now_s < steady_s[1]:
+        while drain or is_closed or now_s < steady_s[1]:
             self._arrivals(now_s)
             step = self._begin_step(now_s)
             if step is None:
@@ -151,7 +154,9 @@ class _Run:
             self._record.add(now_s, step, tokens)
             self._steps += 1
             now_s = busy_s = ended_s
-        return self._result(steady_s)
+        if is_closed:
+            steady, steady_s = slice(None), (steady_s[0], busy_s)
+        return self._result(steady, steady_s)
 
     def _arrivals(self, now_s: float) -> bool:
         """Let everything arrive that is due, each at its own time; tell whether anything did."""
@@ -221,7 +226,7 @@ class _Run:
             self._dispatcher.end(RequestId(request_id), Event.CANCEL if aborted else Event.FINISH)
         return tokens
 
-    def _result(self, steady_s: tuple[float, float]) -> Simulation:
+    def _result(self, steady: slice, steady_s: tuple[float, float]) -> Simulation:
         outputs = np.array([r.decoded_tokens for r in self._requests], dtype=np.float64)
         finished = ~np.isnan(self._last_s) & ~self._aborted
         tpot_s = np.full(len(outputs), np.nan)
@@ -231,12 +236,16 @@ class _Run:
             barrier=self._record.stats(*steady_s),
             record=self._record,
             steady_s=steady_s,
+            steady=steady,
             wait_s=self._started_s - self._arrival_s,
             ttft_s=self._first_s - self._arrival_s,
             tpot_s=tpot_s,
             finished=finished,
             aborted=self._aborted,
             preemptions=self._cluster.preemptions,
+            makespan_s=None
+            if np.isnan(self._last_s).any()
+            else float(self._last_s.max() - self._arrival_s[0]),
             quality=self._dispatcher.quality.report(),
             loads=(
                 np.array([start_s for start_s, _ in self._loads]),

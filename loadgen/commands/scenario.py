@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from brproxy.types import InvalidInputError
-from loadgen.arrivals import faster, with_aborts, with_gamma_arrivals
+from loadgen.arrivals import at_once, faster, with_aborts, with_gamma_arrivals
 from loadgen.capacity import Capacity, perfect_capacity
 from loadgen.cluster_settings import ClusterSettings
 from loadgen.emulator.settings import Transfer
@@ -52,14 +52,16 @@ class WorkloadChoice:
 class Arrivals:
     """When requests arrive; the first of these that is given decides.
 
-    ``requests_per_s``; ``rate``, as a share of the perfect capacity; else the trace's own times,
-    ``trace_speed`` times as fast. ``cv``: coefficient of variation of the gaps, 1 is Poisson.
+    ``at_once``: all together, a closed batch; ``requests_per_s``; ``rate``, as a share of the perfect
+    capacity; else the trace's own times, ``trace_speed`` times as fast. ``cv``: coefficient of variation of
+    the gaps, 1 is Poisson.
     """
 
     requests_per_s: float | None = None
     rate: float | None = None
     cv: float = 1.0
     trace_speed: float = 1.0
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ class Scenario:
         prefills = self.prefill is None
         decoding = self.cluster if prefills else replace(self.cluster, prefill_s_per_token=0.0)
         capacity = perfect_capacity(workload, decoding)
+        if self.arrivals.at_once:
+            return at_once(workload), capacity
         rate_per_s = self.arrivals.requests_per_s
         if rate_per_s is None and self.arrivals.rate is not None:
             rate_per_s = self.arrivals.rate * capacity.requests_per_s
@@ -169,6 +173,7 @@ class Scenario:
         """Return what only a simulation knows, as far as it is not as it mostly is."""
         cluster, plain = self.cluster, ClusterSettings()
         values: dict[str, tuple[str | float, str | float]] = {
+            "at_once": (self.arrivals.at_once, False),
             "abort_fraction": (self.workload.abort_fraction, 0.0),
             "decode_factor_under_prefill": (
                 cluster.decode_factor_under_prefill,

@@ -40,6 +40,7 @@ class ArrivalsSection(Section):
         gt=0,
         description="Share of the perfect capacity; a trace may leave it out for its own times.",
     )
+    at_once: bool = Field(default=False, description="All at once, a closed batch, in place of a rate.")
     cv: Number = Field(default=1.0, ge=0, le=100, description="Burstiness: 1 is Poisson, more is bursty.")
     trace_speed: Number = Field(default=1.0, gt=0, description="A trace's own times, so many times as fast.")
 
@@ -139,6 +140,7 @@ class ScenarioFile(Section):
                 rate=self.arrivals.rate if rate is None else rate,
                 cv=self.arrivals.cv,
                 trace_speed=self.arrivals.trace_speed,
+                at_once=self.arrivals.at_once,
             ),
             ClusterSettings(
                 workers=count,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadgen.commands.scenario import Scenario
+from loadgen.packing import packed_makespan_s
 from loadgen.report.schema import Percentiles, PolicyResult, Report
 from loadgen.report.statistics import percentiles
 from loadgen.simulator import SimulatedPolicy, Simulation, simulate
@@ -32,6 +33,7 @@ _FIGURES = (
     "prefill_balance",
     "preemptions",
     "ttft_ms_p50",
+    "makespan_s",
 )
 
 
@@ -61,11 +63,13 @@ def simulate_all(
         on_done(job.label)
     first = scenario(seeds[0])
     workload, capacity = first.draw()
+    packed_s = packed_makespan_s(workload, first.cluster) if first.arrivals.at_once else None
     described = first.describe(workload) | {
         "seeds": len(seeds),
         "dispatch_steps": first.cluster.dispatch_steps,
         "perfect_output_tokens_per_s": capacity.output_tokens_per_s,
         "perfect_requests_per_s": capacity.requests_per_s,
+        "packed_makespan_s": packed_s,
     }
     return Report(scenario=described, policies=[mean_of(runs) for runs in results.values()])
 
@@ -89,7 +93,7 @@ def policy_result(label: str, simulation: Simulation, perfect_tokens_per_s: floa
     from_s, to_s = simulation.steady_s
     length_s = to_s - from_s
     tokens_per_s = simulation.barrier.output_tokens / length_s if length_s > 0 else None
-    steady = slice(len(simulation.finished) * 25 // 100, len(simulation.finished) * 95 // 100)
+    steady = simulation.steady
     tpot_ms, ttft_ms = _percentiles(simulation.tpot_s[steady]), _percentiles(simulation.ttft_s[steady])
     wait_ms = _percentiles(simulation.wait_s[steady])
     return PolicyResult(
@@ -104,6 +108,7 @@ def policy_result(label: str, simulation: Simulation, perfect_tokens_per_s: floa
         mean_kv_tokens=simulation.barrier.mean_kv_tokens,
         prefill_balance=simulation.barrier.prefill_balance,
         preemptions=simulation.preemptions,
+        makespan_s=simulation.makespan_s,
         ttft_ms_p50=ttft_ms.p50 if ttft_ms else None,
         requests=len(simulation.finished),
         lost=int((~simulation.finished & ~simulation.aborted).sum()),

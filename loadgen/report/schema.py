@@ -81,6 +81,9 @@ class PolicyResult(Document):
     preemptions: float | None = Field(
         default=None, description="Requests pushed back by full KV caches in the whole run (mean over seeds)."
     )
+    makespan_s: float | None = Field(
+        default=None, description="From the first arrival to the last answer: the figure of a closed batch."
+    )
     ttft_ms_p50: float | None = Field(default=None, description="Time to first token, median.")
     failures: dict[str, int] = Field(default_factory=dict, description="Lost requests by kind.")
     ttft_ms: Percentiles | None = None

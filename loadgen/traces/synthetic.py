@@ -2,7 +2,8 @@
 
 "proprietary" and "azure-2024" have the statistics of the two workloads of arXiv 2605.06113; "short" is chat
 with short answers, small enough for a demonstration on a laptop; "repeated" is templates and conversations
-whose prompts come again.
+whose prompts come again; "deepseek-r1" has the heavy tails of a public reasoning service, in prompts and in
+outputs; "rollouts" are the samples of a reinforcement learner's batch.
 """
 
 from __future__ import annotations
@@ -52,13 +53,74 @@ class SyntheticLaw:
     output_tokens: Law
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Lengths of several kinds of requests, each lognormal in both; long answers may go with short prompts.
+
+    A kind is its share, median and shape σ of its prompts, median and σ of its outputs.
+    """
+
+    kinds: tuple[tuple[float, float, float, float, float], ...]
+    prompt_tokens_max: int
+    output_tokens_max: int
+
+    def draw(self, requests: int, rng: np.random.Generator) -> tuple[TraceRequest, ...]:
+        """Draw ``requests`` requests that all arrive at 0."""
+        share, *laws = np.array(self.kinds).T
+        chosen = rng.choice(len(share), requests, p=share / share.sum())
+        columns = []
+        for median, sigma, most in (
+            (*laws[:2], self.prompt_tokens_max),
+            (*laws[2:], self.output_tokens_max),
+        ):
+            lengths = median[chosen] * np.exp(sigma[chosen] * rng.standard_normal(requests))
+            columns.append(np.clip(np.rint(lengths), 1, most).astype(np.int64).tolist())
+        return tuple(TraceRequest(0.0, prompt, output) for prompt, output in zip(*columns, strict=True))
+
+
+# Fitted to the day of 73 clients that ServeGen has of a DeepSeek-R1 service (expectation maximisation over
+# the logarithms of both lengths). Prompts: mean 1,269, P50 208, P99 23,450; outputs: 1,527, 792, 12,640.
+_DEEPSEEK_R1 = Mixture(
+    (
+        (0.225, 73, 0.864, 2486, 0.954),
+        (0.404, 687, 1.765, 614, 0.815),
+        (0.185, 19.7, 0.492, 1061, 0.547),
+        (0.186, 314, 0.367, 440, 0.295),
+    ),
+    prompt_tokens_max=57344,
+    output_tokens_max=32768,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """The batch of a reinforcement learner: each prompt ``samples`` times, one behind the other.
+
+    Prompts are lognormal; a prompt's outputs are lognormal with a mean of its own, itself lognormal with
+    shape ``between`` about 2,000 tokens, and shape ``within``: hard problems take long, each time.
+    """
+
+    samples: int = 8
+    between: float = 0.8
+    within: float = 0.5
+
+    def draw(self, requests: int, rng: np.random.Generator) -> tuple[TraceRequest, ...]:
+        """Draw ``requests`` requests that all arrive at 0; the last prompt may have fewer samples."""
+        prompts = -(-requests // self.samples)
+        prompt_tokens = lognormal(300, 0.7, 16, 4096)(rng, prompts)
+        mean_output = rng.lognormal(math.log(2000) - self.between**2 / 2, self.between, prompts)
+        prompt = np.arange(requests) // self.samples
+        noise = rng.lognormal(-(self.within**2) / 2, self.within, requests)
+        outputs = np.clip(np.rint(mean_output[prompt] * noise), 16, 16384).astype(np.int64)
+        columns = prompt_tokens[prompt].tolist(), outputs.tolist(), prompt.tolist()
+        return tuple(TraceRequest(0.0, p, o, key, key) for p, o, key in zip(*columns, strict=True))
+
+
 SYNTHETIC = {
     "proprietary": SyntheticLaw(lognormal(3197, 1.3, 16, 65536), lognormal(1185, 0.9, 8, 8192)),
     "azure-2024": SyntheticLaw(lognormal(4652, 0.9, 16, 65536), shifted_exponential(1001, 51, 8192)),
     "short": SyntheticLaw(lognormal(1600, 1.3, 16, 32768), lognormal(120, 0.9, 8, 1024)),
 }
-REPEATED = "repeated"
-WORKLOADS = (*SYNTHETIC, REPEATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +159,18 @@ class RepeatedPrompts:
         return tuple(TraceRequest(0.0, p, o, key, pre) for p, o, key, pre in zip(*columns, strict=True))
 
 
+_DRAWN: dict[str, Mixture | RepeatedPrompts | Rollouts] = {
+    "deepseek-r1": _DEEPSEEK_R1,
+    "repeated": RepeatedPrompts(),
+    "rollouts": Rollouts(),
+}
+WORKLOADS = (*SYNTHETIC, *_DRAWN)
+
+
 def synthetic_workload(name: str, requests: int, rng: np.random.Generator) -> Workload:
     """Draw ``requests`` (>= 1) requests that all arrive at 0; raises UnknownNameError."""
-    if name == REPEATED:
-        return Workload(name, RepeatedPrompts().draw(requests, rng))
+    if name in _DRAWN:
+        return Workload(name, _DRAWN[name].draw(requests, rng))
     if name not in SYNTHETIC:
         msg = f"unknown workload {name!r}; allowed: {', '.join(WORKLOADS)}"
         raise UnknownNameError(msg)

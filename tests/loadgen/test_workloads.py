@@ -10,7 +10,7 @@ from loadgen.capacity import perfect_capacity
 from loadgen.cluster import Cluster
 from loadgen.cluster_settings import ClusterSettings
 from loadgen.prompts import PromptMaker
-from loadgen.traces.synthetic import SYNTHETIC, synthetic_workload
+from loadgen.traces.synthetic import WORKLOADS, synthetic_workload
 from loadgen.workload import TraceRequest, Workload
 
 
@@ -28,7 +28,30 @@ def test_synthetic_statistics(name, prompt_mean, output_mean):
     assert np.mean([r.output_tokens for r in requests]) == pytest.approx(output_mean, rel=0.05)
 
 
-@pytest.mark.parametrize("name", SYNTHETIC)
+def test_the_tails_of_deepseek_r1():
+    # As ServeGen has them.
+    requests = synthetic_workload("deepseek-r1", 200_000, rng()).requests
+    prompts = np.array([r.prompt_tokens for r in requests])
+    outputs = np.array([r.output_tokens for r in requests])
+    assert prompts.mean() == pytest.approx(1269, rel=0.1)
+    assert np.percentile(prompts, [50, 95, 99]) == pytest.approx([208, 6700, 23450], rel=0.22)
+    assert outputs.mean() == pytest.approx(1527, rel=0.05)
+    assert np.percentile(outputs, [50, 95, 99]) == pytest.approx([792, 5700, 12640], rel=0.1)
+    assert (prompts.max(), outputs.max()) == (57344, 32768)
+    # Long answers go with short prompts.
+    assert np.corrcoef(np.log(prompts), np.log(outputs))[0, 1] == pytest.approx(-0.30, abs=0.05)
+
+
+def test_samples_of_a_prompt_are_alike():
+    requests = synthetic_workload("rollouts", 8 * 1000, rng()).requests
+    logs = np.log([r.output_tokens for r in requests]).reshape(1000, 8)
+    assert logs.mean(axis=1).std() == pytest.approx(np.hypot(0.8, 0.5 / 8**0.5), rel=0.1)
+    assert logs.std(axis=1, ddof=1).mean() == pytest.approx(0.5, rel=0.1)
+    assert np.mean([r.output_tokens for r in requests]) == pytest.approx(2000, rel=0.1)
+    assert len({(r.prompt_key, r.prompt_tokens) for r in requests}) == 1000
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
 def test_the_same_seed_draws_the_same_requests(name):
     assert synthetic_workload(name, 50, rng(3)) == synthetic_workload(name, 50, rng(3))
     assert synthetic_workload(name, 50, rng(3)) != synthetic_workload(name, 50, rng(4))
@@ -36,7 +59,8 @@ def test_the_same_seed_draws_the_same_requests(name):
 
 def test_unknown_workload():
     with pytest.raises(
-        UnknownNameError, match="unknown workload 'x'; allowed: proprietary, azure-2024, short, repeated"
+        UnknownNameError,
+        match="unknown workload 'x'; allowed: proprietary, azure-2024, short, deepseek-r1, repeated",
     ):
         synthetic_workload("x", 1, rng())
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from brproxy.types import InvalidInputError
 from brproxy.validation import ConfigError
+from loadgen.capacity import perfect_capacity
 from loadgen.cli import app
 from loadgen.commands.comparison_plan import plan_from_file
 from loadgen.commands.policy_spec import parse_policies, parse_policy
@@ -60,7 +61,52 @@ def test_every_shipped_scenario_is_valid(path):
     assert set(plan.published) == paper, "a published row is shown beside a policy"
     assert paper <= {*plan.policies, BEST_BASELINE}
     drawn = plan.scenario(1)
-    assert len(drawn.draw()[0].requests) == 1500 * drawn.cluster.workers
+    # For each worker, so that more of them with --workers meet as much.
+    per_worker = 256 if path.stem == "rollouts" else 1500
+    assert len(drawn.draw()[0].requests) == per_worker * drawn.cluster.workers
+    assert plan_simulation(path, None, None, None, None, 0.5).scenario(1).arrivals.rate == 0.5
+
+
+def shipped(name):
+    return plan_simulation(FOLDER / f"{name}.toml", None, None, None, None, None).scenario(1)
+
+
+@pytest.mark.parametrize(("name", "us"), [("aggregated", 20), ("aggregated-100us", 100)])
+def test_aggregated_workers_prefill_in_chunks(name, us):
+    cluster = shipped(name).cluster
+    assert (cluster.workers, cluster.prefill_tokens_max) == (8, 2048)
+    assert cluster.prefill_s_per_token == pytest.approx(us * 1e-6)
+
+
+def test_what_shipped_scenarios_are_about():
+    kv_bound, unequal, rollouts = shipped("kv-bound"), shipped("unequal"), shipped("rollouts")
+    assert (kv_bound.cluster.slots, kv_bound.cluster.kv_capacity_tokens) == (512, 300_000)
+    # The slots are not what limits it.
+    assert perfect_capacity(kv_bound.draw()[0], kv_bound.cluster).kv_tokens_per_worker == 300_000
+    assert unequal.cluster.slowness == (1.25, 1.25, *(1.0,) * 6)
+    requests = rollouts.draw()[0].requests
+    assert {r.arrival_s for r in requests} == {0.0}
+    keys = [r.prompt_key for r in requests]
+    assert [keys.count(key) for key in range(512)] == [8] * 512
+    assert rollouts.cluster.workers == 16
+
+
+def test_a_closed_batch_is_told_by_its_makespan(tmp_path):
+    path, out = tmp_path / "batch.toml", tmp_path / "out.json"
+    text = SMALL.replace('"short"', '"rollouts"').replace(
+        "[cluster]", "[arrivals]\nat_once = true\n[cluster]"
+    )
+    path.write_text(text.split("[[paper]]")[0].replace("slots = 4", "slots = 16"), encoding="utf-8")
+    result = invoke("--scenario", path, "--seeds", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "span s" in result.output
+    assert "all at once (packed: " in result.output
+    document = json.loads(out.read_text(encoding="utf-8"))
+    for policy in document["policies"]:
+        assert policy["makespan_s"] > 0.95 * document["scenario"]["packed_makespan_s"]
+        assert policy["intervals"]["makespan_s"] > 0
+        assert policy["idle_fraction"] > 0
+        assert policy["ttft_ms_p50"] > 0
 
 
 def test_prefill_workers_are_not_simulated():
