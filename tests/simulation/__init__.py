@@ -5,10 +5,11 @@ until so many hours have been simulated. A promise that is not held ends with th
 the command that repeats it. The same seed is the same run, byte for byte.
 
 What is simulated: ``loop`` (time), ``network`` and ``transport`` (connections), ``workers`` and ``clients``
-(scripts), ``scenario`` (a seed's script, made of ``actions``), ``messages`` (its bytes), ``outside`` (all
-else that would differ from run to run). What is not: handlers, relay, pools, ledger, dispatcher, health
-checks and aiohttp's server are the real ones, started by ``app.running_proxy``. ``world`` runs one scenario,
-``checks`` looks into the proxy, ``shrink`` makes scripts short.
+(scripts), ``pages`` (what workers answer to the proxy itself), ``members`` and ``regroup`` (workers and
+groups that come and go), ``scenario`` (a seed's script, made of ``actions``), ``messages`` (its bytes),
+``outside`` (all else that would differ from run to run). What is not: handlers, relay, pools, ledger,
+dispatcher, health checks and aiohttp's server are the real ones, started by ``app.running_proxy``. ``world``
+runs one scenario, ``checks`` looks into the proxy, ``shrink`` makes scripts short.
 
 ``--parted`` has other workers prefill than decode (``parted_scenario``): ``leg_workers``, of which
 ``prefill_workers`` and ``decode_workers`` are, speak the five transfers with what they say to the

@@ -11,6 +11,7 @@ from tests.simulation.actions import KEEP, Answer, Ask
 from tests.simulation.kv import Kept
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.messages import NAME, RANK, Response, chunk, request_body, respond
+from tests.simulation.pages import Pages
 from tests.simulation.wire import Wire
 
 PORT = 9000
@@ -19,24 +20,6 @@ SCRIPT = "script of a worker"
 OWN_BYTES_MAX = 8 << 20
 """More than the proxy itself may read of what it asks a worker, and what is under way when it stops."""
 
-KV_CAPACITY_TOKENS = 1 << 30
-"""What a worker holds where its scenario says nothing."""
-
-_LOAD_PAGE = b"""# HELP vllm:kv_cache_usage_perc KV-cache usage
-vllm:kv_cache_usage_perc{engine="0"} %b
-vllm:cache_config_info{engine="0",kv_cache_size_tokens="%d"} 1.0
-vllm:num_requests_running{engine="0"} %d
-vllm:num_requests_waiting{engine="0"} %d
-vllm:num_preemptions_total{engine="0"} 0.0
-"""
-_USAGES = (b"NaN", b"-3", b"1e308", b"", b"1.0", b"0.5", b"+Inf", b"\xff\x00")
-_COUNTS = (
-    *((b"200 OK", b""), (b"200 OK", b""), (b"200 OK", b'{"count":18446744073709551616}')),
-    *((b"200 OK", b'{"count":-1}'), (b"400 Bad Request", b"{}"), (b"200 OK", b'{"count":0}')),
-    *((b"500 Broken", b"no"), (b"404 Not Found", b"{}"), (b"200 OK", b"\xff\x00")),
-)
-"""Status and body, b"" for a true one."""
-_COUNTS_LATE_S = (0.0, 0.0, 0.2, 0.0, 0.7, 0.0, 1.5)
 _ENDLESS = bytes(1 << 16)
 _NUMBER = re.compile(rb"x-sim: (\d+)")
 _MODELS = b'{"object":"list","data":[{"id":"a"},{"id":"b"}]}'
@@ -142,9 +125,7 @@ class Worker:
         self._ranks = {b"%d" % number for number in range(ranks)}
         self.host = f"worker-{index}"
         self.health = "well"
-        self.load = "none"
-        self.kv_capacity_tokens = KV_CAPACITY_TOKENS
-        self._pages = self._counts = 0
+        self.pages = Pages()
         self._loop = loop
         self._records = records
         self._wrong = wrong
@@ -351,7 +332,7 @@ class Worker:
             await self._send_for_ever(wire)
             return False
         if line.startswith(b"GET /metrics "):
-            await wire.send(self._load_page())
+            await wire.send(self.pages.load_page())
             return True
         status = b"500 Broken" if health == "health-error" else b"200 OK"
         head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (
@@ -366,25 +347,10 @@ class Worker:
         body = await self._body(wire, known)
         if body is None:
             return False
-        self._counts += 1
-        await self._pause(_COUNTS_LATE_S[self._counts % len(_COUNTS_LATE_S)])
-        status, answer = _COUNTS[self._counts % len(_COUNTS)]
-        answer = answer or b'{"count":%d,"max_model_len":4096,"tokens":[]}' % (len(body) // 5)
-        await wire.send(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(answer), answer))
+        late_s, answer = self.pages.count(len(body))
+        await self._pause(late_s)
+        await wire.send(answer)
         return True
-
-    def _load_page(self) -> bytes:
-        """Return the answer to who asks for the load: none of it is what came through the proxy."""
-        if self.load == "load-missing":
-            return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
-        self._pages += 1
-        usage, capacity = b"0.0", self.kv_capacity_tokens
-        if self.load == "load-foreign":
-            usage = b"0.9"
-        elif self.load == "load-garbage":
-            usage, capacity = _USAGES[self._pages % len(_USAGES)], self._pages % 3 * (1 << 40)
-        page = _LOAD_PAGE % (usage, capacity, self._pages, self._pages % 2)
-        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(page), page)
 
     async def _send_for_ever(self, wire: Wire) -> None:
         """Send a body that has no end, as fast as it is read."""

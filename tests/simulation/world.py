@@ -27,9 +27,11 @@ from tests.simulation.leg_checks import CANCELLED_S, FREED_S, LegChecks
 from tests.simulation.loop import START_S, DeadlockError, SpinningError, VirtualLoop
 from tests.simulation.members import Members
 from tests.simulation.outside import ON_PURPOSE, cut_off
+from tests.simulation.pages import KV_CAPACITY_TOKENS
 from tests.simulation.prefill_workers import BOOTSTRAP_PORT, PrefillWorker
+from tests.simulation.regroup import Regroup
 from tests.simulation.transport import PROXY
-from tests.simulation.workers import KV_CAPACITY_TOKENS, Record, Worker
+from tests.simulation.workers import Record, Worker
 
 PATIENCE_S = 600.0
 """Within which every visit must have ended once the last has begun: far more than all limits together."""
@@ -37,9 +39,6 @@ PATIENCE_S = 600.0
 RUNS_MAX = 3
 """Times that a request may come to a worker that does not refuse it: one, one more as that broke off, and one
 on a connection that was closed already."""
-
-CUT_S = 0.5
-"""What a group that was removed has for its requests where these are cut off (seconds)."""
 
 SETTLE_S = 16.0
 """After which workers are healthy again, and everything idle was closed."""
@@ -81,7 +80,7 @@ class World:
         self._cluster = None if parted is None else Cluster(self._loop, parted)
         self._bootstrap_ports: dict[str, int] = {}
         self._members: Members
-        self._proxy: RunningProxy
+        self._regroup: Regroup
         self._legs: LegChecks | None = None
         self._requests = 0
         self._is_stopped = False
@@ -117,7 +116,7 @@ class World:
         loop, scenario = self._loop, self._scenario
         for i, (_, capacity, group, ranks) in enumerate(scenario.workers):
             worker = self._start_worker(group, ranks, prefills=self._role(i) == "prefill")
-            worker.kv_capacity_tokens = capacity or KV_CAPACITY_TOKENS
+            worker.pages.kv_capacity_tokens = capacity or KV_CAPACITY_TOKENS
         clock = LoopClock(loop)
         async with running_proxy(self._config(), clock=clock, listening=_listen) as proxy:
             self._follow(proxy)
@@ -147,7 +146,7 @@ class World:
         for service in proxy.service.groups.each():
             self.group_came(service)
         proxy.service.groups.follow(self)
-        self._proxy = proxy
+        self._regroup = Regroup(self._loop, self._scenario, proxy)
         self._members = Members(self._loop, proxy.service.fleet, self._workers, self._join)
         if self._cluster is not None:
             self._cluster.out_s = self._members.out_s
@@ -168,21 +167,10 @@ class World:
         """Leave it alone."""
 
     def _change_workers(self, trouble: Trouble, worker: Worker) -> None:
-        if not trouble.kind.startswith("group-"):
+        if trouble.kind.startswith("group-"):
+            self._regroup.happen(trouble)
+        else:
             self._members.happen(trouble.kind, worker, trouble.lasts_s)
-            return
-        is_cut = trouble.kind == "group-cut"
-        self._loop.upheavals += is_cut
-        self._make_anew(trouble.worker, CUT_S if is_cut else PATIENCE_S)
-
-    def _make_anew(self, worker: int, drain_s: float) -> None:
-        """Remove the group of a worker by one reload, and have it again by the next."""
-        proxy, group = self._proxy, self._scenario.workers[worker][2] or "all"
-        retiring: Any = proxy.parts._retiring
-        retiring._drain_s = drain_s
-        workers = proxy.deployment.config.worker
-        for wanted in ([one for one in workers if one.group != group], workers):
-            proxy.deployment.change(wanted, "simulation")
 
     def _start_worker(self, group: str, ranks: int = 0, *, prefills: bool = False) -> Worker:
         parts = self._loop, len(self._workers), self._records, self._checks.wrong, ranks
@@ -272,8 +260,8 @@ class World:
             worker.page = ("silent", "error", "garbage", "empty")[int(trouble.at_s * 10) % 4]
             later(trouble.lasts_s, setattr, worker, "page", "well")
         elif kind.startswith("load-"):
-            worker.load = kind
-            later(trouble.lasts_s, setattr, worker, "load", "none")
+            worker.pages.load = kind
+            later(trouble.lasts_s, setattr, worker.pages, "load", "none")
         elif kind == "freeze":
             worker.freeze()
             later(trouble.lasts_s, worker.thaw)
