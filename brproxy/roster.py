@@ -89,6 +89,8 @@ class Change(Enum):
     GONE = auto()
     HEALTHY = auto()
     UNHEALTHY = auto()
+    # Told behind what led to it, which may have happened to another.
+    OUT = auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -133,7 +135,8 @@ class Roster:
     ``version`` changes with each member that comes, drains, is resumed or goes, and with limits. ``present``
     are the indices of those who are there, in order, and ``place`` the place of each index, int64; both are
     None without a gap. While more than ``ejected_share_max`` of the active members are UNHEALTHY, none is out
-    for that: checks that fail for so many say more about the checks, or leave too few to bear the load.
+    for that: checks that fail for so many say more about the checks, or leave too few to bear the load. So
+    one that is UNHEALTHY may only be OUT once others are well again.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class Roster:
         self._members: list[Member] = []
         self._observers: list[Observer] = []
         self._routable: tuple[bool, ...] = ()
+        self._out: frozenset[Member] = frozenset()
         self.version = 0
         self.present: list[int] | None = None
         self.place: NDArray[np.int64] | None = None
@@ -199,6 +203,10 @@ class Roster:
     def routable(self) -> tuple[bool, ...]:
         """Return for each index whether that member may be chosen."""
         return self._routable
+
+    def is_out(self, member: Member) -> bool:
+        """Tell whether checks, or what it says of itself, keep a member from being chosen."""
+        return member in self._out
 
     def has_others(self, than: Collection[WorkerIndex]) -> bool:
         """Tell whether a member may be chosen that is none of ``than``."""
@@ -317,12 +325,13 @@ class Roster:
         return changed
 
     def _health_changed(self, member: Member) -> None:
-        self._routable = self._mask()
+        goes_out = self._judge()
         self._tell(member, Change.HEALTHY if member.health.state is Health.HEALTHY else Change.UNHEALTHY)
+        self._tell_out(goes_out)
 
     def _changed(self, member: Member, change: Change) -> None:
         self.version += 1
-        self._routable = self._mask()
+        goes_out = self._judge()
         present = [m.index for m in self.members]
         self.present = self.place = None
         if len(present) < len(self._members):
@@ -330,16 +339,27 @@ class Roster:
             self.place = np.zeros(len(self._members), dtype=np.int64)
             self.place[present] = np.arange(len(present))
         self._tell(member, change)
+        self._tell_out(goes_out)
 
-    def _mask(self) -> tuple[bool, ...]:
+    def _judge(self) -> list[Member]:
+        """Find who may be chosen, and who is out; return those that were not before."""
         active = [member for member in self._members if member.state is MemberState.ACTIVE]
-        out = {member for member in active if member.health.state is Health.UNHEALTHY}
-        panics = len(out) > self._ejected_share_max * len(active)
+        unhealthy = [member for member in self.members if member.health.state is Health.UNHEALTHY]
+        failing = {member for member in unhealthy if member.state is MemberState.ACTIVE}
+        panics = len(failing) > self._ejected_share_max * len(active)
         if panics is not self._panics:
             self._panics = panics
             said = "all may be chosen" if panics else "they may not be chosen"
-            log.warning("%d of %d workers are unhealthy: %s", len(out), len(active), said)
-        return tuple(member.is_routable or (panics and member in out) for member in self._members)
+            log.warning("%d of %d workers are unhealthy: %s", len(failing), len(active), said)
+        self._routable = tuple(m.is_routable or (panics and m in failing) for m in self._members)
+        before, self._out = self._out, frozenset(() if panics else unhealthy)
+        return [member for member in unhealthy if member in self._out and member not in before]
+
+    def _tell_out(self, members: Collection[Member]) -> None:
+        for member in members:
+            # Who was told of the change may have changed more.
+            if member in self._out:
+                self._tell(member, Change.OUT)
 
     def _tell(self, member: Member, change: Change) -> None:
         for observer in self._observers:

@@ -46,7 +46,7 @@ class Departures:
                 answer.worker_gone(f"{answer.member.key} refuses connections and is silent")
 
     def _member_changed(self, member: Member, change: Change) -> None:
-        if change is Change.UNHEALTHY:
+        if change is Change.OUT:
             for answer in self._answers():
                 if answer.member is member:
                     answer.worker_out(f"{member.key} is unhealthy: {member.health.reason}")

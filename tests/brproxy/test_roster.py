@@ -3,6 +3,8 @@
 import logging
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from brproxy.health import Health, HealthThresholds
 from brproxy.roster import Change, MemberState, Roster, RosterError, WorkerLimits
@@ -157,9 +159,12 @@ def test_health_is_told_when_it_changes():
     assert roster.record(roster.member(0), ok=True, reason="answers", now_s=1.0)
     for _ in range(3):
         roster.record(roster.member(0), ok=False, reason="silent", now_s=2.0)
+    assert roster.is_out(member)
     assert (roster.routable(), member.health.reason) == ((False,), "silent")
     roster.record(roster.member(0), ok=True, reason="back", now_s=3.0)
-    assert told[1:] == [("a", Change.HEALTHY), ("a", Change.UNHEALTHY), ("a", Change.HEALTHY)]
+    changes = [Change.HEALTHY, Change.UNHEALTHY, Change.OUT, Change.HEALTHY]
+    assert told[1:] == [("a", change) for change in changes]
+    assert not roster.is_out(member)
 
 
 def test_where_too_many_are_out_none_is_out_for_that(caplog):
@@ -180,6 +185,67 @@ def test_where_too_many_are_out_none_is_out_for_that(caplog):
         "2 of 4 workers are unhealthy: they may not be chosen",
     ]
     assert not roster.member(2).is_routable, "for who asks whether it is well"
+
+
+def test_who_was_not_out_as_too_many_were_is_out_once_others_are_well_again():
+    roster = Roster(HealthThresholds(1, 1), ejected_share_max=0.5)
+    told = []
+    roster.observe(lambda member, change: told.append((member.key, change)))
+    for key in "abc":
+        roster.record(roster.add(key, LIMITS), ok=True, reason="", now_s=0.0)
+    told.clear()
+    for key, ok in (("a", False), ("b", False), ("a", True)):
+        roster.record(roster.find(key), ok=ok, reason="", now_s=1.0)
+    assert told == [
+        *(("a", Change.UNHEALTHY), ("a", Change.OUT)),
+        ("b", Change.UNHEALTHY),
+        *(("a", Change.HEALTHY), ("b", Change.OUT)),
+    ]
+
+
+STEPS = st.tuples(
+    st.sampled_from(["well", "ill", "accused", "cleared", "drain", "resume", "remove", "add"]),
+    st.sampled_from("abcd"),
+)
+
+
+def step(roster, what, key):
+    member = next((each for each in roster.members if each.key == key), None)
+    if what == "add":
+        if member is None or member.leaves:
+            roster.add(key, LIMITS, key)
+    elif member is None:
+        return
+    elif what in {"well", "ill"}:
+        roster.record(member, ok=what == "well", reason=what, now_s=0.0)
+    elif what in {"accused", "cleared"}:
+        roster.accuse(member, what if what == "accused" else "", 0.0)
+    elif what != "resume":
+        roster.drain(key) if what == "drain" else roster.remove(key, bound=1)
+    elif not member.leaves:
+        roster.resume(key)
+
+
+@given(share=st.sampled_from([0.0, 0.3, 0.5, 1.0]), steps=st.lists(STEPS, max_size=40))
+def test_whoever_is_out_was_told_so_once_and_nobody_else_was(share, steps):
+    roster = Roster(HealthThresholds(1, 1), ejected_share_max=share)
+    told = []
+    roster.observe(lambda member, change: told.append(member) if change is Change.OUT else None)
+    for key in "abcd":
+        roster.add(key, LIMITS, key)
+    before = set()
+    for what, key in steps:
+        step(roster, what, key)
+        active = [each for each in roster.members if each.state is MemberState.ACTIVE]
+        ill = {each for each in roster.members if each.health.state is Health.UNHEALTHY}
+        none_is_out = len(ill.intersection(active)) > share * len(active)
+        out = {each for each in roster.members if roster.is_out(each)}
+        assert out == (set() if none_is_out else ill)
+        assert len(told) == len(set(told))
+        assert set(told) == out - before
+        assert not any(roster.routable()[each.index] for each in out)
+        before = out
+        told.clear()
 
 
 def test_an_observer_that_raises_keeps_nothing_from_the_others(caplog):

@@ -148,9 +148,5 @@ class Members:
 
 
 def _are_out(group: Group, ranks: list[Any]) -> bool:
-    """Tell whether all ranks of a worker are out.
-
-    Where too many are, all may be chosen: then this one keeps what it is given.
-    """
-    may = group.roster.routable()
-    return all(one.state is MemberState.ACTIVE and not may[one.index] for one in ranks)
+    """Tell whether all ranks of a worker are out: where too many are unhealthy none of them is."""
+    return all(map(group.roster.is_out, ranks))

@@ -22,7 +22,7 @@ from brproxy.proxy.legs.metaserver import NAME, PATH
 from brproxy.ranks import line_number
 from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import ShortageError, WorkerFailedError
-from brproxy.roster import Change, Member, MemberState
+from brproxy.roster import Change, Member
 from brproxy.types import BrproxyError, PendingRequest, WorkerIndex
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Handover:
 
     def is_out(self, worker: WorkerIndex) -> bool:
         """Tell whether a worker was taken out: what it has prefilled is not to be had."""
-        return not self.routable()[worker] and self.group.member(worker).state is MemberState.ACTIVE
+        return self.group.group.roster.is_out(self.group.member(worker))
 
     async def collected(
         self, worker: WorkerIndex, request: bytes, *, bytes_max: int, wants_body: bool
@@ -248,7 +248,7 @@ class Handover:
         if is_sequential and self.transfer.DECODES_ALONE and not any(self.routable()):
             # As those that come now, they are not split.
             self.group.driver.give_up(NotPrefilledError("no worker that prefills is left"))
-        if change is Change.UNHEALTHY and self.is_out(member.index):
+        if change is Change.OUT:
             self._end_prefills([member])
 
     def _end_prefills(self, members: Collection[Member]) -> None:

@@ -38,9 +38,10 @@ class Switch:
 
 @pytest.fixture
 def start(raw_worker, start_proxy):
-    async def start(*switches, **tables):
+    async def start(*switches, ejected_share_max=1.0, **tables):
         workers = [await raw_worker(switch) for switch in switches]
         checks = {"interval_s": 0.05, "timeout_s": 0.2, "unhealthy_after": 2}
+        checks["ejected_share_max"] = ejected_share_max
         proxy = await start_proxy(
             [worker.url for worker in workers], health=True, health_table=checks, **IN_TURN | tables
         )
@@ -58,6 +59,25 @@ async def test_what_a_worker_that_goes_out_has_not_answered_moves(start, raw):
     hung.is_on = False
     assert (await client.answer()).body == CHUNK + DONE
     assert [len(worker.requests) for worker in workers] == [1, 1]
+    await proxy.idle()
+
+
+async def test_what_a_worker_has_that_is_out_only_as_others_come_back_moves(start, raw, until):
+    answer = CHUNKED_STREAM + chunks(CHUNK, DONE)
+    hung, other, third = Switch(), Switch(answer), Switch(answer)
+    proxy, workers = await start(hung, other, third, ejected_share_max=0.5)
+    roster = proxy.groups[0].roster
+    hung.is_on = other.is_on = False
+    # With two of three unhealthy all may be chosen.
+    await until(lambda: [member.is_routable for member in roster.members] == [False, False, True])
+    clients = [await raw(proxy) for _ in workers]
+    for client in clients:
+        client.send(post(CHAT, ASK))
+    await hung.has_request.wait()
+    other.is_on = True
+    for client in clients:
+        assert (await client.answer()).body == CHUNK + DONE
+    assert sum(len(worker.requests) for worker in workers) == 4
     await proxy.idle()
 
 
