@@ -105,15 +105,24 @@ class ClientProtocol(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol. The ordinary read ends the head of a request."""
+        if self._messages and self._is_damaged:
+            # Nothing is a request behind what is none. The parser would say so of each read, and enough of
+            # these would stop reading: then nobody sees that the client leaves.
+            return
         super().data_received(data)
         waiter = self._waiter
         if waiter is None or waiter.done():
             self._head_has_begun = False
-            if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):
+            if self._messages and self._is_damaged:
                 self._note_damage()
         elif not self._head_has_begun:
             self._head_has_begun = True
             self._expect_head()
+
+    @property
+    def _is_damaged(self) -> bool:
+        """Whether the last of what came, and is not handled yet, is no request."""
+        return not isinstance(self._messages[-1][0], RawRequestMessage)
 
     def _expect_head(self) -> None:
         """Have the connection closed unless a head is complete in time."""

@@ -289,6 +289,27 @@ async def test_a_body_that_turns_into_nonsense_is_told_to_who_waits_for_it(pipel
     assert await within(client.ended(), "nonsense is read on")
 
 
+@pytest.mark.parametrize("reads", [0, 1, 31, 100])
+async def test_who_leaves_is_seen_however_much_nonsense_came_behind_its_request(reads, serve, within):
+    protocols, has_come, is_cancelled = [], asyncio.Event(), asyncio.Event()
+
+    async def handler(request):
+        protocols.append(request.protocol)
+        has_come.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            is_cancelled.set()
+
+    client = await (await serve(handler))()
+    client.send(get("/"))
+    await within(has_come.wait(), "the request does not come")
+    for _ in range(reads):
+        protocols[0].data_received(b"nonsense\r\n\r\n")
+    client.writer.close()
+    await within(is_cancelled.wait(), "nobody has seen it leave")
+
+
 NONSENSE = st.lists(
     st.one_of(
         st.sampled_from(
