@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Final, NamedTuple
 
 from brproxy.engines.transfer import Handoff
-from brproxy.journey import Action
+from brproxy.journey import Action, Event
 from brproxy.proxy.attempts import Attempts
 from brproxy.proxy.driver import Lease
 from brproxy.proxy.exchange.client_sink import ClientSink
@@ -130,6 +130,11 @@ class DecodeFirstLegs(Attempts):
             return _Said("")
         moves, ran = self._handover.moves(status), not self._group.dialect.is_refusal(status)
         return _Said(f"{member.key} answered {status}", moves=moves, ran=ran)
+
+    def _after(self, event: Event, error: Exception | None) -> Action:
+        # Who has asked for a prefill has had the request, however soon it closed its connection.
+        has_worked = event is Event.STALE and self._prefill is not None
+        return super()._after(Event.CUT if has_worked else event, error)
 
     def _request(self, member: Member, endpoint: Endpoint) -> bytes:
         return self._leg(member, endpoint, self._decode_body, is_read=self._usage_was_added)

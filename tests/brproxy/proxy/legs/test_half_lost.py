@@ -249,6 +249,37 @@ async def test_who_waits_for_a_prefill_that_nobody_will_do_goes_on_without(
     await proxy.idle()
 
 
+async def test_who_has_asked_for_a_prefill_has_had_the_request_however_soon_it_dies(
+    start_worker, start_halves, answer, client, unused_tcp_port
+):
+    """A kept connection that closes at once was closed before; but not where a post came meanwhile."""
+    came = []
+
+    async def script(writer):
+        came.append(writer)
+        params = asked(decode.requests[-1][2])
+        if len(came) == 1:
+            writer.write(whole(choices(TEXT)))
+            await writer.drain()
+            return True
+        post = {"request_id": "chatcmpl-1", "do_remote_decode": True, "remote_engine_id": "d"}
+        post |= {"remote_host": "d", "remote_port": 9, "remote_block_ids": [[1]]}
+        async with client.post(params["metaserver"], json=post) as response:
+            assert response.status == 200
+        return False
+
+    prefill, decode = await start_worker(answer(whole(choices("o")))), await start_worker(script)
+    common = {"transfer": "ascend-layerwise"}
+    workers = [
+        common | {"url": each.url, "role": role} for each, role in ((prefill, "prefill"), (decode, "decode"))
+    ]
+    proxy, ask = await start_halves([], [], workers, listen={"port": unused_tcp_port})
+    assert (await ask())[0] == 200
+    assert (await ask())[0] == 502
+    assert len(came) == 2
+    await proxy.idle()
+
+
 async def test_a_reply_in_one_piece_does_not_keep_its_prefill_booked(
     start_worker, start_halves, answer, silence, until, monkeypatch
 ):
