@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.simulation.actions import KEEP, Ask
-from tests.simulation.kv import FREED_BY_DECODE, MAY_ASK_AGAIN, TOGETHER
+from tests.simulation.kv import FREED_BY_DECODE, MAY_ASK_AGAIN, TOGETHER, Kept
 from tests.simulation.leg_workers import HANDLES, ID, PARAMS, LegWorker, without
 from tests.simulation.messages import request_body, respond
 from tests.simulation.metaserver import Posts
@@ -67,6 +67,7 @@ class DecodeWorker(LegWorker):
             if not was_there:
                 attempt.was_run = False
                 return False
+            attempt.has_asked = came and self._transfer == "ascend-layerwise"
             if not came:
                 kind = "error-event" if answer.fails_in_event else "error"
                 attempt.was_run = False
@@ -108,7 +109,7 @@ class DecodeWorker(LegWorker):
             failed = bool(before) and (
                 before[-1].answer.kind in {"error", "error-event"} or not before[-1].sent_all
             )
-            if kept is not None and kept.is_told and not failed:
+            if kept is not None and kept.is_told and not (failed or self._may_be_gone(record, kept)):
                 self._wrong("own-leg", f"request {record.ask.id} is decoded without its prefill")
             return
         name, key = self._place(handles)
@@ -124,6 +125,11 @@ class DecodeWorker(LegWorker):
         host = name.rpartition("-")[0]
         if late_s is not None and self._cluster.out_s(host) > OUT_S:
             self._wrong("own-leg", f"{key} is to be fetched from {host}, which is out")
+
+    def _may_be_gone(self, record: Record, kept: Kept) -> bool:
+        """Tell whether the proxy may take KV for gone, and may have reached nobody to prefill it again."""
+        is_to_be_had = self._cluster.is_to_be_had(kept) and kept.key not in record.fetches
+        return not (self._cluster.is_calm or is_to_be_had)
 
     async def _free(self, wire: Wire, handles: dict[str, Any]) -> bool:
         await self._pause(0.001)

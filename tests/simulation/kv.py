@@ -23,13 +23,17 @@ TOGETHER = frozenset({"mooncake", "sglang"})
 
 @dataclass
 class Kept:
-    """KV of request ``ask_id``; ``wire`` has brought its handles once ``until_bytes`` have been taken of it.
+    """KV of request ``ask_id`` at ``host``, under ``key``.
 
-    Nobody has to have it behind ``ends_s``; None: it was fetched or freed before.
+    ``wire`` has brought its handles once ``until_bytes`` have been taken of it. It is held from ``since_s``
+    on, and nobody has to have it behind ``ends_s``; None: it was fetched or freed before.
     """
 
     ask_id: int
+    host: str
+    key: str
     wire: Wire
+    since_s: float = 0.0
     until_bytes: int | None = None
     ends_s: float | None = None
 
@@ -77,7 +81,8 @@ class Engine:
     def hold(self, key: str, kept: Kept) -> bool:
         """Keep KV; False: whoever was to fetch it has said already that nobody will."""
         self.kept[key] = kept
-        kept.ends_s = self._loop.time() + self._lease_s
+        kept.since_s = self._loop.time()
+        kept.ends_s = kept.since_s + self._lease_s
         return self._holdings.hold(key, 0, 1, self._loop.time())
 
     def holds(self, key: str) -> bool:
@@ -120,7 +125,8 @@ class Cluster:
 
     Those that decode ``expected`` KV under these names, and ``delivered`` was that. KV may be asked for
     ``late_s`` seconds after the end of its lease, None: nobody can tell. ``out_s`` tells for how many seconds
-    the proxy has had a host out.
+    the proxy has had a host out, ``is_out`` whether it has. It trusts a lease for ``trusted_s``. ``is_calm``:
+    nobody is in trouble.
     """
 
     def __init__(self, loop: VirtualLoop, parted: Parted) -> None:
@@ -132,6 +138,9 @@ class Cluster:
         self.delivered: set[str] = set()
         self.late_s: float | None = 0.1
         self.out_s: Callable[[str], int] = lambda _host: 0
+        self.is_out: Callable[[str], bool] = lambda _host: False
+        self.trusted_s = parted.lease_s
+        self.is_calm = True
         self._names = 0
 
     def name(self, host: str) -> str:
@@ -182,6 +191,10 @@ class Cluster:
         self.delivered.add(name)
         self.board.changed()
         return True
+
+    def is_to_be_had(self, kept: Kept) -> bool:
+        """Tell whether the proxy must take KV for something that can be fetched."""
+        return self.loop.time() < kept.since_s + self.trusted_s and not self.is_out(kept.host)
 
     def left(self, ask_id: int) -> list[tuple[str, Kept]]:
         """Return what living engines still keep for a request."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from brproxy.proxy.service import Service
 from tests.simulation.actions import Scenario, Trouble
@@ -35,11 +36,12 @@ class LegChecks:
         self._wrong = wrong
         self._transfers = dict(cluster.parted.transfers)
         troubles = {action.kind for action in scenario.actions if isinstance(action, Trouble)}
-        self._is_calm = not troubles
+        self._is_calm = cluster.is_calm = not troubles
         if troubles:
             # Connecting may take a second; who stands still reads late.
             cluster.late_s = None if troubles & {"freeze", "clock-jump"} else 1.5
-        limits = scenario.settings.get("prefill_decode", {})
+        limits: dict[str, Any] = scenario.settings.get("prefill_decode", {})
+        cluster.trusted_s = limits.get("lease_s", cluster.parted.lease_s)
         self._frees_all = limits.get("free_at_once_max", 64) == 64
 
     def look(self, ids: Iterable[int]) -> None:
@@ -107,5 +109,7 @@ class LegChecks:
 def _is_lost(prefill: Attempt) -> bool:
     """Tell whether a prefill was begun and came to nothing."""
     response = prefill.response
-    has_failed = prefill.sent_all and response.status >= 500 and not response.is_refusal
-    return not prefill.was_sent and (prefill.broke or has_failed)
+    # By its head: what breaks off behind that is a refusal all the same.
+    has_refused = response.is_refusal and prefill.sent_bytes >= len(response.pieces[0])
+    has_failed = prefill.sent_all and response.status >= 500
+    return not (prefill.was_sent or has_refused) and (prefill.broke or has_failed)

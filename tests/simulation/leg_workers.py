@@ -87,7 +87,6 @@ class LegWorker(Worker):
     @contextmanager
     def _at_work(self, record: Record, attempt: Attempt) -> Iterator[None]:
         """Have an attempt be one that is being worked on."""
-        attempt.is_first = attempt.wire.requests == 1
         record.attempts.append(attempt)
         self.running[id(attempt)] = record, attempt
         try:

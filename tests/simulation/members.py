@@ -122,6 +122,12 @@ class Members:
         ranks = self._behind(group, worker)
         return self._out_s.get(worker, 0) if group is not None and _are_out(group, ranks) else 0
 
+    def is_out(self, host: str) -> bool:
+        """Tell whether a worker is out, or gone."""
+        worker = next(one for one in self._workers if one.host == host)
+        group = self._group_of(worker)
+        return group is None or _are_out(group, self._behind(group, worker))
+
     def stuck(self, retries_max: int) -> str | None:
         """Say which request stays unread with a worker that is out although there is another, if any does.
 

@@ -112,8 +112,8 @@ class PrefillWorker(LegWorker):
         """Run the prompt and keep its KV; return the handles, None where nobody came for it."""
         transfer, engine, board = self._transfer, self._engine, self._cluster.board
         params = document.get(PARAMS) or {}
-        kept, wait_s = Kept(ask.id, attempt.wire), self._cluster.parted.wait_s
-        key = attempt.key
+        key, wait_s = attempt.key, self._cluster.parted.wait_s
+        kept = Kept(ask.id, self.host, key, attempt.wire)
         if transfer == "sglang" and not await board.until(lambda: key in engine.fetching, wait_s):
             return None
         await self._pause(attempt.answer.late_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from tests.simulation.transport import MemoryTransport
 
@@ -10,7 +11,7 @@ from tests.simulation.transport import MemoryTransport
 class Wire(asyncio.Protocol):
     """Keeps what has come in ``received``. ``ended``: there will be no more; ``lost``: nothing can be sent.
 
-    ``requests``: how many have come to the worker whose end it is.
+    ``requests``: how many have come to the worker whose end it is; that was killed at ``killed_s``, if so.
 
     A wire that reaches an end of its peer's stays open to write, as only a script may want it.
     """
@@ -21,6 +22,7 @@ class Wire(asyncio.Protocol):
         self.received = bytearray()
         self.ended = self.lost = False
         self.was_reset = self.is_killed = False
+        self.killed_s = math.inf
         self.requests = 0
         self._news: asyncio.Future[None] | None = None
         self._may_write: asyncio.Future[None] | None = None

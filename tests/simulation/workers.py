@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from tests.simulation.wire import Wire
 PORT = 9000
 SCRIPT = "script of a worker"
 """What its task is called: it is no task of the proxy."""
+STALE_S = 0.2
+"""Within which a kept connection closes that was closed before what came on it (seconds)."""
 OWN_BYTES_MAX = 8 << 20
 """More than the proxy itself may read of what it asks a worker, and what is under way when it stops."""
 
@@ -31,10 +34,10 @@ class Attempt:
 
     ``number``: how many of that request had come before, to any worker; its answer names it.
     ``has_ended``: all was sent, and nobody had left before that could be seen by the connection's end;
-    ``has_stopped``: no more was to be sent.
+    ``has_stopped``: no more was to be sent, from ``ended_s`` of the loop on.
     ``is_prefill``: of a worker that only prefills. ``was_run``: its KV has come, if it was to come; ``key``
     is the name of that. ``was_sent``: a prefill's has gone to who decodes, whatever it answers.
-    ``is_first``: nothing came on its connection before, which the proxy cannot have found closed.
+    ``has_asked``: the proxy knows by what the worker has asked of it that the request is there.
     """
 
     number: int
@@ -45,11 +48,18 @@ class Attempt:
     sent_bytes: int = 0
     has_ended: bool = False
     has_stopped: bool = False
+    ended_s: float = math.inf
     is_prefill: bool = False
     was_run: bool = True
     key: str = ""
     was_sent: bool = False
-    is_first: bool = True
+    has_asked: bool = False
+
+    def __post_init__(self) -> None:
+        # Where nothing came before, the proxy cannot have found the connection closed.
+        self._is_first = self.wire.requests == 1
+        self._came_s = self.wire.loop.time()
+        self._from_bytes = self.wire.transport.peer.taken_bytes
 
     @property
     def sent_all(self) -> bool:
@@ -63,16 +73,19 @@ class Attempt:
     @property
     def broke(self) -> bool:
         """Whether it was the worker that ended it, before its end."""
-        if not self.response.is_http:
-            return self.sent_bytes > 0
+        if self.sent_bytes and not self.response.is_http:
+            return True
         if self.has_stopped:
             return self.answer.ending in {"close", "reset"}
         return self.wire.is_killed and not self.has_ended
 
     @property
     def may_be_stale(self) -> bool:
-        """Whether it came on a kept connection that was closed as it came."""
-        return self.broke and not self.is_first and not self.sent_bytes
+        """Whether it came on a kept connection that was closed as it came, as far as the proxy can tell."""
+        has_arrived = self.wire.transport.peer.taken_bytes > self._from_bytes
+        ended_s = self.ended_s if self.has_stopped else self.wire.killed_s
+        is_late = ended_s - self._came_s > STALE_S
+        return self.broke and not (self._is_first or has_arrived or self.has_asked or is_late)
 
     @property
     def may_be_lost(self) -> bool:
@@ -150,7 +163,7 @@ class Worker:
         """Reset every connection, as a process that is killed does."""
         for script, wire in list(self._scripts.items()):
             script.cancel()
-            wire.is_killed = True
+            wire.is_killed, wire.killed_s = True, self._loop.time()
             wire.transport.reset()
 
     def freeze(self) -> None:
@@ -281,7 +294,7 @@ class Worker:
             if left is not None and len(piece) >= left:
                 attempt.sent_bytes += left
                 await wire.send(piece[:left])
-                attempt.has_stopped = True
+                attempt.has_stopped, attempt.ended_s = True, self._loop.time()
                 await self._end_early(wire, answer)
                 attempt.has_ended = answer.ending == "cut" and not wire.lost
                 return False
