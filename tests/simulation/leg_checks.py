@@ -84,7 +84,9 @@ class LegChecks:
         ran = [one for one in decodes if one.was_run and not one.response.is_refusal and self._was_kept(one)]
         # What is lost while the other leg is refused may have been ended by that.
         refused = {one.key for one in decodes if one.response.is_refusal and one.sent_bytes}
-        lost = [one for one in prefills if _is_lost(one) and one.key not in refused]
+        # Whoever has all is sent no more, if the proxy cannot know that and asks for it once more.
+        served = {one.to for one in prefills if one.was_sent and one.may_be_stale}
+        lost = [one for one in prefills if _is_lost(one) and one.key not in refused and one.to not in served]
         runs = [one for one in (*ran, *lost) if not one.may_be_stale]
         # Two workers that have met have one run.
         met = {one.key for one in runs} - {""}

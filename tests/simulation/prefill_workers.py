@@ -129,7 +129,8 @@ class PrefillWorker(LegWorker):
             return b"null"
         if transfer == "ascend-layerwise":
             try:
-                attempt.was_sent = await self._cluster.send(str(params["remote_engine_id"]))
+                attempt.to = str(params["remote_engine_id"])
+                attempt.was_sent = await self._cluster.send(attempt.to)
             finally:
                 engine.free(key, ahead=False)
             return b"null" if attempt.was_sent else None

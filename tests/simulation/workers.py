@@ -36,7 +36,7 @@ class Attempt:
     ``has_ended``: all was sent, and nobody had left before that could be seen by the connection's end;
     ``has_stopped``: no more was to be sent, from ``ended_s`` of the loop on.
     ``is_prefill``: of a worker that only prefills. ``was_run``: its KV has come, if it was to come; ``key``
-    is the name of that. ``was_sent``: a prefill's has gone to who decodes, whatever it answers.
+    is the name of that. ``was_sent``: a prefill's has gone to who decodes, ``to``, whatever it answers.
     ``has_asked``: the proxy knows by what the worker has asked of it that the request is there.
     """
 
@@ -53,6 +53,7 @@ class Attempt:
     was_run: bool = True
     key: str = ""
     was_sent: bool = False
+    to: str = ""
     has_asked: bool = False
 
     def __post_init__(self) -> None:
