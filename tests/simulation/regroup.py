@@ -30,6 +30,7 @@ class Regroup:
         self._loop.upheavals += is_cut
         retiring: Any = proxy.parts._retiring
         retiring._drain_s = CUT_S if is_cut else ENDS_S
-        workers = proxy.deployment.config.worker
+        # As they run: a rank that has left by itself, which no file can have it do, has no limits to change.
+        workers = proxy.deployment.running()
         for wanted in ([one for one in workers if one.group != group], workers):
             proxy.deployment.change(wanted, "simulation")
