@@ -16,6 +16,7 @@ from brproxy.prediction.quality import QualityMonitor
 from brproxy.routing.fscore import discounts_for
 from brproxy.routing.policy import AnyPolicy
 from brproxy.routing.view import FloatArray, RoundState
+from brproxy.turnover import Turnover
 from brproxy.types import BrproxyError, RequestId
 
 ROUNDS_PER_SAMPLE = 16
@@ -51,8 +52,8 @@ class Foresight:
         self._faults = faults
         self._rng = rng
         self._rounds = 0
-        self._discounts_for: float | None = None
-        self._version = -1
+        self._turnover = Turnover(ledger)
+        self._discounts_for: tuple[float, int, int] | None = None
         self._discounts_now = _NO_LOOKAHEAD
         self._turnover_steps = 1.0
 
@@ -64,18 +65,22 @@ class Foresight:
     def discounts(self) -> tuple[FloatArray, float]:
         """Return the policy's discounts for the traffic as it is, and the turnover in steps."""
         part = "predictor"
+        turnover, roster = self._turnover, self._roster
         try:
+            turnover.look()
             mean_output_tokens = self._predictor.mean_output_tokens
             # Also when a member comes or goes: slots and G decide how fast slots turn over.
-            if mean_output_tokens != self._discounts_for or self._roster.version != self._version:
-                turnover_steps = self._ledger.turnover_steps(mean_output_tokens)
+            found = (mean_output_tokens, roster.version, turnover.version)
+            if found != self._discounts_for:
+                turnover.settle()
+                turnover_steps = turnover.steps(mean_output_tokens)
                 part = "policy"
                 discounts = self._policy.discounts(turnover_steps, self._predictor.LOOKAHEAD_TURNOVERS)
                 if discounts.ndim != 1 or not len(discounts) or not math.isfinite(discounts.sum()):
                     msg = f"discounts are no finite vector: {discounts}"
                     raise RoutingError(msg)  # noqa: TRY301 - as if the policy had raised it
                 self._discounts_now, self._turnover_steps = discounts, turnover_steps
-                self._discounts_for, self._version = mean_output_tokens, self._roster.version
+                self._discounts_for = (*found[:2], turnover.version)
         except Exception as error:  # noqa: BLE001 - the last ones will do
             self._faults.note(part, error)
         return self._discounts_now, self._turnover_steps

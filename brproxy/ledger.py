@@ -138,10 +138,6 @@ class Ledger:
         """Slots of all workers that are there together."""
         return self._slots_total
 
-    def turnover_steps(self, output_tokens_mean: float) -> float:
-        """Return how many steps pass between two requests that leave a full worker (steps)."""
-        return output_tokens_mean * len(self.roster) / self._slots_total
-
     def entry(self, request_id: RequestId) -> Entry:
         """Return a bound request's entry; raises LifecycleError for any other."""
         try:

@@ -17,7 +17,7 @@ CORE = (
     BASE
     | STATES
     | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "sessions", "dispatcher"}
-    | {"rounds", "fleet", "regression", "estimate", "prompt_counts", "step_costs"}
+    | {"turnover", "rounds", "fleet", "regression", "estimate", "prompt_counts", "step_costs"}
 )
 ALLOWED = {
     "types": set(),
@@ -45,7 +45,8 @@ ALLOWED = {
     "adapters": {"types", "lifecycle", "roster"},
     "happenings": {"faults", "lifecycle", "roster"},
     "learning": {"happenings", "lifecycle", "prediction"},
-    "foresight": {"types", "faults", "ledger", "routing", "prediction"},
+    "turnover": {"ledger"},
+    "foresight": {"types", "faults", "ledger", "routing", "prediction", "turnover"},
     "rounds": {"types", "dispatcher", "lifecycle"},
     "sessions": {"types", "happenings", "ledger", "lifecycle", "roster", "routing"},
     "dispatcher": BASE
@@ -133,6 +134,7 @@ PURE = (
     "waiting",
     "happenings",
     "learning",
+    "turnover",
     "foresight",
     "sessions",
     "findings",

@@ -124,7 +124,7 @@ class ClusterView:
     ``sequences[N]``: how many each decodes side by side; None: each one.
     ``homes[N]``: where each is at home, None where nothing is known; None: none of them is.
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
-    ``turnover_steps``: decode steps between two requests that leave a full worker, mean output / slots.
+    ``turnover_steps``: decode steps between two sequences that leave a worker, mean output / those that run.
     ``lookahead_turnovers``: how many of those the forecast is worth looking ahead.
     ``prefill_tokens[G]``: prompts that are booked and have yet to be prefilled; None: nobody counts them.
     ``costs``: what a step costs; None: nobody knows.

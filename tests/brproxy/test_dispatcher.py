@@ -170,8 +170,7 @@ bound_requests = st.lists(
 def decided_by_a_round(dispatcher, entry, mask, seed):
     """What the policy says of a view with one waiting request, and each worker's discounted load."""
     ledger, policy, predictor = dispatcher.ledger, dispatcher.policy, dispatcher.predictor
-    turnover = ledger.turnover_steps(predictor.mean_output_tokens)
-    discounts = policy.discounts(turnover, predictor.LOOKAHEAD_TURNOVERS)
+    discounts, turnover = dispatcher._foresight.discounts()
     forecast = predictor.forecast(ledger.active(), len(ledger.roster), len(discounts) - 1)
     view = ClusterView.of(
         ledger.state(mask, late_binding=policy.params.late_binding),
