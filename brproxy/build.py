@@ -112,7 +112,7 @@ def build_group(config: Config, name: str, workers: Sequence[Worker], seed: np.r
         policy_of(config, prefills=prefills),
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
-        pool_limits(config),
+        pool_limits(config, prefills=prefills),
         name,
         # Where prefill is apart, what a decode worker has cached spares none.
         session_limits(config) if all(worker.role == "both" for worker in workers) else None,
@@ -232,9 +232,11 @@ def relay_limits(config: Config) -> RelayLimits:
     )
 
 
-def pool_limits(config: Config) -> PoolLimits:
-    """Return the limits of who waits in a group."""
-    return PoolLimits(config.limits.pool_requests_max, config.limits.pool_wait_s_max)
+def pool_limits(config: Config, *, prefills: bool) -> PoolLimits:
+    """Return the limits of who waits in a group; ``prefills``: in one where nothing grows."""
+    limits = config.limits
+    share = 0.0 if prefills else limits.kv_growth_share
+    return PoolLimits(limits.pool_requests_max, limits.pool_wait_s_max, share)
 
 
 def settle(service: Service, config: Config) -> None:
@@ -247,7 +249,7 @@ def settle(service: Service, config: Config) -> None:
     service.watch.interval_s = look_interval_s(config)
     for each in service.groups.each():
         dispatcher = each.group.dispatcher
-        dispatcher.limits = pool_limits(config)
+        dispatcher.limits = pool_limits(config, prefills=each.group.prefills)
         each.driver.tick_every(config.routing.tick_ms / 1000)
         policy = policy_of(config, prefills=each.group.prefills)
         if type(policy) is not type(dispatcher.policy) or policy.params != dispatcher.policy.params:

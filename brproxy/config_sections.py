@@ -148,6 +148,15 @@ class Limits(Section):
         default=4096, ge=1, description="Requests that wait in a group's pool; beyond: 429 (requests)."
     )
     pool_wait_s_max: Seconds = Field(default=60.0, description="Time in the pool; beyond: 503 (seconds).")
+    kv_growth_share: float = Field(
+        default=0.015,
+        ge=0,
+        le=0.5,
+        strict=False,
+        description="Share of a worker's KV capacity that is left free when requests leave the pool, beside "
+        "what those that run are expected to grow into, so that the engine need not preempt; 0: neither is "
+        "(ratio).",
+    )
     retry_after_s: int = Field(
         default=1, ge=0, le=3600, description="Retry-After of the proxy's own 429 and 503 (seconds)."
     )

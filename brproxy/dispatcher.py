@@ -20,6 +20,7 @@ import numpy as np
 
 from brproxy.faults import Faults
 from brproxy.foresight import Foresight, RoutingError
+from brproxy.growth import GrowthRoom
 from brproxy.happenings import Happenings
 from brproxy.learning import Learner
 from brproxy.ledger import Ledger
@@ -54,10 +55,14 @@ from brproxy.waiting import WaitingRoom
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """``requests_max`` wait at once; each waits at most ``wait_s_max`` seconds."""
+    """``requests_max`` wait at once; each waits at most ``wait_s_max`` seconds.
+
+    Rounds leave ``kv_growth_share`` of each worker's KV capacity free, see growth.py (0: nothing for growth).
+    """
 
     requests_max: int = 4096
     wait_s_max: float = 60.0
+    kv_growth_share: float = 0.015
 
 
 _HARMLESS_TOKENS = 1
@@ -112,6 +117,7 @@ class Dispatcher:
         self._rng = rng
         self._costs = costs
         self._foresight = Foresight(ledger, policy, predictor, self.quality, self.faults, rng)
+        self._growth = GrowthRoom(ledger, predictor, self.faults)
         self._policy_is_broken = False
         self.roster.observe(self._member_changed)
 
@@ -166,7 +172,7 @@ class Dispatcher:
         that take no slot are placed first, one by one, and never on a worker that failed them before it has
         come back. Never raises for what a policy or a predictor does.
         """
-        waiting, ledger, late_binding = self.waiting, self.ledger, self.policy.params.late_binding
+        waiting = self.waiting
         self.admitted = []
         self.undecidable.clear()
         self._policy_is_broken = False
@@ -174,21 +180,20 @@ class Dispatcher:
             return self.admitted
         alone = waiting.alone()
         if alone is not None:
-            self._place([alone], ledger.state(routable, late_binding=late_binding, now_s=now_s), now_s)
+            self._place([alone], self._state([alone], routable, now_s), now_s)
             return self.admitted
         for entry in waiting.first():
             if entry.sequences:
-                others = _others(routable, entry)
-                state = ledger.state(others, late_binding=late_binding, now_s=now_s)
-                self._place([entry], state, now_s)
+                self._place([entry], self._state([entry], _others(routable, entry), now_s), now_s)
             else:
                 self.place_at_once(entry, now_s, routable)
         if not waiting.count:
             return self.admitted
-        state = ledger.state(routable, late_binding=late_binding, now_s=now_s)
+        state = self._state([], routable, now_s)
         seen = list(islice(waiting.in_turn(), self._worth_seeing(state)))
         if seen:
-            self._route(seen, state, now_s)
+            self._growth.leave(state, seen, self.limits.kv_growth_share)
+            self._route(seen[: self._worth_seeing(state)], state, now_s)
         return self.admitted
 
     def place_at_once(self, entry: Entry, now_s: float, routable: Sequence[bool]) -> None:
@@ -252,6 +257,13 @@ class Dispatcher:
         if change not in {Change.HEALTHY, Change.UNHEALTHY}:
             # The largest worker may be another now, and who waits was measured against the one before.
             self.waiting.cap_prompts(self.ledger.kv_capacity_tokens_max)
+
+    def _state(self, waiting: Sequence[Entry], routable: Sequence[bool], now_s: float) -> RoundState:
+        """Return the workers as a round over ``waiting`` finds them, with room left for growth."""
+        late_binding = self.policy.params.late_binding
+        state = self.ledger.state(routable, late_binding=late_binding, now_s=now_s)
+        self._growth.leave(state, waiting, self.limits.kv_growth_share)
+        return state
 
     def _worth_seeing(self, state: RoundState) -> int:
         """Return how many of the waiting requests a round can make use of."""

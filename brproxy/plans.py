@@ -36,7 +36,8 @@ _OF_ITS_CONNECTIONS = frozenset(
 
 _LIVE = (
     *("routing.policy", "routing.prefill_policy", "routing.tick_ms"),
-    *("limits.pool_requests_max", "limits.pool_wait_s_max", "limits.retries_max", "limits.retry_after_s"),
+    *("limits.pool_requests_max", "limits.pool_wait_s_max", "limits.kv_growth_share"),
+    *("limits.retries_max", "limits.retry_after_s"),
     *("limits.failovers_max", "limits.kept_text_bytes_max", "limits.event_bytes_max"),
     "limits.response_parse_bytes_max",
     *("timeouts.first_byte_s", "timeouts.paused_s_max", "timeouts.gone_s", "timeouts.keepalive_comments_s"),

@@ -17,7 +17,7 @@ CORE = (
     BASE
     | STATES
     | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "sessions", "dispatcher"}
-    | {"turnover", "rounds", "fleet", "regression", "estimate", "prompt_counts", "step_costs"}
+    | {"growth", "turnover", "rounds", "fleet", "regression", "estimate", "prompt_counts", "step_costs"}
 )
 ALLOWED = {
     "types": set(),
@@ -46,12 +46,13 @@ ALLOWED = {
     "happenings": {"faults", "lifecycle", "roster"},
     "learning": {"happenings", "lifecycle", "prediction"},
     "turnover": {"ledger"},
+    "growth": {"faults", "ledger", "lifecycle", "prediction", "routing"},
     "foresight": {"types", "faults", "ledger", "routing", "prediction", "turnover"},
     "rounds": {"types", "dispatcher", "lifecycle"},
     "sessions": {"types", "happenings", "ledger", "lifecycle", "roster", "routing"},
     "dispatcher": BASE
     | STATES
-    | {"ledger", "happenings", "learning", "foresight", "sessions", "routing", "prediction"}
+    | {"ledger", "happenings", "learning", "foresight", "growth", "sessions", "routing", "prediction"}
     | {"step_costs"},
     "fleet": BASE | {"dispatcher", "roster"},
     "prompt_counts": {"types", "dispatcher", "happenings", "lifecycle"},
@@ -134,6 +135,7 @@ PURE = (
     "waiting",
     "happenings",
     "learning",
+    "growth",
     "turnover",
     "foresight",
     "sessions",

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field
 
 from brproxy.prediction.curve_table import CurveTable
-from brproxy.prediction.predictor import ActiveRequests, BoolArray, FloatArray
+from brproxy.prediction.predictor import ActiveRequests, BoolArray, FloatArray, IntArray
 from brproxy.prediction.predictors.survival import SurvivalParams, SurvivalPredictor
 from brproxy.types import PendingRequest
 
@@ -73,9 +73,16 @@ class BackoffPredictor(SurvivalPredictor):
 
     def survival(self, active: ActiveRequests, horizon_steps: int) -> FloatArray:
         """See Predictor.survival."""
+        return self._narrowed(active, np.arange(horizon_steps + 1), super().survival(active, horizon_steps))
+
+    def survival_at(self, active: ActiveRequests, steps: IntArray) -> FloatArray:
+        """See Predictor.survival_at."""
+        return self._narrowed(active, steps, super().survival_at(active, steps))
+
+    def _narrowed(self, active: ActiveRequests, steps: IntArray, survival: FloatArray) -> FloatArray:
+        """Return ``survival`` (float64[N, K], of all traffic) as the levels know it better."""
         position = self._grid.positions(active.output_tokens)
-        later = self._grid.positions(active.output_tokens[:, None] + np.arange(horizon_steps + 1))
-        survival = super().survival(active, horizon_steps)
+        later = self._grid.positions(active.output_tokens[:, None] + steps)
         reached = (self._window.alive[position] + 1.0) / (len(self._window) + 1.0)
         for level in reversed(range(len(self._tables))):
             table = self._tables[level]

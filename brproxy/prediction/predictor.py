@@ -104,6 +104,10 @@ class Predictor(ABC, Generic[P]):
     def survival(self, active: ActiveRequests, horizon_steps: int) -> FloatArray:
         """Return float64[N, H+1]: P(a request still runs after h more steps), from its curve alone."""
 
+    @abstractmethod
+    def survival_at(self, active: ActiveRequests, steps: IntArray) -> FloatArray:
+        """Return float64[N, K]: as ``survival``, after each of ``steps`` (int64[K]), however far ahead."""
+
     def prospect(self, request: PendingRequest) -> Prospect:
         """Return what is known of a request that is about to be bound."""
         if request.output_tokens_max is None:
@@ -134,6 +138,14 @@ class Predictor(ABC, Generic[P]):
         ``Σ_h d_h forecast[g, h]``: all that a request which waits alone needs to know.
         """
         return self.forecast(active, workers, len(discounts) - 1) @ discounts
+
+    def load_at(self, active: ActiveRequests, workers: int, steps: IntArray) -> FloatArray:
+        """Return float64[G, K]: as ``forecast``, ``steps`` (int64[K], >= 0) decode steps ahead each."""
+        survival = self.survival_at(active, steps)
+        survival[active.certain] = 1.0
+        remaining = np.maximum(active.length_max - active.output_tokens, 1)
+        survival *= steps < remaining[:, None]
+        return project_curves(active.worker, active.kv_tokens, survival, workers, active.sequences, steps)
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

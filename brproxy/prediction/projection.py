@@ -45,14 +45,18 @@ def project_curves(
     survival: FloatArray,
     workers: int,
     sequences: IntArray | None = None,
+    steps: IntArray | None = None,
 ) -> FloatArray:
-    """Project requests with a survival curve each (float64[N, H+1]); returns float64[G, H+1]."""
-    steps = survival.shape[1]
-    forecast = np.zeros((workers, steps))
+    """Project requests with a survival curve each (float64[N, K]); returns float64[G, K].
+
+    The curves are of ``steps`` (int64[K]), or else of each step from 0 on.
+    """
+    ahead = np.arange(survival.shape[1]) if steps is None else steps
+    forecast = np.zeros((workers, len(ahead)))
     if not len(worker):
         return forecast
     order = np.argsort(worker, kind="stable")
-    growth = np.arange(steps) if sequences is None else sequences[order, None] * np.arange(steps)
+    growth = ahead if sequences is None else sequences[order, None] * ahead
     expected = survival[order] * (kv_tokens[order, None] + growth)
     present, first = np.unique(worker[order], return_index=True)
     forecast[present] = np.add.reduceat(expected, first, axis=0)

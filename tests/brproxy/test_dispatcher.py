@@ -173,7 +173,7 @@ def decided_by_a_round(dispatcher, entry, mask, seed):
     discounts, turnover = dispatcher._foresight.discounts()
     forecast = predictor.forecast(ledger.active(), len(ledger.roster), len(discounts) - 1)
     view = ClusterView.of(
-        ledger.state(mask, late_binding=policy.params.late_binding),
+        dispatcher._state([entry], mask, 0.0),
         [entry.prompt_tokens],
         [entry.passed_over],
         Outlook(forecast, turnover, predictor.LOOKAHEAD_TURNOVERS),

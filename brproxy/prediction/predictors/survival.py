@@ -13,6 +13,7 @@ from brproxy.prediction.predictor import (
     ActiveRequests,
     BoolArray,
     FloatArray,
+    IntArray,
     Predictor,
     PredictorParams,
     register_predictor,
@@ -69,6 +70,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         # Single precision: a forecast of a million tokens is good to one, and takes half the time.
         self._table: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         self._stale = True
+        self._far: tuple[IntArray, NDArray[np.float32]] = (np.empty(0, dtype=np.int64), self._table)
         self._discounts: FloatArray = np.empty(0)
         self._discounted: tuple[FloatArray, FloatArray] = (np.empty(0), np.empty(0))
 
@@ -99,6 +101,20 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         """See Predictor.survival."""
         return self._curves(horizon_steps)[self._grid.positions(active.output_tokens)].astype(np.float64)
 
+    def survival_at(self, active: ActiveRequests, steps: IntArray) -> FloatArray:
+        """See Predictor.survival_at."""
+        alive = self._window.alive
+        now = alive[self._grid.positions(active.output_tokens)]
+        later = alive[self._grid.positions(active.output_tokens[:, None] + steps)]
+        survival: FloatArray = (later + (1.0 - 1.0 / self._mean) ** steps) / (now[:, None] + 1.0)
+        return survival
+
+    def load_at(self, active: ActiveRequests, workers: int, steps: IntArray) -> FloatArray:
+        """See Predictor.load_at. Most requests need no curve of their own, as in a forecast."""
+        by_age = ~active.certain & self._told_by_age(active, int(steps.max()))
+        load = self._by_age(active.only(by_age), workers, self._curves_at(steps), steps)
+        return load if by_age.all() else load + super().load_at(active.only(~by_age), workers, steps)
+
     def discounted_load(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
         """See Predictor.discounted_load. Summing over the horizon first leaves two numbers for each age."""
         by_age = ~active.certain & self._told_by_age(active, len(discounts) - 1)
@@ -114,11 +130,11 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
 
     def _project(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
         """Sum requests by worker and age first: most of them need no curve of their own."""
-        by_age = self._told_by_age(active, horizon_steps)
+        by_age, steps = self._told_by_age(active, horizon_steps), np.arange(horizon_steps + 1)
         if by_age.all():
-            return self._by_age(active, workers, horizon_steps)
+            return self._by_age(active, workers, self._curves(horizon_steps), steps)
         others = self.project_each(active.only(~by_age), workers, horizon_steps)
-        return others + self._by_age(active.only(by_age), workers, horizon_steps)
+        return others + self._by_age(active.only(by_age), workers, self._curves(horizon_steps), steps)
 
     def _discounted_by_age(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
         of_kv, of_growth = self._discounted_curves(discounts)
@@ -129,8 +145,9 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         each = of_kv[position] * active.kv_tokens + growth
         return np.bincount(active.worker, each, minlength=workers).astype(np.float64, copy=False)
 
-    def _by_age(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
-        curves = self._curves(horizon_steps)
+    def _by_age(
+        self, active: ActiveRequests, workers: int, curves: NDArray[np.float32], steps: IntArray
+    ) -> FloatArray:
         position = self._grid.positions(active.output_tokens)
         ages = int(position.max()) + 1 if len(position) else 1
         cell = active.worker * ages + position
@@ -138,7 +155,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         sums[0] = np.bincount(cell, active.kv_tokens, minlength=workers * ages)
         sums[1] = np.bincount(cell, active.sequences, minlength=workers * ages)
         expected = (sums.reshape(2 * workers, ages) @ curves[:ages]).astype(np.float64)
-        forecast: FloatArray = expected[:workers] + expected[workers:] * np.arange(horizon_steps + 1)
+        forecast: FloatArray = expected[:workers] + expected[workers:] * steps
         return forecast
 
     def _refresh(self) -> None:
@@ -146,6 +163,17 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         self._unseen = 0
         self._mean = max(1.0, self._window.mean)
         self._stale = True
+        self._far = (np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.float32))
+
+    def _curves_at(self, steps: IntArray) -> NDArray[np.float32]:
+        """Return float32[B, K]: P(h | age) for every age on the grid and ``steps``, kept while both stay."""
+        if self._far[0] is not steps:
+            ages = self._grid.points
+            zeros = np.zeros_like(ages)
+            every_age = ActiveRequests(zeros, zeros, ages, zeros, zeros, zeros.astype(bool))
+            curves = SurvivalPredictor.survival_at(self, every_age, steps).astype(np.float32)
+            self._far = (steps, curves)
+        return self._far[1]
 
     def _curves(self, horizon_steps: int) -> NDArray[np.float32]:
         """Return float32[B, H+1]: P(h | age) for every age on the grid."""

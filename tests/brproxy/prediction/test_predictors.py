@@ -146,6 +146,24 @@ def test_the_discounted_load_is_the_forecast_weighed(name, rows, horizon_steps, 
 
 
 @pytest.mark.parametrize("name", PREDICTORS.names())
+@given(
+    rows=rows_of_any_kind,
+    steps=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    sequences=st.lists(st.integers(0, 4), min_size=12, max_size=12),
+    data=st.data(),
+)
+def test_the_load_at_some_steps_is_the_forecast_of_those(name, rows, steps, sequences, data):
+    predictor = make_predictor(name)
+    for length in (5, 30, 0, 12, 45):
+        predictor.observe(PendingRequest(1, prompt_hash=length % 3, prefix_hash=1), length)
+    known = [predictor.prospect(PendingRequest(1, prompt_hash=i)).curve for i in range(3)]
+    curves = data.draw(st.lists(st.sampled_from(known), min_size=len(rows), max_size=len(rows)))
+    active = replace(active_of(rows, curves), sequences=np.array(sequences[: len(rows)], dtype=np.int64))
+    load = predictor.load_at(active, WORKERS, np.array(steps, dtype=np.int64))
+    assert load == pytest.approx(predictor.forecast(active, WORKERS, 30)[:, steps], rel=1e-5, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", PREDICTORS.names())
 def test_state_is_kept(name):
     def request(i):
         return PendingRequest(1, "m", prompt_hash=i % 5, prefix_hash=i % 2, user="u")
