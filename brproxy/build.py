@@ -40,6 +40,7 @@ from brproxy.proxy.service import (
     ServiceLimits,
     SessionReading,
 )
+from brproxy.proxy.step_watch import StepWatch
 from brproxy.relay.endpoint import NOTHING_ELSE, Endpoint, EndpointSettings, Reach
 from brproxy.relay.hops import Hops
 from brproxy.relay.watch import Watch
@@ -47,6 +48,7 @@ from brproxy.roster import Roster
 from brproxy.routing.policy import AnyPolicy, make_policy
 from brproxy.sessions import SessionLimits
 from brproxy.state_file import load_state
+from brproxy.step_model import GivenCosts, StepModel
 from brproxy.telemetry.metrics import Metrics
 
 
@@ -107,8 +109,10 @@ def build_group(config: Config, name: str, workers: Sequence[Worker], seed: np.r
     share_max = checks.ejected_share_max
     roster = Roster(thresholds, checked=checks.enabled, ejected_share_max=share_max)
     prefills = workers[0].role == "prefill"
+    ledger = Ledger(roster, checks.slow_start_s)
+    steps = StepModel(ledger, given_costs(config))
     dispatcher = Dispatcher(
-        Ledger(roster, checks.slow_start_s),
+        ledger,
         policy_of(config, prefills=prefills),
         make_predictor(config.prediction.predictor, config.predictor_params()),
         np.random.default_rng(seed),
@@ -116,8 +120,25 @@ def build_group(config: Config, name: str, workers: Sequence[Worker], seed: np.r
         name,
         # Where prefill is apart, what a decode worker has cached spares none.
         session_limits(config) if all(worker.role == "both" for worker in workers) else None,
+        steps.costs,
     )
-    return Group(name, workers[0].models, dispatcher, prefills, workers[0].group)
+    dispatcher.happenings.tell(steps.windows)
+    return Group(name, workers[0].models, dispatcher, prefills, workers[0].group, steps=steps)
+
+
+def given_costs(config: Config) -> GivenCosts:
+    """Return what the configuration says of a step's costs, in seconds."""
+    costs = config.costs
+
+    def in_seconds(value: float | None, unit_s: float) -> float | None:
+        return None if value is None else value * unit_s
+
+    return GivenCosts(
+        in_seconds(costs.step_base_ms, 1e-3),
+        in_seconds(costs.step_ns_per_kv_token, 1e-9),
+        in_seconds(costs.prefill_us_per_token, 1e-6),
+        costs.prefill_tokens_max,
+    )
 
 
 def policy_of(config: Config, *, prefills: bool) -> AnyPolicy:
@@ -146,7 +167,9 @@ def build_service(config: Config, clock: Clock | None = None, builder: GroupBuil
     metrics = Metrics(fleet)
     groups = Groups(fleet, services)
     groups.follow(_CountedGroups(metrics))
-    watch = Watch(look_interval_s(config), partial(_look_after, groups))
+    step_watch = StepWatch(clock)
+    groups.follow_all(step_watch)
+    watch = Watch(look_interval_s(config), partial(_look_after, groups), step_watch.look)
     limits = config.limits
     estimator = TokenEstimator(config.estimate.bytes_per_token, limits.models_max)
     return Service(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, create_model, field_validator
 
 from brproxy.config_affinity import Affinity
 from brproxy.config_asking import Discovery, FaultTolerance, HealthChecks, Prompts, TelemetryPolls
+from brproxy.config_costs import Costs
 from brproxy.config_sections import (
     Admin,
     Estimate,
@@ -100,6 +101,7 @@ class Config(Section):
     discovery: Discovery = Field(default_factory=Discovery)
     telemetry: TelemetryPolls = Field(default_factory=TelemetryPolls)
     fault_tolerance: FaultTolerance = Field(default_factory=FaultTolerance)
+    costs: Costs = Field(default_factory=Costs)
     estimate: Estimate = Field(default_factory=Estimate)
     prompts: Prompts = Field(default_factory=Prompts)
     affinity: Affinity = Field(default_factory=Affinity)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from brproxy.dispatcher import Dispatcher
 from brproxy.roster import Member, Roster, WorkerLimits, name_of_leaving
+from brproxy.step_model import StepModel
 from brproxy.types import InvalidInputError
 
 
@@ -24,6 +25,7 @@ class Group:
 
     ``prefills``: it only prefills, for another group; no request is for it. ``of``: the group in the
     configuration that it is, or prefills for. ``leaves``: it takes no new requests and goes with its last.
+    ``steps`` learns what its steps cost, None where nobody looks at them.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Group:
     prefills: bool = False
     of: str = ""
     leaves: bool = False
+    steps: StepModel | None = None
 
     def __post_init__(self) -> None:
         """Be the configuration's group of that name where nothing else is said."""

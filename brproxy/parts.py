@@ -27,6 +27,7 @@ from brproxy.telemetry.count_metrics import CountMetrics
 from brproxy.telemetry.engine_metrics import EngineMetrics
 from brproxy.telemetry.fault_metrics import FaultMetrics
 from brproxy.telemetry.handover_metrics import HandoverMetrics
+from brproxy.telemetry.step_metrics import StepMetrics
 
 
 class Parts:
@@ -125,6 +126,7 @@ class Parts:
 
         service.metrics.also(EngineMetrics(self._poller.signals, service.clock))
         service.metrics.also(HandoverMetrics(handovers))
+        service.metrics.also(StepMetrics(service.fleet))
         service.metrics.also(CountMetrics(service.counting.stats if service.counting else None))
         service.metrics.also(FaultMetrics(lambda: self._faults.recoveries))
 

@@ -13,11 +13,13 @@ ROOT = Path(__file__).parents[1]
 # What each part of brproxy may import of the others; itself is always allowed.
 BASE = {"types", "clock", "registry"}
 STATES = {"transitions", "lifecycle", "health", "roster", "slow_start", "waiting", "faults"}
+STEPS = {"step_costs", "step_fit", "step_slowness", "step_chunks", "step_windows", "step_model"}
 CORE = (
     BASE
     | STATES
     | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "sessions", "dispatcher"}
-    | {"growth", "turnover", "rounds", "fleet", "regression", "estimate", "prompt_counts", "step_costs"}
+    | {"growth", "turnover", "rounds", "fleet", "regression", "estimate", "prompt_counts"}
+    | STEPS
 )
 ALLOWED = {
     "types": set(),
@@ -33,6 +35,11 @@ ALLOWED = {
     "logs": set(),
     "command": {"types"},
     "step_costs": set(),
+    "step_fit": set(),
+    "step_slowness": {"step_fit"},
+    "step_chunks": {"types"},
+    "step_windows": {"types", "happenings", "ledger", "lifecycle", "roster", "step_chunks"},
+    "step_model": {"ledger", "roster"} | STEPS - {"step_model"},
     "routing": BASE | {"step_costs"},
     "prediction": BASE,
     "engines": BASE,
@@ -54,7 +61,7 @@ ALLOWED = {
     | STATES
     | {"ledger", "happenings", "learning", "foresight", "growth", "sessions", "routing", "prediction"}
     | {"step_costs"},
-    "fleet": BASE | {"dispatcher", "roster"},
+    "fleet": BASE | {"dispatcher", "roster", "step_model"},
     "prompt_counts": {"types", "dispatcher", "happenings", "lifecycle"},
     "tokenizer_file": {"types"},
     "telemetry": CORE | {"engines", "signals", "fault_tolerance"},
@@ -62,9 +69,10 @@ ALLOWED = {
     "state_file": {"prediction"},
     "config_sections": {"validation"},
     "config_affinity": {"validation", "config_sections"},
+    "config_costs": {"validation"},
     "config_workers": {"validation", "origins", "engines", "ranks", "relay"} | BASE,
     "config_asking": {"validation", "config_sections"},
-    "config": {"config_sections", "config_affinity", "config_asking", "config_workers"}
+    "config": {"config_sections", "config_affinity", "config_costs", "config_asking", "config_workers"}
     | {"validation", "routing", "prediction"}
     | BASE,
     "config_reference": {"config", "config_workers", "validation"},
@@ -123,7 +131,7 @@ ALLOWED = {
 }
 LOADGEN_MAY_USE = CORE | {"command", "validation"}
 PURE = (
-    "step_costs",
+    *sorted(STEPS),
     "routing",
     "prediction",
     "engines",
