@@ -279,6 +279,10 @@ class Dispatcher:
         load: list[float] = state.kv_tokens  # type: ignore[assignment]
         if len(discounts) > 1:
             load = self._foresight.discounted_load(state, discounts)
+        costs = self._costs()
+        slowness = None if costs is None else costs.slowness
+        if slowness is not None:
+            load = [tokens * slow for tokens, slow in zip(load, slowness, strict=True)]
         present = self.roster.present
         for entry in waiting:
             place = self._choose(entry, state, load)
@@ -290,7 +294,8 @@ class Dispatcher:
             if len(waiting) > 1:
                 state.admit(place, entry.prompt_tokens, entry.sequences)
                 if load is not state.kv_tokens:
-                    load[place] += entry.prompt_tokens * float(discounts.sum())
+                    weight = float(discounts.sum()) * (1.0 if slowness is None else slowness[place])
+                    load[place] += entry.prompt_tokens * weight
 
     def _choose(self, entry: Entry, state: RoundState, load: list[float]) -> int:
         """Return the worker of one request or NOT_ADMITTED; one that cannot be decided is noted as such."""
@@ -366,6 +371,7 @@ class Dispatcher:
                 self._foresight.forecast(state, len(discounts) - 1),
                 turnover_steps,
                 self.predictor.LOOKAHEAD_TURNOVERS,
+                self.predictor.GROWTH_FORESEEN,
                 self._costs(),
             ),
             [entry.sequences for entry in waiting] if self.waiting.plural else None,

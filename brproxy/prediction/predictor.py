@@ -85,8 +85,10 @@ class Predictor(ABC, Generic[P]):
     Params: ClassVar[type[PredictorParams]] = PredictorParams
     USES_KEYS: ClassVar[bool] = False
     """Whether it reads prompt and prefix hashes, which somebody has to compute."""
-    LOOKAHEAD_TURNOVERS: ClassVar[float] = 3.0
+    LOOKAHEAD_TURNOVERS: ClassVar[float] = 2.0
     """How far ahead its forecasts are worth weighing (turnovers of a worker's slots), found by simulation."""
+    GROWTH_FORESEEN: ClassVar[float] = 0.0
+    """How much of a worker's growth until the next departure its forecasts have (share), by simulation."""
 
     def __init__(self, params: P) -> None:
         self.params = params

@@ -26,18 +26,20 @@ from functools import lru_cache
 
 import numpy as np
 
-from brproxy.routing.view import FloatArray
+from brproxy.routing.view import ClusterView, FloatArray
 
 _PROMPTS = 2.0
 _LEAST = 0.3
 
 
-def growth_tokens(turnover_steps: float, sequences: float, workers: int) -> float:
+def growth_tokens(view: ClusterView) -> float:
     """Return how far the worker that waits longest for a departure grows until then (KV tokens).
 
-    ``sequences``: running on a worker, on average; each grows by a token a step.
+    As far as the forecast does not have it already. Each running sequence grows by a token a step.
     """
-    return turnover_steps * sequences * _longest_wait(workers)
+    sequences = float(view.requests.sum()) / view.workers
+    unforeseen = 1.0 - view.growth_foreseen
+    return unforeseen * view.turnover_steps * sequences * _longest_wait(view.workers)
 
 
 @lru_cache(maxsize=64)

@@ -112,10 +112,14 @@ class BalanceRound:
         self._slots_free = view.slots_free.copy()
         self._kv_free = view.kv_free.copy()
         self._forecast: FloatArray = view.forecast[:, : len(fscore.discounts)].copy()
+        # What has an envelope is the time that a worker takes: KV tokens weigh more on a slow one.
+        slowness = None if view.costs is None else view.costs.slowness
+        self._slowness = [1.0] * view.workers if slowness is None else list(slowness)
+        if slowness is not None:
+            self._forecast *= np.array(slowness)[:, None]
         self._envelope: FloatArray = self._forecast.max(axis=0)
         self._mean: FloatArray = self._forecast.mean(axis=0)
-        workers = view.workers
-        self._growth = growth_tokens(view.turnover_steps, float(view.requests.sum()) / workers, workers)
+        self._growth = growth_tokens(view)
         self._discount_sum = fscore.discount_sum
         self._discounted_load: FloatArray = self._forecast @ fscore.discounts
         self._prompts: list[int] = view.prompt_tokens.tolist()
@@ -179,7 +183,7 @@ class BalanceRound:
         prompts = np.array([self._prompts[i] for i in window], dtype=np.float64)
         aim = self._params.aim
         filled = level(self._mean, self._envelope, aim, self._growth, float(prompts.mean()))
-        margins = filled - self._forecast[worker]
+        margins = (filled - self._forecast[worker]) / self._slowness[worker]
         best, score = self._fscore.best(margins, prompts)
         size_max = min(int(self._slots_free[worker]), self._subset_max(), len(window))
         if size_max > 1:
@@ -206,12 +210,15 @@ class BalanceRound:
             home = self._home(request)
             if home is None or home.place != worker:
                 continue
-            prompt = np.array([float(self._prompts[request])])
             worth = fscore.alpha * self._discount_sum * home.discount_tokens
-            with_discount = float(fscore.score(margins, prompt)[0]) + worth
+            with_discount = float(fscore.score(margins, self._demand(request))[0]) + worth
             if with_discount > score:
                 best, score = position, with_discount
         return best
+
+    def _demand(self, request: int) -> FloatArray:
+        """Return D of one request alone, float64[1]."""
+        return np.array([float(self._prompts[request])])
 
     def _home(self, request: int) -> Home | None:
         return None if self._homes is None else self._homes[request]
@@ -255,7 +262,7 @@ class BalanceRound:
             return True
         others = np.delete(self._forecast, worker, axis=0).max(axis=0, initial=0.0)
         now, drained = (
-            float(self._fscore.score(margins, np.array([float(self._prompts[request])]))[0])
+            float(self._fscore.score(margins / self._slowness[worker], self._demand(request))[0])
             for margins in (self._envelope - self._forecast[worker], others)
         )
         return now >= 0 or drained < 0
@@ -266,10 +273,11 @@ class BalanceRound:
         self._sequences_waiting -= sequences
         self._kv_free[worker] -= prompt_tokens
         self._open[worker] &= self._slots_free[worker] > 0
-        self._forecast[worker] += prompt_tokens
-        self._mean += prompt_tokens / self._view.workers
+        load = prompt_tokens * self._slowness[worker]
+        self._forecast[worker] += load
+        self._mean += load / self._view.workers
         np.maximum(self._envelope, self._forecast[worker], out=self._envelope)
-        self._discounted_load[worker] += prompt_tokens * self._discount_sum
+        self._discounted_load[worker] += load * self._discount_sum
         self._waiting.remove(request)
         self._decision[request] = worker
 

@@ -106,6 +106,7 @@ class Outlook:
     forecast: FloatArray | None = None
     turnover_steps: float = 1.0
     lookahead_turnovers: float = 1.0
+    growth_foreseen: float = 0.0
     costs: StepCosts | None = None
 
 
@@ -126,6 +127,7 @@ class ClusterView:
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
     ``turnover_steps``: decode steps between two sequences that leave a worker, mean output / those that run.
     ``lookahead_turnovers``: how many of those the forecast is worth looking ahead.
+    ``growth_foreseen``: how much of the growth until the next departure the forecast has (share).
     ``prefill_tokens[G]``: prompts that are booked and have yet to be prefilled; None: nobody counts them.
     ``costs``: what a step costs; None: nobody knows.
     """
@@ -144,6 +146,7 @@ class ClusterView:
     sequences: IntArray | None = None
     prefill_tokens: IntArray | None = None
     homes: Sequence[Home | None] | None = None
+    growth_foreseen: float = 0.0
     costs: StepCosts | None = None
 
     def __post_init__(self) -> None:
@@ -203,6 +206,7 @@ class ClusterView:
             sequences=None if sequences is None else np.array(sequences, dtype=np.int64),
             prefill_tokens=np.array(state.prefill_tokens, dtype=np.int64),
             homes=homes,
+            growth_foreseen=outlook.growth_foreseen,
             costs=outlook.costs,
         )
 

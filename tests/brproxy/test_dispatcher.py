@@ -12,6 +12,7 @@ from brproxy.prediction.predictor import make_predictor
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, Outlook
+from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, WorkerIndex
 
 POOL = PoolLimits(100, 10.0)
@@ -167,7 +168,7 @@ bound_requests = st.lists(
 """Worker, prompt, output so far, ``max_tokens`` and whether the output gets exactly that long."""
 
 
-def decided_by_a_round(dispatcher, entry, mask, seed):
+def decided_by_a_round(dispatcher, entry, mask, seed, costs):
     """What the policy says of a view with one waiting request, and each worker's discounted load."""
     ledger, policy, predictor = dispatcher.ledger, dispatcher.policy, dispatcher.predictor
     discounts, turnover = dispatcher._foresight.discounts()
@@ -176,9 +177,11 @@ def decided_by_a_round(dispatcher, entry, mask, seed):
         dispatcher._state([entry], mask, 0.0),
         [entry.prompt_tokens],
         [entry.passed_over],
-        Outlook(forecast, turnover, predictor.LOOKAHEAD_TURNOVERS),
+        Outlook(forecast, turnover, predictor.LOOKAHEAD_TURNOVERS, predictor.GROWTH_FORESEEN, costs),
     )
-    return int(policy.route(view, np.random.default_rng(seed))[0]), forecast @ discounts
+    return int(policy.route(view, np.random.default_rng(seed))[0]), forecast @ discounts * (
+        1.0 if costs is None else np.array(costs.slowness)
+    )
 
 
 @settings(max_examples=250)
@@ -195,13 +198,17 @@ def decided_by_a_round(dispatcher, entry, mask, seed):
     prompt=st.sampled_from([0, 70, 800]),
     passed_over=st.sampled_from([0, 4096]),
     seed=st.integers(0, 3),
+    slowness=st.sampled_from([None, None, (1.0, 1.0, 0.9, 1.1)]),
 )
 def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
-    policy, predictor, bound, limits, mask, prompt, passed_over, seed
+    *, policy, predictor, bound, limits, mask, prompt, passed_over, seed, slowness
 ):
     ledger = Ledger(Roster.of(limits))
     rng = np.random.default_rng(seed)
-    dispatcher = Dispatcher(ledger, make_policy(policy), make_predictor(predictor), rng, POOL)
+    costs = None if slowness is None else StepCosts(0.03, 1e-7, 0.0, None, slowness)
+    dispatcher = Dispatcher(
+        ledger, make_policy(policy), make_predictor(predictor), rng, POOL, costs=lambda: costs
+    )
     for i in range(40):
         dispatcher.predictor.observe(PendingRequest(1, prompt_hash=i % 3), 1 + 3 * i)
     for i, (worker, prompt_tokens, output, limit, certain) in enumerate(bound):
@@ -213,7 +220,7 @@ def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
         ledger.grow(request_id, output)
     entry = dispatcher.entry(dispatcher.arrive(PendingRequest(prompt), 0.0))
     entry.passed_over = passed_over
-    expected, load = decided_by_a_round(dispatcher, entry, mask, seed)
+    expected, load = decided_by_a_round(dispatcher, entry, mask, seed, costs)
     assignments = dispatcher.decide(0.0, mask)
     worker = assignments[0].worker if assignments else NOT_ADMITTED
     # Forecasts are single precision: nearer than that, either of two workers is right.

@@ -14,7 +14,8 @@ class OraclePredictor(SurvivalPredictor):
     Source: arXiv 2605.06113, Oracle.
     """
 
-    LOOKAHEAD_TURNOVERS = 1.5
+    LOOKAHEAD_TURNOVERS = 3.0
+    GROWTH_FORESEEN = 1.0
 
     def prospect(self, request: PendingRequest) -> Prospect:
         """See Predictor.prospect."""

@@ -11,6 +11,7 @@ from brproxy.routing.balance import BalanceParams, BalanceRound, random_order
 from brproxy.routing.fscore import FScore
 from brproxy.routing.policy import POLICIES
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, Home
+from brproxy.step_costs import StepCosts
 
 UNLIMITED = 1 << 40
 
@@ -27,6 +28,8 @@ def make_view(
     homes=None,
     running=0,
     turnover_steps=1.0,
+    growth_foreseen=0.0,
+    slowness=None,
 ):
     workers = len(kv_tokens)
     kv = np.array(kv_tokens, dtype=np.int64)
@@ -43,6 +46,8 @@ def make_view(
         sequences=None if sequences is None else np.array(sequences, dtype=np.int64),
         homes=homes,
         turnover_steps=turnover_steps,
+        growth_foreseen=growth_foreseen,
+        costs=None if slowness is None else StepCosts(0.03, 1e-7, 0.0, None, tuple(slowness)),
     )
 
 
@@ -64,7 +69,11 @@ class BruteForce:
         self.view, self.params = view, params
         self.horizon = view.forecast.shape[1]
         self.gamma, self.alpha, self.beta = gamma, alpha, beta
-        self.loads = view.forecast.tolist()
+        self.slowness = [1.0] * view.workers if view.costs is None else view.costs.slowness
+        self.loads = [
+            [load * slow for load in loads]
+            for loads, slow in zip(view.forecast.tolist(), self.slowness, strict=True)
+        ]
         self.slots = view.slots_free.tolist()
         self.kv = view.kv_free.tolist()
         self.sequences = [1] * view.waiting if view.sequences is None else view.sequences.tolist()
@@ -83,6 +92,7 @@ class BruteForce:
         prompts = [int(self.view.prompt_tokens[i]) for i in window]
         longest_wait = sum(1 / k for k in range(1, workers + 1))
         growth = self.view.turnover_steps * self.view.requests.mean() * longest_wait
+        growth *= 1 - self.view.growth_foreseen
 
         def margin(worker, step):
             loads = [load[step] for load in self.loads]
@@ -128,7 +138,7 @@ class BruteForce:
     def score(self, worker, demand, margin=None):
         total = 0.0
         for h in range(self.horizon):
-            overflow = max(0.0, demand - (margin or self.margin)(worker, h))
+            overflow = max(0.0, demand - (margin or self.margin)(worker, h) / self.slowness[worker])
             total += self.gamma**h * (self.alpha * demand - self.beta * overflow)
         return total
 
@@ -200,7 +210,7 @@ class BruteForce:
         return self.decision
 
     def admit(self, worker, request, prompt):
-        self.loads[worker] = [load + prompt for load in self.loads[worker]]
+        self.loads[worker] = [load + prompt * self.slowness[worker] for load in self.loads[worker]]
         self.slots[worker] -= self.sequences[request]
         self.kv[worker] -= prompt
         self.waiting.remove(request)
@@ -235,6 +245,8 @@ def views(draw, horizon_steps=0):
         homes=draw(st.one_of(st.none(), st.lists(st.one_of(st.none(), homes(workers)), **each))),
         running=draw(st.sampled_from([0, 1, 64])),
         turnover_steps=draw(st.sampled_from([1.0, 2.5, 20.0])),
+        growth_foreseen=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        slowness=draw(st.one_of(st.none(), st.lists(st.sampled_from([0.75, 1.0, 1.25]), **per_worker))),
     )
 
 
@@ -301,6 +313,16 @@ def test_single_requests_come_from_the_whole_window_and_subsets_from_its_oldest(
     assert decide(several, published(window=41)).tolist()[40] == 1
     pairs = make_view([1000, 980], prompts, slots_free=[0, 2])
     assert decide(pairs, published(window=41)).tolist()[:2] == [1, 1]
+
+
+def test_a_slow_worker_is_filled_less_high():
+    prompts = [400, 500]
+    alike, slow = (
+        make_view([1000, 600, 500], prompts, [0, 0, 1], slowness=slowness)
+        for slowness in (None, [1.0, 1.0, 1.1])
+    )
+    assert decide(alike).tolist() == [NOT_ADMITTED, 2]
+    assert decide(slow).tolist() == [2, NOT_ADMITTED]
 
 
 def test_an_overdue_request_goes_first():
