@@ -26,6 +26,7 @@ from loadgen.commands.run import run as run_replay
 from loadgen.commands.scenario import Arrivals, PrefillServers, Scenario, WorkloadChoice
 from loadgen.commands.simulate import simulate_all
 from loadgen.commands.simulation_plan import plan_simulation
+from loadgen.commands.validate import validate
 from loadgen.emulator.settings import EmulatorSettings, Role, Transfer
 from loadgen.options import (
     BootstrapPort,
@@ -321,6 +322,7 @@ def simulate(
 
 app.command()(bench)
 app.command("bench-proxy")(bench_proxy)
+app.command()(validate)
 
 
 def _compare(scenario: Scenario, settings: ComparisonSettings) -> Report:

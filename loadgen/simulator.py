@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,15 @@ class SimulatedPolicy:
     predictor_params: PredictorParams | None = None
 
 
+class Loads(NamedTuple):
+    """What each step began with: when, float64[S], and KV tokens, prompt tokens and requests, int64[S, G]."""
+
+    start_s: FloatArray
+    kv_tokens: IntArray
+    prefill_tokens: IntArray
+    requests: IntArray
+
+
 @dataclass(frozen=True, slots=True)
 class Simulation:
     """What happened. Per request, float64[N] in order of arrival, NaN where the run ended before.
@@ -52,8 +62,8 @@ class Simulation:
     each token after the first. ``finished`` were served to their end, ``aborted`` left before (bool[N]).
     ``makespan_s``: first arrival to the last answer, None where the run ended before.
     ``steady_s``: from 25 % to 95 % of the arrivals, what ``barrier`` is over. Of a closed batch, whose
-    requests all arrive at once, that is the whole run. ``steady``: the requests of that part. ``loads``:
-    start of each step (float64[S]) and KV tokens of each worker in it (int64[S, G]), if kept.
+    requests all arrive at once, that is the whole run. ``steady``: the requests of that part. ``loads``: of
+    every step, if kept.
     """
 
     barrier: BarrierStats
@@ -68,7 +78,7 @@ class Simulation:
     preemptions: int
     makespan_s: float | None
     quality: PredictionQuality
-    loads: tuple[FloatArray, IntArray]
+    loads: Loads
 
 
 def simulate(
@@ -121,7 +131,7 @@ class _Run:
         # What is decided and not there yet, each with the step that it can take part in at the earliest.
         self._in_transit: deque[tuple[int, Entry]] = deque()
         self._keep_loads = keep_loads
-        self._loads: list[tuple[float, IntArray]] = []
+        self._loads: list[tuple[float, IntArray, IntArray, IntArray]] = []
 
     def run(self, *, drain: bool) -> Simulation:
         count = len(self._requests)
@@ -142,7 +152,7 @@ class _Run:
                     break
                 continue
             if self._keep_loads:
-                self._loads.append((now_s, step.kv_tokens))
+                self._loads.append((now_s, step.kv_tokens, step.prefill_tokens, self._cluster.running))
             if step.admitted:
                 self._admitted(step.admitted, now_s)
             ended_s = now_s + step.duration_s
@@ -247,10 +257,7 @@ class _Run:
             if np.isnan(self._last_s).any()
             else float(self._last_s.max() - self._arrival_s[0]),
             quality=self._dispatcher.quality.report(),
-            loads=(
-                np.array([start_s for start_s, _ in self._loads]),
-                np.array([kv_tokens for _, kv_tokens in self._loads]),
-            ),
+            loads=Loads(*(np.array([row[i] for row in self._loads]) for i in range(len(Loads._fields)))),
         )
 
 

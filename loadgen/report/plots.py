@@ -57,7 +57,7 @@ def _pyplot() -> Any:
 
 def _draw_loads(axes: Any, label: str, simulation: Simulation) -> None:
     """Draw every worker's load over the steady part, and the envelope above them."""
-    start_s, loads = simulation.loads
+    start_s, loads = simulation.loads.start_s, simulation.loads.kv_tokens
     inside = np.flatnonzero((start_s >= simulation.steady_s[0]) & (start_s < simulation.steady_s[1]))
     shown = inside[:: max(1, len(inside) // _STEPS_DRAWN)]
     axes.plot(start_s[shown], loads[shown] / 1e3, linewidth=0.6, alpha=0.7)
@@ -68,7 +68,7 @@ def _draw_loads(axes: Any, label: str, simulation: Simulation) -> None:
 
 
 def _draw_imbalance(axes: Any, simulation: Simulation) -> None:
-    start_s, loads = simulation.loads
+    start_s, loads = simulation.loads.start_s, simulation.loads.kv_tokens
     shown = slice(None, None, max(1, len(start_s) // _STEPS_DRAWN))
     axes.plot(start_s[shown], (loads[shown].max(axis=1) - loads[shown].min(axis=1)) / 1e3, linewidth=0.8)
     axes.axvspan(*simulation.steady_s, alpha=0.08, label="steady part")
