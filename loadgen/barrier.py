@@ -9,7 +9,6 @@ import numpy as np
 
 from brproxy.types import InvalidInputError
 from loadgen.cluster import Step
-from loadgen.cluster_settings import IntArray
 
 STEPS_MAX = 10_000_000
 """Most steps that are kept: at 10 ms each, more than a day."""
@@ -36,6 +35,9 @@ class BarrierStats:
     prefill_balance: float | None
 
 
+_ROWS_AT_ONCE = 1024
+"""Steps that are summed up together: a call for each of them would cost as much as simulating it."""
+
 _COLUMNS = (
     *("start_s", "duration_s", "kv_max", "kv_mean", "kv_min", "work_max", "work_mean"),
     *("prefill_balance", "tokens"),
@@ -47,23 +49,22 @@ class BarrierRecord:
 
     def __init__(self) -> None:
         self._columns = {name: array("d") for name in _COLUMNS}
+        self._steps = 0
+        self._last: list[tuple[float, Step, int]] = []
 
     def add(self, start_s: float, step: Step, output_tokens: int) -> None:
         """Record a step; raises InvalidInputError beyond STEPS_MAX of them."""
-        if len(self._columns["start_s"]) >= STEPS_MAX:
+        if self._steps >= STEPS_MAX:
             msg = f"more than {STEPS_MAX} steps; reset the statistics"
             raise InvalidInputError(msg)
-        kv_tokens, work = step.kv_tokens, step.work
-        loads = highest, mean, _ = float(kv_tokens.max()), float(kv_tokens.mean()), float(kv_tokens.min())
-        # Mostly one and the same array.
-        works = (highest, mean) if work is kv_tokens else (float(work.max()), float(work.mean()))
-        prefill_balance = _balance(step.prefill_tokens)
-        values = (start_s, step.duration_s, *loads, *works, prefill_balance, float(output_tokens))
-        for column, value in zip(self._columns.values(), values, strict=True):
-            column.append(value)
+        self._steps += 1
+        self._last.append((start_s, step, output_tokens))
+        if len(self._last) >= _ROWS_AT_ONCE:
+            self._sum_up()
 
     def stats(self, from_s: float, to_s: float) -> BarrierStats:
         """Return the statistics of the steps with ``from_s <= start < to_s``."""
+        self._sum_up()
         columns = {name: np.array(column) for name, column in self._columns.items()}
         inside = (columns["start_s"] >= from_s) & (columns["start_s"] < to_s)
         duration_s, highest, mean, lowest, work_max, work_mean, balance, tokens = (
@@ -82,8 +83,24 @@ class BarrierRecord:
             prefill_balance=float(balance.mean()) if len(balance) else None,
         )
 
-
-def _balance(prefill_tokens: IntArray) -> float:
-    """Return mean / max, 0 where nothing is prefilled."""
-    most = int(prefill_tokens.max())
-    return float(prefill_tokens.mean()) / most if most else 0.0
+    def _sum_up(self) -> None:
+        """Take the last steps into the columns."""
+        if not self._last:
+            return
+        starts_s, steps, tokens = zip(*self._last, strict=True)
+        kv_tokens = np.array([step.kv_tokens for step in steps], dtype=np.float64)
+        work = np.array([step.work for step in steps], dtype=np.float64)
+        prefill_tokens = np.array([step.prefill_tokens for step in steps], dtype=np.float64)
+        most = prefill_tokens.max(axis=1)
+        columns = (
+            np.array(starts_s),
+            np.array([step.duration_s for step in steps]),
+            *(kv_tokens.max(axis=1), kv_tokens.mean(axis=1), kv_tokens.min(axis=1)),
+            *(work.max(axis=1), work.mean(axis=1)),
+            # 0 where nothing is prefilled.
+            prefill_tokens.mean(axis=1) / np.where(most > 0, most, 1.0),
+            np.array(tokens, dtype=np.float64),
+        )
+        for column, values in zip(self._columns.values(), columns, strict=True):
+            column.frombytes(values.tobytes())
+        self._last.clear()

@@ -219,7 +219,7 @@ class Cluster:
     def end_step(self) -> StepResult:
         """Decode for every request whose prefill is over and let those that are done leave."""
         rows = self._rows
-        decodes = rows[_MISSING] == 0
+        decodes = rows[_MISSING] == 0 if self._prefilling else np.True_
         tokens = None if self.settings.tokens_per_step == 1 else self._drawn_tokens() * decodes
         rows[_DECODED] += decodes if tokens is None else tokens
         finished = rows[_DECODED] >= rows[_OUTPUT]

@@ -125,6 +125,7 @@ class _Run:
         self._first_s = np.full(count, np.nan)
         self._last_s = np.full(count, np.nan)
         self._aborted = np.zeros(count, dtype=bool)
+        self._without_token = 0
         self._next = 0
         self._steps = 0
         self._dispatch_steps = settings.dispatch_steps
@@ -207,16 +208,19 @@ class _Run:
         for request_id in request_ids:
             if np.isnan(self._started_s[request_id]):
                 self._started_s[request_id] = now_s
+                self._without_token += 1
 
     def _end_step(self, ended_s: float) -> int:
         """Decode for everything that runs, and end what is done or left; return how many tokens it was."""
         result = self._cluster.end_step()
         ids = result.request_ids
-        new = ids[np.isnan(self._first_s[ids])]
-        self._first_s[new] = ended_s
         ledger = self._dispatcher.ledger
-        for request_id in new.tolist():
-            ledger.first_token(RequestId(request_id), ended_s)
+        if self._without_token:
+            new = ids[np.isnan(self._first_s[ids])]
+            self._without_token -= len(new)
+            self._first_s[new] = ended_s
+            for request_id in new.tolist():
+                ledger.first_token(RequestId(request_id), ended_s)
         if result.output_tokens is None:
             tokens = len(ids)
             decoded = np.zeros(len(self._requests), dtype=bool)
