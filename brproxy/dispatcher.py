@@ -349,7 +349,7 @@ class Dispatcher:
     def _route(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> None:
         """Decide on all of ``waiting`` together; one by one if the policy raises."""
         try:
-            chosen = self._decision(waiting, state)
+            chosen = self._decision(waiting, state, now_s)
             admitted = [i for i, place in enumerate(chosen) if _checked(place, state) != NOT_ADMITTED]
         except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
             self.faults.note("policy", error)
@@ -360,7 +360,7 @@ class Dispatcher:
             for i in admitted:
                 self._bind(waiting[i], self._at(chosen[i]), now_s)
 
-    def _decision(self, waiting: Sequence[Entry], state: RoundState) -> list[int]:
+    def _decision(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> list[int]:
         """Return the worker of each of ``waiting``, as the policy says; raises whatever it does."""
         discounts, turnover_steps = self._foresight.discounts()
         view = ClusterView.of(
@@ -373,6 +373,7 @@ class Dispatcher:
                 self.predictor.LOOKAHEAD_TURNOVERS,
                 self.predictor.GROWTH_FORESEEN,
                 self._costs(),
+                [(now_s - entry.waiting_since_s) / self.limits.wait_s_max for entry in waiting],
             ),
             [entry.sequences for entry in waiting] if self.waiting.plural else None,
             None if self.sessions is None else self.sessions.homes(waiting),

@@ -12,7 +12,8 @@ Source: the paper's algorithm (arXiv 2605.06113), with what our simulator taught
   is admitted all the same.
 * The window is the *oldest* waiting requests, sliding as they are admitted. A very large request placed
   before a margin for it has opened costs all workers for as long as it runs, so it may be passed over, and a
-  limit bounds how often: ``passed_over_max_per_worker`` times G younger requests. From half of that on room
+  limit bounds how often: ``passed_over_max_per_worker`` times G younger requests. Before the pool's limit in
+  time would send it away it is as overdue, if it has been passed over at all. From half of either on room
   is *made*: the worker with the most headroom (where KV room lacks, with the most of that) takes nothing else
   until the request pays there. One worker at a time is held, for the oldest such request, and only where
   its running requests leaving would open the margin. At the limit the request goes, at whatever price.
@@ -49,6 +50,9 @@ _MAKE_ROOM_FROM = 2
 
 WINDOW_MAX = 512
 """Largest window (requests): a choice looks at each of it."""
+
+_WAITED_MAX = 0.9
+"""The share of the pool's limit in time at which a request that was passed over goes at any price."""
 
 _DRAWS = 64
 """Random numbers drawn at once."""
@@ -130,7 +134,7 @@ class BalanceRound:
         self._waiting = list(range(view.waiting))
         self._open = view.slots_free > 0
         self._rng = rng
-        self._limit = params.passed_over_max_per_worker * view.workers
+        self._overdue_by = self._how_overdue()
         self._holds = False
         self._tie_break: IntArray | None = None
         self._decision = np.full(view.waiting, NOT_ADMITTED, dtype=np.int64)
@@ -238,9 +242,20 @@ class BalanceRound:
 
     def _overdue(self) -> list[int]:
         """Return the requests of the window that have been passed over often, oldest first."""
-        late = self._view.passed_over[: self._params.window] * _MAKE_ROOM_FROM >= self._limit
-        overdue: list[int] = np.flatnonzero(late).tolist()
+        overdue: list[int] = np.flatnonzero(self._overdue_by * _MAKE_ROOM_FROM >= 1).tolist()
         return overdue
+
+    def _how_overdue(self) -> FloatArray:
+        """Return how overdue each request of the window is, float64[W]: from 1 on it goes at any price."""
+        view, window = self._view, self._params.window
+        passed_over = view.passed_over[:window]
+        overdue: FloatArray = passed_over / (self._params.passed_over_max_per_worker * view.workers)
+        if view.waited is None:
+            return overdue
+        by_time = view.waited[:window] / _WAITED_MAX
+        # Time counts only once a whole window has been admitted before a request: where all wait long, nobody is
+        # overdue for that alone, and who is chosen is still chosen for its size.
+        return np.maximum(overdue, by_time * (passed_over >= window))
 
     def _place_overdue(self, request: int) -> None:
         """Admit an overdue request where it pays, or must go; else hold the worker nearest to that for it."""
@@ -258,7 +273,7 @@ class BalanceRound:
 
     def _goes(self, request: int, worker: int) -> bool:
         """Say whether ``worker`` admits an overdue request now: it pays, or waiting would not change that."""
-        if len(self._waiting) == 1 or self._view.passed_over[request] >= self._limit:
+        if len(self._waiting) == 1 or self._overdue_by[request] >= 1:
             return True
         others = np.delete(self._forecast, worker, axis=0).max(axis=0, initial=0.0)
         now, drained = (

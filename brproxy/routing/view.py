@@ -108,6 +108,7 @@ class Outlook:
     lookahead_turnovers: float = 1.0
     growth_foreseen: float = 0.0
     costs: StepCosts | None = None
+    waited: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,8 @@ class ClusterView:
     ``kv_capacity[G]``, ``kv_free[G]``: KV tokens in all and left; KV_UNLIMITED_TOKENS where unknown.
     ``prompt_tokens[N]``: s_i of each waiting request.
     ``passed_over[N]``: younger requests that were admitted before it.
+    ``waited[N]``: the share of the pool's limit in time that each has waited, 1 when it is to be sent away;
+    None: there is no limit.
     ``sequences[N]``: how many each decodes side by side; None: each one.
     ``homes[N]``: where each is at home, None where nothing is known; None: none of them is.
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
@@ -148,6 +151,7 @@ class ClusterView:
     homes: Sequence[Home | None] | None = None
     growth_foreseen: float = 0.0
     costs: StepCosts | None = None
+    waited: FloatArray | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays whose shapes do not belong together; every policy relies on that."""
@@ -167,6 +171,9 @@ class ClusterView:
             raise InvalidInputError(msg)
         if self.passed_over.shape != self.prompt_tokens.shape:
             msg = "passed_over and prompt_tokens must have the same shape (N,)"
+            raise InvalidInputError(msg)
+        if self.waited is not None and self.waited.shape != self.prompt_tokens.shape:
+            msg = "waited and prompt_tokens must have the same shape (N,)"
             raise InvalidInputError(msg)
         if self.sequences is not None and self.sequences.shape != self.prompt_tokens.shape:
             msg = "sequences and prompt_tokens must have the same shape (N,)"
@@ -208,6 +215,7 @@ class ClusterView:
             homes=homes,
             growth_foreseen=outlook.growth_foreseen,
             costs=outlook.costs,
+            waited=None if outlook.waited is None else np.array(outlook.waited, dtype=np.float64),
         )
 
     @property

@@ -14,6 +14,11 @@ from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policies.least_kv import LeastKvPolicy
 from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.types import PendingRequest, WorkerIndex
+from loadgen.arrivals import with_gamma_arrivals
+from loadgen.capacity import perfect_capacity
+from loadgen.cluster import ClusterSettings
+from loadgen.simulator import SimulatedPolicy, simulate
+from loadgen.traces.synthetic import synthetic_workload
 
 SHARE = 0.02
 
@@ -161,3 +166,19 @@ def test_room_is_not_left_for_who_has_known_limits(bound, lengths):
         bind(dispatcher, worker, prompt, output, output_tokens_max=output)
     load = dispatcher.predictor.load_at(dispatcher.ledger.active(), 3, _STEPS)
     assert (load[:, 1:] == 0).all(), "they end in the next step"
+
+
+@pytest.mark.parametrize("policy", ["br-0", "br-h"])
+def test_workers_whose_kv_is_the_limit_hardly_preempt(policy):
+    settings = ClusterSettings(workers=4, slots=256, kv_capacity_tokens=80_000)
+    rng = np.random.default_rng(1)
+    workload = synthetic_workload("short", 1200, rng)
+    rate_per_s = 1.1 * perfect_capacity(workload, settings).requests_per_s
+    workload = with_gamma_arrivals(workload, rate_per_s, 1.0, rng)
+    baseline, balanced = (
+        simulate(workload, settings, SimulatedPolicy(name), 1) for name in ("join-shortest-queue", policy)
+    )
+    assert baseline.preemptions > 20
+    assert balanced.preemptions <= baseline.preemptions / 4
+    busy_s, baseline_s = (run.record.stats(0.0, np.inf).busy_s for run in (balanced, baseline))
+    assert busy_s <= 1.05 * baseline_s

@@ -30,6 +30,7 @@ def make_view(
     turnover_steps=1.0,
     growth_foreseen=0.0,
     slowness=None,
+    waited=None,
 ):
     workers = len(kv_tokens)
     kv = np.array(kv_tokens, dtype=np.int64)
@@ -48,6 +49,7 @@ def make_view(
         turnover_steps=turnover_steps,
         growth_foreseen=growth_foreseen,
         costs=None if slowness is None else StepCosts(0.03, 1e-7, 0.0, None, tuple(slowness)),
+        waited=None if waited is None else np.array(waited, dtype=np.float64),
     )
 
 
@@ -152,18 +154,25 @@ class BruteForce:
     def most_headroom(self, workers):
         return min(workers, key=lambda g: (-round(self.headroom(g), 6), -self.slots[g], self.tie_break[g]))
 
+    def overdue(self, request):
+        """By how often it was passed over; by time as well, if that was often enough to be about its size."""
+        passed_over = self.view.passed_over[request]
+        overdue = passed_over / (self.params.passed_over_max_per_worker * self.view.workers)
+        if self.view.waited is not None and passed_over >= self.params.window:
+            overdue = max(overdue, self.view.waited[request] / 0.9)
+        return overdue
+
     def make_room(self):
         """Overdue requests, before all others: each goes, or the oldest of them holds a worker."""
-        limit = self.params.passed_over_max_per_worker * self.view.workers
         for i, prompt in enumerate(self.view.prompt_tokens.tolist()[: self.params.window]):
             workers = self.open()
-            passed_over = self.view.passed_over[i]
-            if passed_over < limit / 2 or not workers:
+            overdue = self.overdue(i)
+            if overdue < 1 / 2 or not workers:
                 continue
             roomy = [g for g in workers if self.kv[g] >= prompt]
             worker = self.most_headroom(roomy) if roomy else max(workers, key=lambda g: self.kv[g])
             if roomy and (
-                passed_over >= limit
+                overdue >= 1
                 or len(self.waiting) == 1
                 or self.score(worker, prompt) >= 0
                 or self.score(worker, prompt, self.drained_margin) < 0
@@ -238,7 +247,7 @@ def views(draw, horizon_steps=0):
         # Of the limit for one worker: not overdue, from when room is made, and must go.
         passed_over=[
             passed_over * workers
-            for passed_over in draw(st.lists(st.sampled_from([0, 0, 0, 96, 191, 192]), **each))
+            for passed_over in draw(st.lists(st.sampled_from([0, 0, 0, 20, 96, 191, 192]), **each))
         ],
         forecast=forecast.T.astype(float),
         sequences=draw(st.one_of(st.none(), st.lists(st.integers(1, 4), **each))),
@@ -247,6 +256,7 @@ def views(draw, horizon_steps=0):
         turnover_steps=draw(st.sampled_from([1.0, 2.5, 20.0])),
         growth_foreseen=draw(st.sampled_from([0.0, 0.5, 1.0])),
         slowness=draw(st.one_of(st.none(), st.lists(st.sampled_from([0.75, 1.0, 1.25]), **per_worker))),
+        waited=draw(st.one_of(st.none(), st.lists(st.sampled_from([0.0, 0.44, 0.46, 0.89, 0.91]), **each))),
     )
 
 
@@ -394,6 +404,22 @@ def test_nobody_is_passed_over_more_often_than_the_limit(giant):
 def test_room_is_made_before_a_request_has_to_go(passed_over, lightest, prompts, expected, because):
     view = make_view([1000, 1000, lightest], prompts, [0, 0, 1], passed_over=[passed_over, 0][: len(prompts)])
     assert decide(view, published(passed_over_max_per_worker=10)).tolist() == expected, because
+
+
+@pytest.mark.parametrize(
+    ("passed_over", "waited", "expected", "because"),
+    [
+        (64, 0.44, [NOT_ADMITTED, 2], "there is time"),
+        (64, 0.46, [NOT_ADMITTED, NOT_ADMITTED], "the worker is held for the large one"),
+        (64, 0.91, [2, NOT_ADMITTED], "else it would be sent away"),
+        (63, 0.99, [NOT_ADMITTED, 2], "it has waited long, but not for its size"),
+    ],
+)
+def test_room_is_made_before_the_pools_limit_in_time(passed_over, waited, expected, because):
+    view = make_view(
+        [1000, 1000, 600], [800, 50], [0, 0, 1], passed_over=[passed_over, 0], waited=[waited, 0.99]
+    )
+    assert decide(view).tolist() == expected, because
 
 
 def test_one_worker_is_held_at_a_time():

@@ -28,6 +28,7 @@ def test_shapes_that_belong_together():
         ("kv_free", np.zeros(1, dtype=np.int64), r"must have shape \(2,\)"),
         ("slots_free", np.zeros((2, 1), dtype=np.int64), r"must have shape \(2,\)"),
         ("passed_over", np.zeros(2, dtype=np.int64), "must have the same shape"),
+        ("waited", np.zeros(2), "waited and prompt_tokens must have the same shape"),
         ("forecast", np.zeros((3, 1)), r"forecast must have shape \(2, H\+1\), got \(3, 1\)"),
         ("forecast", np.zeros((2, 0)), "forecast must have shape"),
         ("kv_tokens", np.zeros(0, dtype=np.int64), "at least one worker"),
