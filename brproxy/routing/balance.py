@@ -253,7 +253,7 @@ class BalanceRound:
         if view.waited is None:
             return overdue
         by_time = view.waited[:window] / _WAITED_MAX
-        # Time counts only once a whole window has been admitted before a request: where all wait long, nobody is
+        # Time counts only once a window has been admitted before a request: where all wait long, nobody is
         # overdue for that alone, and who is chosen is still chosen for its size.
         return np.maximum(overdue, by_time * (passed_over >= window))
 
