@@ -28,7 +28,7 @@ _IDENTITY = b"Accept-Encoding: identity\r\n"
 # As plain names: looking a member of an enumeration up costs more than comparing it.
 _SEND, _SEND_AFRESH, _WAIT = Action.SEND, Action.SEND_AFRESH, Action.WAIT
 _ANSWER, _NOTHING = Action.ANSWER, Action.NOTHING
-_BEGUN, _FINISHED = Event.BEGUN, Event.FINISHED
+_BEGUN, _FINISHED, _UNREACHABLE = Event.BEGUN, Event.FINISHED, Event.UNREACHABLE
 
 
 class Attempts:
@@ -149,6 +149,10 @@ class Attempts:
                 connection = await endpoint.connect()
             except WorkerFailedError as error:
                 return self._not_connected(endpoint, error)
+        if group.group.roster.is_out(member) and self.may_move(_UNREACHABLE):
+            # Since it was chosen: whoever tells what is with it did not know of this request yet.
+            connection.abandon()
+            return self._after(_UNREACHABLE, WorkerFailedError(f"it is unhealthy: {member.health.reason}"))
         self._outcome = service.watch.loop.create_future()
         answer = self._answer_of(member)
         if group.in_band is not None:
@@ -219,7 +223,7 @@ class Attempts:
             self._group.record(endpoint, ok=False, reason=str(error), now_s=now_s, refused=error.refused)
         # Of one server that nobody can reach the other ranks are no others.
         self._lease.avoid(member.index for member in self._group.behind(endpoint))
-        return self._after(Event.UNREACHABLE, error)
+        return self._after(_UNREACHABLE, error)
 
     async def _move(self) -> None:
         """Take the request back from its worker, so that another gets it."""

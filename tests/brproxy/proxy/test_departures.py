@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from brproxy.relay.endpoint import Endpoint
 from brproxy.relay.errors import WorkerFailedError
 from tests.brproxy.proxy.test_semantics import ASK, CHAT, CHUNK, CHUNKED_STREAM, DONE, chunks, fixed
 from tests.brproxy.wire import WireError, as_chunk, post
@@ -78,6 +79,36 @@ async def test_what_a_worker_has_that_is_out_only_as_others_come_back_moves(star
     for client in clients:
         assert (await client.answer()).body == CHUNK + DONE
     assert sum(len(worker.requests) for worker in workers) == 4
+    await proxy.idle()
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_who_goes_out_while_it_is_connected_to_gets_nothing_if_another_can(
+    others, start, raw, until, monkeypatch
+):
+    answer = CHUNKED_STREAM + chunks(CHUNK, DONE)
+    switches = [Switch(answer) for _ in range(1 + others)]
+    # Each request connects.
+    proxy, workers = await start(*switches, limits={"idle_connections_max": 0})
+    roster, connect, gate = proxy.groups[0].roster, Endpoint.connect, asyncio.Event()
+
+    async def late(endpoint):
+        if endpoint.origin == workers[0].url:
+            await gate.wait()
+        return await connect(endpoint)
+
+    await until(lambda: all(roster.routable()))
+    monkeypatch.setattr(Endpoint, "connect", late)
+    asking = []
+    for _ in range(1 + others):
+        asking.append(await raw(proxy))
+        asking[-1].send(post(CHAT, ASK))
+    await until(lambda: proxy.ledger.requests[0])
+    roster.accuse(roster.members[0], "it was told so", 0.0)
+    gate.set()
+    for client in asking:
+        assert (await client.answer()).body == CHUNK + DONE
+    assert [len(worker.requests) for worker in workers] == ([0, 2] if others else [1])
     await proxy.idle()
 
 
