@@ -35,7 +35,7 @@ LOOK_S, LOOK_LATER_S = 0.5, 4.0
 _WINDOWS_EACH_CHUNK = 128
 """Up to so many windows each fit tries all chunks; later ones try them in turn, to cost less."""
 
-_BETTER = 0.98
+_BETTER = 0.95
 """What another chunk must bring the errors down to: where prefill is cheap all are alike."""
 
 _MEASURABLE = 2.0

@@ -87,8 +87,3 @@ class StepWatch:
         """Have those looked at for which it is time."""
         for steps in self._groups.values():
             steps.want()
-
-    def close(self) -> None:
-        """Look no more."""
-        for steps in self._groups.values():
-            steps.close()
