@@ -42,7 +42,7 @@ from pydantic import Field
 from brproxy.routing.aim import growth_tokens, level
 from brproxy.routing.fscore import FScore
 from brproxy.routing.policy import PolicyParams, RoutingPolicy, tie_limit
-from brproxy.routing.subsets import SUBSET_SIZE_MAX, SUBSET_WINDOW_MAX, subset_members, subset_sums
+from brproxy.routing.subsets import SUBSET_SIZE_MAX, set_members, set_sums
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, Home, IntArray, RoundState
 
 _MAKE_ROOM_FROM = 2
@@ -188,22 +188,21 @@ class BalanceRound:
         aim = self._params.aim
         filled = level(self._mean, self._envelope, aim, self._growth, float(prompts.mean()))
         margins = (filled - self._forecast[worker]) / self._slowness[worker]
-        best, score = self._fscore.best(margins, prompts)
         size_max = min(int(self._slots_free[worker]), self._subset_max(), len(window))
         if size_max > 1:
-            among = prompts[:SUBSET_WINDOW_MAX]
-            sums = subset_sums(among, size_max)
-            if kv_free < size_max * self._prompt_max:
-                sums = np.where(sums <= kv_free, sums, np.inf)
-            subset, subset_score = self._fscore.best(margins, sums)
-            if subset_score > max(score, 0.0):
-                return [window[i] for i in subset_members(len(among), subset)]
+            best, score = self._fscore.best(margins, self._sums(prompts, size_max, kv_free))
             if score > 0:
-                return [window[best]]
+                return [window[i] for i in set_members(len(window), size_max, best)]
         # One request; also when nothing pays: the least harmful, so that no slot idles and nobody starves.
+        best, score = self._fscore.best(margins, prompts)
         if self._homes is not None:
             best = self._best_guest(worker, window, margins, best, score)
         return [window[best]]
+
+    def _sums(self, prompts: FloatArray, size_max: int, kv_free: int) -> FloatArray:
+        """Return the sums of all sets to choose from, inf for those without KV room; see ``set_members``."""
+        sums = set_sums(prompts, size_max)
+        return np.where(sums <= kv_free, sums, np.inf) if kv_free < size_max * self._prompt_max else sums
 
     def _best_guest(
         self, worker: int, window: list[int], margins: FloatArray, best: int, score: float

@@ -6,6 +6,7 @@ exact. Each size is built from the one before it with two gathers, by cached ind
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import combinations
 
@@ -57,3 +58,20 @@ def subset_members(window: int, index: int) -> list[int]:
         index -= len(table)
     msg = "no subset has that index"
     raise IndexError(msg)
+
+
+def set_sums(prompt_tokens: FloatArray, size_max: int) -> FloatArray:
+    """Return what can be chosen from a window, as sums: all subsets of its oldest, and each that is younger.
+
+    ``prompt_tokens``: float64[W]. Subsets are of SUBSET_WINDOW_MAX requests at most.
+    """
+    sums = subset_sums(prompt_tokens[:SUBSET_WINDOW_MAX], size_max)
+    younger = prompt_tokens[SUBSET_WINDOW_MAX:]
+    return np.concatenate((sums, younger)) if len(younger) else sums
+
+
+def set_members(window: int, size_max: int, index: int) -> list[int]:
+    """Return the window positions of what stands at ``index`` of ``set_sums``, oldest first."""
+    oldest = min(window, SUBSET_WINDOW_MAX)
+    subsets = sum(math.comb(oldest, size) for size in range(1, min(size_max, oldest) + 1))
+    return subset_members(oldest, index) if index < subsets else [oldest + index - subsets]
