@@ -1,4 +1,4 @@
-"""Pictures of simulations: load of each worker under the envelope, imbalance, and latencies.
+"""Pictures of simulations: load of each worker under the envelope, imbalance, prefill, and latencies.
 
 Needs the ``plots`` extra (matplotlib).
 """
@@ -12,28 +12,24 @@ from typing import Any
 import numpy as np
 
 from brproxy.types import InvalidInputError
+from loadgen.cluster_settings import IntArray
 from loadgen.commands.scenario import Scenario
 from loadgen.simulator import SimulatedPolicy, Simulation, simulate
 
 _STEPS_DRAWN = 600
+_STEPS_OF_PREFILL = 80
+"""So many steps in a row show who prefills together."""
+
+_COLOURED_MAX = 16
+"""More workers than that are drawn in one colour: nobody could tell them apart."""
+
+_COLUMN_INCHES, _ROW_INCHES = 4.2, 2.9
 
 
 def plot_simulations(scenario: Scenario, policies: Mapping[str, SimulatedPolicy], path: Path) -> None:
     """Simulate ``policies`` once and draw them, a column each; raises InvalidInputError."""
     plt = _pyplot()
-    workload, _ = scenario.draw()
-    figure = plt.figure(figsize=(max(8.0, 4.5 * len(policies)), 9.0), layout="constrained")
-    over_time, distributions = figure.subfigures(2, 1, height_ratios=(2, 1))
-    axes = over_time.subplots(2, len(policies), squeeze=False, sharey="row")
-    simulations: list[tuple[str, Simulation]] = []
-    for column, (label, choice) in enumerate(policies.items()):
-        simulation = simulate(workload, scenario.cluster, choice, scenario.seed, keep_loads=True)
-        simulations.append((label, simulation))
-        _draw_loads(axes[0][column], label, simulation)
-        _draw_imbalance(axes[1][column], simulation)
-    axes[0][0].set_ylabel("load of each worker (thousand KV tokens)")
-    axes[1][0].set_ylabel("imbalance, max - min (thousand KV tokens)")
-    _draw_distributions(distributions, simulations)
+    figure = draw_simulations(plt, scenario, policies)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
@@ -41,6 +37,32 @@ def plot_simulations(scenario: Scenario, policies: Mapping[str, SimulatedPolicy]
         raise InvalidInputError(msg) from error
     finally:
         plt.close(figure)
+
+
+def draw_simulations(plt: Any, scenario: Scenario, policies: Mapping[str, SimulatedPolicy]) -> Any:
+    """Simulate ``policies`` once and return the figure that ``plt`` makes of them."""
+    workload, _ = scenario.draw()
+    simulations = {
+        label: simulate(workload, scenario.cluster, choice, scenario.seed, keep_loads=True)
+        for label, choice in policies.items()
+    }
+    rows = 3 if scenario.cluster.prefill_s_per_token else 2
+    size = max(2 * _COLUMN_INCHES, _COLUMN_INCHES * len(policies)), _ROW_INCHES * (rows + 1)
+    figure = plt.figure(figsize=size, layout="constrained")
+    over_time, distributions = figure.subfigures(2, 1, height_ratios=(rows, 1))
+    axes = over_time.subplots(rows, len(policies), squeeze=False, sharey="row")
+    for column, (label, simulation) in enumerate(simulations.items()):
+        _draw_loads(axes[0][column], label, simulation)
+        _draw_imbalance(axes[1][column], simulation)
+    if rows > 2:
+        _draw_prefill(over_time, axes[2], list(simulations.values()))
+    # Short: a label that is longer than its axes is cut, or runs into the next one.
+    axes[0][0].set_ylabel("load (k KV tokens)")
+    axes[1][0].set_ylabel("max - min (k KV tokens)")
+    axes[0][0].legend(loc="lower right", fontsize="small")
+    axes[1][0].legend(loc="upper right", fontsize="small")
+    _draw_distributions(distributions, simulations)
+    return figure
 
 
 def _pyplot() -> Any:
@@ -56,15 +78,21 @@ def _pyplot() -> Any:
 
 
 def _draw_loads(axes: Any, label: str, simulation: Simulation) -> None:
-    """Draw every worker's load over the steady part, and the envelope above them."""
+    """Draw every worker's load over the steady part, the envelope, and what is lost between mean and it."""
     start_s, loads = simulation.loads.start_s, simulation.loads.kv_tokens
-    inside = np.flatnonzero((start_s >= simulation.steady_s[0]) & (start_s < simulation.steady_s[1]))
+    inside = _steady(simulation)
     shown = inside[:: max(1, len(inside) // _STEPS_DRAWN)]
-    axes.plot(start_s[shown], loads[shown] / 1e3, linewidth=0.6, alpha=0.7)
-    axes.plot(start_s[shown], loads[shown].max(axis=1) / 1e3, color="black", linewidth=1.0, label="envelope")
-    axes.set_title(label)
+    colour = {} if loads.shape[1] <= _COLOURED_MAX else {"color": "tab:blue", "alpha": 0.35}
+    times_s, shown_loads = start_s[shown], loads[shown] / 1e3
+    mean, envelope = shown_loads.mean(axis=1), shown_loads.max(axis=1)
+    axes.plot(times_s, shown_loads, linewidth=0.5, **colour)
+    axes.fill_between(times_s, mean, envelope, color="tab:red", alpha=0.12, linewidth=0, label="idle")
+    axes.plot(times_s, mean, color="black", linewidth=0.8, linestyle="--", label="mean")
+    axes.plot(times_s, envelope, color="black", linewidth=1.0, label="envelope")
+    idle = simulation.barrier.idle_fraction
+    axes.set_title(label if idle is None else f"{label}: {idle:.1%} idle", fontsize="medium", wrap=True)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("time (s)")
-    axes.legend(loc="lower right")
 
 
 def _draw_imbalance(axes: Any, simulation: Simulation) -> None:
@@ -72,18 +100,50 @@ def _draw_imbalance(axes: Any, simulation: Simulation) -> None:
     shown = slice(None, None, max(1, len(start_s) // _STEPS_DRAWN))
     axes.plot(start_s[shown], (loads[shown].max(axis=1) - loads[shown].min(axis=1)) / 1e3, linewidth=0.8)
     axes.axvspan(*simulation.steady_s, alpha=0.08, label="steady part")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("time (s)")
-    axes.legend(loc="upper right")
 
 
-def _draw_distributions(figure: Any, simulations: list[tuple[str, Simulation]]) -> None:
+def _draw_prefill(figure: Any, row: Any, simulations: list[Simulation]) -> None:
+    """Draw what each worker prefills in some steps in the middle: stripes where they do it together."""
+    parts = [_prefill_in_the_middle(simulation) for simulation in simulations]
+    some = np.concatenate([part[part > 0] for part in parts])
+    # One giant must not make all others invisible.
+    highest = float(np.percentile(some, 95)) if len(some) else 1.0
+    image = None
+    for axes, part, simulation in zip(row, parts, simulations, strict=True):
+        image = axes.imshow(
+            part.T, aspect="auto", interpolation="nearest", cmap="Greys", vmin=0, vmax=highest, origin="lower"
+        )
+        balance = simulation.barrier.prefill_balance
+        if balance is not None:
+            axes.set_title(f"prefill balance {balance:.0%}", fontsize="small")
+        axes.set_xlabel("steps in the middle")
+    row[0].set_ylabel("worker")
+    figure.colorbar(image, ax=list(row), label="prefilled (tokens)", pad=0.01)
+
+
+def _prefill_in_the_middle(simulation: Simulation) -> IntArray:
+    """Return the prompt tokens of some steps, int64[S, G]."""
+    inside = _steady(simulation)
+    first = max(0, len(inside) // 2 - _STEPS_OF_PREFILL // 2)
+    return simulation.loads.prefill_tokens[inside[first : first + _STEPS_OF_PREFILL]]
+
+
+def _steady(simulation: Simulation) -> IntArray:
+    """Return which steps begin in the steady part, by number."""
+    start_s = simulation.loads.start_s
+    return np.flatnonzero((start_s >= simulation.steady_s[0]) & (start_s < simulation.steady_s[1]))
+
+
+def _draw_distributions(figure: Any, simulations: Mapping[str, Simulation]) -> None:
     """Draw the distributions of TPOT and waiting, all policies in each."""
-    left, right = figure.subplots(1, 2)
-    for label, simulation in simulations:
+    left, right = figure.subplots(1, 2, sharey=True)
+    for label, simulation in simulations.items():
         for axes, values in ((left, simulation.tpot_s * 1e3), (right, simulation.wait_s)):
             shown = np.sort(values[~np.isnan(values)])
-            axes.plot(shown, np.arange(1, len(shown) + 1) / len(shown), label=label)
+            axes.plot(shown, np.arange(1, len(shown) + 1) / max(1, len(shown)), label=label)
     left.set_xlabel("TPOT (ms)")
     right.set_xlabel("wait (s)")
     left.set_ylabel("share of requests")
-    right.legend(loc="lower right")
+    right.legend(loc="lower right", fontsize="small")

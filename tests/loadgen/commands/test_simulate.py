@@ -17,6 +17,7 @@ from loadgen.commands.policy_spec import parse_policies, parse_policy
 from loadgen.commands.scenario_file import load_scenario
 from loadgen.commands.simulate import mean_of
 from loadgen.commands.simulation_plan import plan_simulation
+from loadgen.report.plots import draw_simulations
 from loadgen.report.schema import PolicyResult
 from loadgen.report.tables import BEST_BASELINE
 
@@ -249,6 +250,31 @@ def test_pictures_are_drawn(scenario, tmp_path):
         result = invoke("--scenario", scenario, "--seeds", 1, "--plot", path)
         assert result.exit_code == 0, result.output
         assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("prefill_us", [0, 20])
+@pytest.mark.parametrize("policies", ["br-0", "br-0,br-h,least-kv,join-shortest-queue+late,random"])
+def test_every_text_of_a_picture_can_be_read(policies, prefill_us, scenario):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    text = SMALL.replace("slots = 4", f"slots = 4\nprefill_us_per_token = {prefill_us}")
+    scenario.write_text(text, encoding="utf-8")
+    plan = plan_simulation(scenario, policies, None, None, None, None)
+    figure = draw_simulations(pyplot, plan.scenario(1), plan.policies)
+    figure.canvas.draw()
+    texts = [
+        text
+        for axes in figure.axes
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label)
+        if text.get_text()
+    ]
+    boxes = [text.get_window_extent() for text in texts]
+    assert len({t.get_text() for t in texts}) >= 7
+    assert any("prefill balance" in t.get_text() for t in texts) == bool(prefill_us)
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, texts[i]
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, texts[i]
+        assert not any(box.overlaps(other) for other in boxes[:i]), texts[i]
+    pyplot.close(figure)
 
 
 def test_without_matplotlib_it_says_what_to_install(scenario, tmp_path, monkeypatch):
