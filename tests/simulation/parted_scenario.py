@@ -184,19 +184,25 @@ def wait_in_pool(scenario: Scenario, parted: Parted, rng: random.Random) -> Scen
     """Return a scenario with a crowd, in which requests wait for the workers that decode for seconds.
 
     Meanwhile the leases end of what was prefilled for them, or who has it goes out; or who prefills stands
-    still as they come; or they leave.
+    still as they come; or they leave; or one finds its decode worker gone, and waits for another.
     """
     what = rng.choice(("lease", "out", "frozen", "left"))
+    # By a generator of its own: the others are what they were before it came.
+    if random.Random(f"unreached {scenario.seed}").random() < 0.2:
+        what = "unreached"
     at_s, lasts_s = rng.random() * 5, 12.0
     prefills = [i for i, role in enumerate(parted.roles) if role == "prefill"]
     group = scenario.workers[prefills[0]][2]
+    decodes = [i for i, one in enumerate(scenario.workers) if one[2] == group and i not in prefills]
     names = [name for name in TRANSFERS if (name in FREED_BY_DECODE) == (what != "frozen")]
     transfers = tuple((one, rng.choice(names) if one == group else name) for one, name in parted.transfers)
     workers = tuple(
         one if role == "prefill" else (1, None, one[2], 0)
         for role, one in zip(parted.roles, scenario.workers, strict=True)
     )
-    decode, prefill = Answer(late_s=2.0), Answer(tokens=1, late_s=0.02, gap_s=0.001)
+    # At times longer than a lease and what may come late together.
+    decode_s = 5.0 if what == "unreached" else 2.0
+    decode, prefill = Answer(late_s=decode_s), Answer(tokens=1, late_s=0.02, gap_s=0.001)
     crowd = [
         Visit(
             at_s + 0.1 * i,
@@ -217,13 +223,14 @@ def wait_in_pool(scenario: Scenario, parted: Parted, rng: random.Random) -> Scen
     troubles = {
         "lease": [],
         "left": [],
+        "unreached": [Trouble(at_s + 1.5, "restart", decodes[0], lasts_s)],
         "out": [Trouble(at_s + 1.3, "health-never", prefills[0], lasts_s)],
         "frozen": [Trouble(at_s, "freeze", prefills[0], lasts_s)],
     }[what]
     visits = [action for action in scenario.actions if isinstance(action, Visit)]
     actions = sorted([*visits, *crowd, *troubles], key=lambda action: action.at_s)
     # It ends before all must be as if nothing had been.
-    lease_s = 1.0 if what == "lease" else 20.0
+    lease_s = 1.0 if what in {"lease", "unreached"} else 20.0
     settings = {name: dict(table) for name, table in scenario.settings.items()}
     settings["prefill_decode"]["lease_s"] = 0.7 * lease_s
     settings["routing"]["policy"] = rng.choice(("br-0", "br-h"))
