@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -89,6 +89,11 @@ class BalanceParams(PolicyParams):
         gt=0,
         description="β / G: the price of raising the envelope (times G). An overflow is sticky and lasts, so "
         "it costs more than the one step that the paper's 1 charges.",
+    )
+    order: Literal["headroom", "slots"] = Field(
+        default="headroom",
+        description="Which worker chooses next: the one with the most headroom, or the one with the most "
+        "free slots, which is the paper's order.",
     )
     aim: float | None = Field(
         default=None,
@@ -159,9 +164,12 @@ class BalanceRound:
         return self._decision
 
     def _most_headroom(self, workers: IntArray) -> int | None:
-        """Return the one of ``workers`` with the most headroom, None when there are none."""
+        """Return the one of ``workers`` that chooses next, None when there are none."""
         if len(workers) == 0:
             return None
+        if self._params.order == "slots":
+            slots_free = self._slots_free[workers]
+            workers = workers[slots_free == slots_free.max()]
         loads = self._discounted_load[workers]
         ties = workers[loads <= tie_limit(float(loads.min()))]
         return int(ties[0]) if len(ties) == 1 else self._of_equals(ties)
@@ -329,6 +337,13 @@ class BalancePolicy(RoutingPolicy[B]):
         rng: np.random.Generator,
     ) -> int:
         """See RoutingPolicy.place: the most headroom, then the most free slots, then at random."""
+        if self.params.order == "slots":
+            eligible = state.eligible(prompt_tokens)
+            most_slots = max((state.slots_free[g] for g in eligible), default=0)
+            discounted_load = [
+                load if state.slots_free[g] == most_slots else math.inf
+                for g, load in enumerate(discounted_load)
+            ]
         # In one pass: on most arrivals this is all that there is to decide.
         equals: list[int] = []
         better, limit, most = math.inf, math.inf, 0

@@ -199,15 +199,17 @@ def decided_by_a_round(dispatcher, entry, mask, seed, costs):
     passed_over=st.sampled_from([0, 4096]),
     seed=st.integers(0, 3),
     slowness=st.sampled_from([None, None, (1.0, 1.0, 0.9, 1.1)]),
+    order=st.sampled_from(["headroom", "headroom", "slots"]),
 )
 def test_a_request_that_arrives_alone_goes_where_a_round_would_put_it(
-    *, policy, predictor, bound, limits, mask, prompt, passed_over, seed, slowness
+    *, policy, predictor, bound, limits, mask, prompt, passed_over, seed, slowness, order
 ):
     ledger = Ledger(Roster.of(limits))
     rng = np.random.default_rng(seed)
     costs = None if slowness is None else StepCosts(0.03, 1e-7, 0.0, None, slowness)
+    params = None if policy == "least-kv" else POLICIES.get(policy).Params(order=order)
     dispatcher = Dispatcher(
-        ledger, make_policy(policy), make_predictor(predictor), rng, POOL, costs=lambda: costs
+        ledger, make_policy(policy, params), make_predictor(predictor), rng, POOL, costs=lambda: costs
     )
     for i in range(40):
         dispatcher.predictor.observe(PendingRequest(1, prompt_hash=i % 3), 1 + 3 * i)

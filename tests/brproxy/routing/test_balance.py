@@ -152,6 +152,8 @@ class BruteForce:
         return [g for g in range(len(self.slots)) if self.slots[g] > 0 and g not in self.closed]
 
     def most_headroom(self, workers):
+        if self.params.order == "slots":
+            workers = [g for g in workers if self.slots[g] == max(self.slots[w] for w in workers)]
         return min(workers, key=lambda g: (-round(self.headroom(g), 6), -self.slots[g], self.tie_break[g]))
 
     def overdue(self, request):
@@ -269,9 +271,16 @@ def homes(workers):
 
 
 @settings(max_examples=300)
-@given(views(), st.integers(1, 8), st.integers(1, 4), aims, st.integers(0, 3))
-def test_br_0_is_the_brute_force(view, window, subset_max, aim, seed):
-    params = BalanceParams(window=window, subset_max=subset_max, aim=aim)
+@given(
+    views(),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    aims,
+    st.sampled_from(["headroom", "headroom", "slots"]),
+    st.integers(0, 3),
+)
+def test_br_0_is_the_brute_force(view, window, subset_max, aim, order, seed):
+    params = BalanceParams(window=window, subset_max=subset_max, aim=aim, order=order)
     expected = BruteForce(view, params, 1.0, 1.0, view.workers, seed).run()
     assert decide(view, params, seed=seed).tolist() == expected
 
