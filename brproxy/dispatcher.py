@@ -103,6 +103,7 @@ class Dispatcher:
         self.waiting = WaitingRoom()
         self.policy = policy
         self.predictor = predictor
+        predictor.watch(ledger.active)
         self.limits = limits
         self.quality = QualityMonitor()
         self.faults = Faults(group)

@@ -12,9 +12,11 @@ _FINISH = Event.FINISH
 
 
 class Learner(Observer):
-    """Teaches ``predictor`` the lengths of outputs that ended by themselves, and ``quality`` the truth.
+    """Teaches ``predictor`` how long outputs became, and ``quality`` those that ended by themselves.
 
-    A request of several sequences teaches their mean, one that generates nothing teaches nothing.
+    An output whose client left, whose worker failed, or that got as long as its request allows was cut: it
+    would have become longer. A request of several sequences teaches their mean, one that has generated
+    nothing teaches nothing.
     """
 
     def __init__(self, predictor: AnyPredictor, quality: QualityMonitor) -> None:
@@ -23,13 +25,19 @@ class Learner(Observer):
 
     def ended(self, entry: Entry, event: Event, waited_s: float | None) -> None:
         """See Observer.ended."""
-        output_tokens = entry.output_tokens
-        if event is not _FINISH or not output_tokens or not entry.sequences:
+        output_tokens, request = entry.output_tokens, entry.request
+        if not output_tokens or not entry.sequences:
             self.quality.dropped(entry.id)
             return
         if entry.sequences > 1:
             output_tokens = max(1, output_tokens // entry.sequences)
+        limit, finished = request.output_tokens_max, event is _FINISH
         try:
-            self.predictor.observe(entry.request, output_tokens)
+            self.predictor.observe(
+                request, output_tokens, ended=finished and (limit is None or output_tokens < limit)
+            )
         finally:
-            self.quality.finished(entry.id, output_tokens)
+            if finished:
+                self.quality.finished(entry.id, output_tokens)
+            else:
+                self.quality.dropped(entry.id)

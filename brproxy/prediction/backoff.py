@@ -36,7 +36,10 @@ class BackoffParams(SurvivalParams):
         default=4096, ge=1, lt=1 << _SLOT_BITS, description="Keys remembered at each level (keys)."
     )
     key_window: int = Field(
-        default=64, ge=1, le=10_000, description="Finished requests remembered for each key (requests)."
+        default=64,
+        ge=1,
+        le=10_000,
+        description="Requests that have ended and are remembered for each key (requests).",
     )
     prior_samples: float = Field(
         default=0.5,
@@ -65,11 +68,11 @@ class BackoffPredictor(SurvivalPredictor):
     def keys(request: PendingRequest) -> tuple[Hashable | None, ...]:
         """Return the request's key at each level, the narrowest first; None where it has none."""
 
-    def observe(self, request: PendingRequest, output_tokens: int) -> None:
+    def observe(self, request: PendingRequest, output_tokens: int, *, ended: bool = True) -> None:
         """See Predictor.observe."""
-        super().observe(request, output_tokens)
+        super().observe(request, output_tokens, ended=ended)
         for table, key in zip(self._tables, self.keys(request), strict=True):
-            table.add(key, output_tokens)
+            table.add(key, output_tokens, ended=ended)
 
     def survival(self, active: ActiveRequests, horizon_steps: int) -> FloatArray:
         """See Predictor.survival."""
@@ -83,7 +86,7 @@ class BackoffPredictor(SurvivalPredictor):
         """Return ``survival`` (float64[N, K], of all traffic) as the levels know it better."""
         position = self._grid.positions(active.output_tokens)
         later = self._grid.positions(active.output_tokens[:, None] + steps)
-        reached = (self._window.alive[position] + 1.0) / (len(self._window) + 1.0)
+        reached = (self._alive[position] + 1.0) / (self._remembered + 1.0)
         for level in reversed(range(len(self._tables))):
             table = self._tables[level]
             slot = (active.curve >> (_SLOT_BITS * level)) & ((1 << _SLOT_BITS) - 1)

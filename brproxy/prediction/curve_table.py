@@ -8,6 +8,8 @@ Scott's rule (Scott 1992, "Multivariate Density Estimation"), here in the logari
     alive[t] = Σ_i K((ln l_i - ln(t + 1/2)) / b),    b = σ · n^(-1/5)
 
 with σ the standard deviation of ln l within keys, pooled over all of them, and K the logistic distribution.
+An output that was cut counts for those of its key that became longer, in equal parts (Efron 1967, "The two
+sample problem with censored data": the Kaplan-Meier estimate as weights); the longest counts as ended.
 """
 
 from __future__ import annotations
@@ -61,30 +63,31 @@ class CurveTable:
             self._slots.move_to_end(key)
         return slot
 
-    def add(self, key: Hashable | None, length: int) -> None:
-        """Remember that an output for ``key`` had ``length`` tokens."""
+    def add(self, key: Hashable | None, length: int, *, ended: bool = True) -> None:
+        """Remember that an output for ``key`` had ``length`` tokens when it ended, or was cut."""
         if key is None:
             return
-        slot = self._remember(key, length)
+        slot = self._remember(key, length, ended=ended)
         self.alive[slot] = self._smoothed(self._windows[slot])
 
     def restore(self, items: Iterable[tuple[Hashable, Iterable[int]]]) -> None:
         """Remember what ``items`` gave once; curves come last, when the spread is known."""
         for key, lengths in items:
-            for length in lengths:
-                self._remember(key, length)
+            for known in lengths:
+                self._remember(key, known if known >= 0 else -1 - known, ended=known >= 0)
         for slot in self._slots.values():
             self.alive[slot] = self._smoothed(self._windows[slot])
 
     def items(self) -> Iterator[tuple[Hashable, list[int]]]:
-        """Yield every key with its lengths, least recently used first."""
+        """Yield every key with its lengths as LengthWindow has them, least recently used first."""
         for key, slot in self._slots.items():
             yield key, list(self._windows[slot].lengths)
 
     def _learn_spread(self, window: LengthWindow, length: int) -> None:
         """Compare a length with those of its key before: (n + 1) / n times the variance within a key."""
-        seen = len(window)
-        deviation = math.log(max(length, 1)) - float(_logs(window).mean())
+        seen = len(window) - window.cut
+        lengths = np.array(window.lengths, dtype=np.float64)
+        deviation = math.log(max(length, 1)) - float(_logs(lengths[lengths >= 0]).mean())
         self._variance_samples = min(self._variance_samples + 1, _SPREAD_SAMPLES)
         self._variance += (deviation**2 * seen / (seen + 1) - self._variance) / self._variance_samples
 
@@ -93,22 +96,26 @@ class CurveTable:
         width = math.sqrt(self._variance) * len(window) ** -0.2
         if width < _SPREAD_MIN:
             return window.alive
-        exponent = (self._log_points - _logs(window)) / (width * _LOGISTIC_SCALE)
+        lengths = np.array(window.lengths, dtype=np.float64)
+        weights = np.ones(len(lengths))
+        if window.cut:
+            lengths, weights = _passed_on(lengths)
+        exponent = (self._log_points - _logs(lengths)) / (width * _LOGISTIC_SCALE)
         np.clip(exponent, -_EXPONENT_MAX, _EXPONENT_MAX, out=exponent)
         np.exp(exponent, out=exponent)
         exponent += 1.0
-        alive: FloatArray = (1.0 / exponent).sum(axis=1)
+        alive: FloatArray = (1.0 / exponent) @ weights
         return alive
 
-    def _remember(self, key: Hashable, length: int) -> int:
+    def _remember(self, key: Hashable, length: int, *, ended: bool) -> int:
         """Put a length into the window of ``key``, without a new curve; return the slot."""
         slot = self.find(key)
         if slot == NO_SLOT:
             slot = self._take_slot(key)
         window = self._windows[slot]
-        if len(window):
+        if ended and len(window) > window.cut:
             self._learn_spread(window, length)
-        window.add(length)
+        window.add(length, ended=ended)
         self.samples[slot] = len(window)
         return slot
 
@@ -122,8 +129,26 @@ class CurveTable:
         return slot
 
 
-def _logs(window: LengthWindow) -> FloatArray:
-    """Return the logarithms of the remembered lengths; an empty output counts as one token."""
-    lengths = np.array(window.lengths, dtype=np.float64)
+def _passed_on(known: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return lengths in order, float64[n], and their weights, once those that were cut have passed theirs on.
+
+    ``known`` has the lengths as LengthWindow does.
+    """
+    was_cut = known < 0
+    lengths = np.where(was_cut, -1 - known, known)
+    # Of equal lengths those that ended come first: who was cut there became longer.
+    order = np.lexsort((was_cut, lengths))
+    weights, each = np.zeros(len(known)), 1.0
+    for i, cut in enumerate(was_cut[order].tolist()):
+        longer = len(known) - i - 1
+        if cut and longer:
+            each += each / longer
+        else:
+            weights[i] = each
+    return lengths[order], weights
+
+
+def _logs(lengths: FloatArray) -> FloatArray:
+    """Return the logarithms of lengths; an empty output counts as one token."""
     logs: FloatArray = np.log(np.maximum(lengths, 1.0))
     return logs

@@ -21,6 +21,11 @@ FloatArray = NDArray[np.float64]
 _EXACT_BELOW = 64
 _RATIO = 1.02
 
+_RISK_MIN = 1e-12
+"""Stands for nobody at risk: nobody ends there either."""
+
+_NOBODY: IntArray = np.empty(0, dtype=np.int64)
+
 
 class LengthGrid:
     """Grid points from 0 to ``length_max``, and the position of every length among them."""
@@ -64,39 +69,73 @@ def length_grid(length_max: int) -> LengthGrid:
 
 
 class LengthWindow:
-    """The last ``window`` lengths, and how many of them are above each grid point."""
+    """The last ``window`` lengths, and the curve that they make on the grid.
+
+    Each is that of an output that *ended* by itself, or that was *cut* there and would have become longer.
+    ``lengths`` has them oldest first, -1 - length for one that was cut.
+    """
 
     def __init__(self, grid: LengthGrid, window: int) -> None:
         self._grid = grid
         self._window = window
         self._length_sum = 0
-        # At p: how many of the lengths have p grid points below them. One number changes with each length,
-        # where the curve would change up to there; it is asked for less often.
-        self._above = array("q", bytes(8 * (len(grid) + 1)))
+        self.cut = 0
+        # At p: how many of the lengths have p grid points below them, and of those that ended. One number
+        # changes with each length, where the curve would change up to there; it is asked for less often.
+        self._left = array("q", bytes(8 * (len(grid) + 1)))
+        self._ended = array("q", bytes(8 * (len(grid) + 1)))
         self.lengths: deque[int] = deque()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
-    def mean(self) -> float:
-        """Mean of the remembered lengths (tokens); raises ZeroDivisionError without any."""
-        return self._length_sum / len(self.lengths)
+    def length_sum(self) -> int:
+        """Sum of the remembered lengths (tokens)."""
+        return self._length_sum
 
     @property
     def alive(self) -> FloatArray:
-        """The curve, float64[B]: how many of the remembered lengths are above each grid point."""
-        above = np.array(self._above, dtype=np.float64)
-        alive: FloatArray = len(self.lengths) - np.cumsum(above[:-1])
+        """The curve, float64[B]: how many of the remembered outputs are longer than each grid point."""
+        return self.alive_with(_NOBODY, 0.0, 1.0)
+
+    def alive_with(self, running: IntArray, weight: float, tail_tokens: float) -> FloatArray:
+        """Return the curve where outputs of ``running`` tokens (int64[R]) go on, each counting ``weight``.
+
+        It is the Kaplan-Meier estimate (1958, "Nonparametric estimation from incomplete observations") times
+        the number of outputs: an output counts for the ages that it was seen at, and says nothing of those
+        beyond. Beyond the longest that was seen the curve falls exponentially, by a mean of ``tail_tokens``.
+        """
+        left = np.array(self._left, dtype=np.float64)
+        if not self.cut and not len(running):
+            alive: FloatArray = len(self.lengths) - np.cumsum(left[:-1])
+            return alive
+        position = self._grid.positions(running)
+        left += weight * np.bincount(position + (self._grid.points[position] < running), minlength=len(left))
+        at_risk = np.cumsum(left[::-1])[::-1]
+        hazard = np.array(self._ended, dtype=np.float64) / np.maximum(at_risk, _RISK_MIN)
+        alive = at_risk[0] * np.cumprod(1.0 - np.minimum(hazard, 1.0))[:-1]
+        last = min(int(np.flatnonzero(left)[-1]), len(alive) - 1)
+        beyond = self._grid.points[last:] - self._grid.points[last]
+        alive[last:] *= np.exp(-beyond / tail_tokens)
+        alive[-1] = 0.0
         return alive
 
-    def add(self, length: int) -> None:
+    def add(self, length: int, *, ended: bool = True) -> None:
         """Remember one more length (>= 0), and forget the oldest beyond the window."""
         length = min(length, self._grid.length_max)
         if len(self.lengths) == self._window:
-            oldest = self.lengths.popleft()
-            self._above[self._grid.points_below(oldest)] -= 1
-            self._length_sum -= oldest
-        self.lengths.append(length)
-        self._above[self._grid.points_below(length)] += 1
-        self._length_sum += length
+            self._count(self.lengths.popleft(), -1)
+        known = length if ended else -1 - length
+        self.lengths.append(known)
+        self._count(known, 1)
+
+    def _count(self, known: int, change: int) -> None:
+        length = known if known >= 0 else -1 - known
+        below = self._grid.points_below(length)
+        self._left[below] += change
+        self._length_sum += change * length
+        if known >= 0:
+            self._ended[below] += change
+        else:
+            self.cut += change

@@ -80,7 +80,7 @@ class ActiveRequests:
 
 
 class Predictor(ABC, Generic[P]):
-    """Forecasts load from the lengths of the outputs it has seen finish."""
+    """Forecasts load from the lengths of the outputs it has seen end, or run for as long as they did."""
 
     Params: ClassVar[type[PredictorParams]] = PredictorParams
     USES_KEYS: ClassVar[bool] = False
@@ -92,15 +92,26 @@ class Predictor(ABC, Generic[P]):
 
     def __init__(self, params: P) -> None:
         self.params = params
+        self._running: Callable[[], ActiveRequests] | None = None
+
+    def watch(self, running: Callable[[], ActiveRequests]) -> None:
+        """Learn from now on also from what ``running`` returns: requests that have not ended yet."""
+        self._running = running
 
     @property
     @abstractmethod
     def mean_output_tokens(self) -> float:
-        """Mean output length of the traffic; a prior's before anything has finished. At least 1."""
+        """Mean output length of the traffic; a prior's before anything has finished. At least 1.
+
+        Of what leaves a worker, however it ends: it tells how fast slots turn over.
+        """
 
     @abstractmethod
-    def observe(self, request: PendingRequest, output_tokens: int) -> None:
-        """Learn that ``request`` finished by itself after ``output_tokens`` (>= 0) tokens."""
+    def observe(self, request: PendingRequest, output_tokens: int, *, ended: bool = True) -> None:
+        """Learn that ``request`` left its worker after ``output_tokens`` (>= 0) tokens.
+
+        ``ended``: its output ended by itself; else it was cut there and would have become longer.
+        """
 
     @abstractmethod
     def survival(self, active: ActiveRequests, horizon_steps: int) -> FloatArray:

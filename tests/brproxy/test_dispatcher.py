@@ -1,5 +1,7 @@
 """One decision round after another, in time that the test makes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -134,14 +136,43 @@ def test_a_guess_that_never_fits_is_placed_all_the_same():
     assert sum(dispatcher.ledger.kv_tokens) == 100
 
 
-def test_only_natural_ends_teach_the_predictor():
+@pytest.mark.parametrize(
+    ("event", "output", "limit", "known"),
+    [
+        (Event.FINISH, 7, None, [7]),
+        (Event.FINISH, 7, 8, [7]),
+        (Event.FINISH, 8, 8, [-9]),
+        (Event.CANCEL, 7, None, [-8]),
+        (Event.FAIL, 7, 8, [-8]),
+        (Event.CANCEL, 0, None, []),
+        (Event.FINISH, 0, None, []),
+    ],
+)
+def test_what_ended_by_itself_teaches_its_length_and_what_was_cut_that_it_is_longer(
+    event, output, limit, known
+):
     dispatcher = dispatcher_of()
-    for event in (Event.FINISH, Event.CANCEL, Event.FAIL):
-        request_id = dispatcher.arrive(PendingRequest(10), 0.0)
-        dispatcher.decide(0.0, routable(dispatcher))
-        dispatcher.ledger.grow(request_id, 7 if event is Event.FINISH else 1000)
-        dispatcher.end(request_id, event)
-    assert dispatcher.predictor.mean_output_tokens == 7
+    request_id = dispatcher.arrive(PendingRequest(10, output_tokens_max=limit), 0.0)
+    dispatcher.decide(0.0, routable(dispatcher))
+    dispatcher.ledger.grow(request_id, output)
+    dispatcher.end(request_id, event)
+    assert dispatcher.predictor.state()["lengths"] == known
+
+
+def test_what_still_runs_teaches_that_it_is_longer():
+    dispatcher = dispatcher_of(slots=(200,))
+    requests = [dispatcher.arrive(PendingRequest(10), 0.0) for _ in range(100)]
+    dispatcher.decide(0.0, routable(dispatcher))
+    for request_id in requests:
+        dispatcher.ledger.grow(request_id, 50)
+    for request_id in requests[:5]:
+        dispatcher.end(request_id, Event.FINISH)
+    active = dispatcher.ledger.active().only(slice(0, 1))
+    young = replace(active, output_tokens=np.zeros(1, dtype=np.int64))
+    # Of a hundred that have come as far five have ended, and nobody knows of the others.
+    assert dispatcher.predictor.survival(young, 49)[0, 49] > 0.9
+    assert dispatcher.predictor.survival(young, 50)[0, 50] == pytest.approx(0.95, abs=0.01)
+    assert dispatcher.predictor.mean_output_tokens == pytest.approx(100 * 50 / 5)
 
 
 def test_every_request_that_overtakes_is_counted():

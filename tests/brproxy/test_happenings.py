@@ -77,7 +77,7 @@ def test_what_an_observer_does_not_override_is_not_called():
 def test_a_request_teaches_the_length_of_one_sequence(sequences, output_tokens, taught):
     dispatcher, _ = dispatcher_of(WorkerLimits(8))
     learnt = []
-    dispatcher.predictor.observe = lambda request, tokens: learnt.append(tokens)
+    dispatcher.predictor.observe = lambda request, tokens, ended: learnt.append(tokens)
     request_id = dispatcher.arrive(PendingRequest(5, sequences=sequences), 0.0)
     dispatcher.decide(0.0, (True,))
     dispatcher.ledger.grow(request_id, output_tokens)

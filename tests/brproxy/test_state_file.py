@@ -26,6 +26,19 @@ def test_a_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 
 
+def test_a_file_from_before_outputs_that_were_cut_is_read(tmp_path):
+    path = tmp_path / "state.json"
+    path.write_bytes(b'{"format":1,"predictor":"survival","groups":{"a":{"lengths":[10,20,0]}}}')
+    predictor = learnt()
+    load_state(path, {"a": predictor}, "survival")
+    assert predictor.mean_output_tokens == 10
+    predictor.observe(PendingRequest(1), 7, ended=False)
+    save_state(path, {"a": predictor}, "survival")
+    again = learnt()
+    load_state(path, {"a": again}, "survival")
+    assert again.state() == predictor.state() == {"lengths": [10, 20, 0, -8]}
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -28,7 +28,10 @@ class SurvivalParams(PredictorParams):
     """Parameters of ``survival``."""
 
     window: int = Field(
-        default=2000, ge=1, le=1_000_000, description="Finished requests that are remembered (requests)."
+        default=2000,
+        ge=1,
+        le=1_000_000,
+        description="Requests that have ended and are remembered (requests).",
     )
     output_tokens_max: int = Field(
         default=32768, ge=1, le=1 << 20, description="Longer outputs count as this long (tokens)."
@@ -42,11 +45,11 @@ class SurvivalParams(PredictorParams):
 
 @register_predictor("survival")
 class SurvivalPredictor(Predictor[SurvivalParams]):
-    """``P(length > t + h | length > t)`` from a sliding window of finished lengths.
+    """``P(length > t + h | length > t)`` from a sliding window of lengths, ended and cut.
 
     Source: arXiv 2605.06113, the Survival predictor, projected as an expectation rather than a cut-off
     (a plain curve is too blunt to name the step at which a request ends). With ``alive[t]`` the number of
-    remembered lengths above t::
+    remembered lengths above t, which is the Kaplan-Meier estimate where some were cut or still run::
 
         P(h | t) = (alive[t + h] + ρ^h) / (alive[t] + 1)
 
@@ -54,6 +57,10 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
     beyond the longest length seen, and vanishes as the window fills. Lengths and ages are rounded down to a
     grid (two per cent), so that the curves of all ages are one cached matrix and a forecast is one product
     of [G, B] and [B, H+1] matrices, however many requests there are.
+
+    What ends first, at the start of traffic, are the short ones. So what still runs counts as cut at its age,
+    weighing as much as the share of all that has ended which is remembered: fully, until the first are
+    forgotten, and less and less from then on, when what leaves is as long as what comes.
 
     What is learnt takes effect now and then, curves and mean together: the mean decides how far ahead to
     look, and if it moved with each length, so would shape and weights of everything that is cached.
@@ -66,7 +73,10 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         self._grid = length_grid(params.output_tokens_max)
         self._window = LengthWindow(self._grid, params.window)
         self._unseen = 0
+        self._seen = 0
         self._mean = params.prior_output_tokens
+        self._alive = self._window.alive
+        self._remembered = 0.0
         # Single precision: a forecast of a million tokens is good to one, and takes half the time.
         self._table: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         self._stale = True
@@ -79,9 +89,10 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         """See Predictor.mean_output_tokens."""
         return self._mean
 
-    def observe(self, request: PendingRequest, output_tokens: int) -> None:
+    def observe(self, request: PendingRequest, output_tokens: int, *, ended: bool = True) -> None:
         """See Predictor.observe."""
-        self._window.add(output_tokens)
+        self._window.add(output_tokens, ended=ended)
+        self._seen += 1
         self._unseen += 1
         if self._unseen * _REFRESH_SHARE >= len(self._window):
             self._refresh()
@@ -92,8 +103,9 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
 
     def restore(self, state: dict[str, Any]) -> None:
         """See Predictor.restore."""
-        for length in state["lengths"]:
-            self._window.add(max(0, int(length)))
+        for known in map(int, state["lengths"]):
+            self._window.add(known if known >= 0 else -1 - known, ended=known >= 0)
+        self._seen = len(self._window)
         if len(self._window):
             self._refresh()
 
@@ -103,7 +115,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
 
     def survival_at(self, active: ActiveRequests, steps: IntArray) -> FloatArray:
         """See Predictor.survival_at."""
-        alive = self._window.alive
+        alive = self._alive
         now = alive[self._grid.positions(active.output_tokens)]
         later = alive[self._grid.positions(active.output_tokens[:, None] + steps)]
         survival: FloatArray = (later + (1.0 - 1.0 / self._mean) ** steps) / (now[:, None] + 1.0)
@@ -160,10 +172,25 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
 
     def _refresh(self) -> None:
         """Let what has been observed take effect."""
+        window = self._window
         self._unseen = 0
-        self._mean = max(1.0, self._window.mean)
+        running, weight = self._still_running(), len(window) / self._seen
+        tokens = window.length_sum + weight * float(running.sum())
+        self._mean = max(1.0, tokens / len(window))
+        self._alive = window.alive_with(running, weight, self._mean)
+        self._remembered = len(window) + weight * len(running)
         self._stale = True
         self._far = (np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.float32))
+
+    def _still_running(self) -> IntArray:
+        """Return how many tokens each request that runs has streamed, int64[R]."""
+        if self._running is None:
+            return np.empty(0, dtype=np.int64)
+        active = self._running()
+        # What generates nothing, or no more, tells nothing.
+        return (
+            active.output_tokens if active.sequences is None else active.output_tokens[active.sequences > 0]
+        )
 
     def _curves_at(self, steps: IntArray) -> NDArray[np.float32]:
         """Return float32[B, K]: P(h | age) for every age on the grid and ``steps``, kept while both stay."""
@@ -179,7 +206,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         """Return float32[B, H+1]: P(h | age) for every age on the grid."""
         steps = horizon_steps + 1
         if self._stale or self._table.shape[1] != steps:
-            alive = self._window.alive.astype(np.float32)
+            alive = self._alive.astype(np.float32)
             decay = (1.0 - 1.0 / self._mean) ** np.arange(steps)
             self._table = self._grid.ahead(alive, steps)
             self._table += decay.astype(np.float32)

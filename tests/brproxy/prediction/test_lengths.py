@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brproxy.prediction.curve_table import NO_SLOT, CurveTable
+from brproxy.prediction.curve_table import NO_SLOT, CurveTable, _passed_on
 from brproxy.prediction.lengths import LengthGrid, LengthWindow, length_grid
 
 
@@ -101,3 +101,61 @@ def test_equal_lengths_of_a_key_stay_sharp_and_few_of_a_varied_law_do_not():
     new = varied.alive[varied.find("new")]
     assert 0.55 < new[before] < 0.9
     assert 0.1 < new[after] < 0.45
+
+
+outputs = st.lists(st.tuples(st.integers(0, 60), st.booleans()), min_size=1, max_size=40)
+"""Lengths on the exact part of the grid, and whether the output ended there."""
+
+
+def kaplan_meier(known, running, weight, age):
+    """P(longer than age), spelt out: at each length the share of those at risk that does not end there."""
+    survival = 1.0
+    for length in sorted({length for length, ended in known if ended and length <= age}):
+        at_risk = sum(other >= length for other, _ in known) + weight * sum(r >= length for r in running)
+        survival *= 1 - sum(other == length and ended for other, ended in known) / at_risk
+    return survival
+
+
+@given(outputs, st.lists(st.integers(0, 60), max_size=20), st.sampled_from([0.25, 1.0]), st.integers(1, 40))
+def test_a_curve_is_the_kaplan_meier_estimate(known, running, weight, size):
+    window = LengthWindow(LengthGrid(300), size)
+    for length, ended in known:
+        window.add(length, ended=ended)
+    kept = known[-size:]
+    alive = window.alive_with(np.array(running, dtype=np.int64), weight, 20.0)
+    most = len(kept) + weight * len(running)
+    seen = max([length for length, _ in kept] + running)
+    for age in range(61):
+        beyond = math.exp(-max(0, age - seen) / 20)
+        expected = most * kaplan_meier(kept, running, weight, age) * beyond
+        assert alive[age] == pytest.approx(expected, abs=1e-9)
+    assert (np.diff(alive) <= 1e-9).all()
+    assert alive[-1] == 0, "nobody is longer than the grid"
+
+
+@given(outputs, st.lists(st.integers(1, 60), min_size=1, max_size=8))
+def test_of_a_key_those_that_were_cut_count_for_the_longer_ones(known, sharp):
+    table = CurveTable(LengthGrid(300), keys_max=9, window=64)
+    # Lengths far apart for one key and equal ones for another: wide and narrow kernels.
+    for length, ended in known:
+        table.add("own", length, ended=ended)
+    own = table.alive[table.find("own")]
+    assert (np.diff(own) <= 1e-9).all()
+    assert own[0] <= len(known) + 1e-6
+    for length in sharp:
+        table.add("ended", length)
+        table.add("cut", length, ended=length < max(sharp))
+    longest = max(sharp)
+    assert table.alive[table.find("cut"), longest // 2] == pytest.approx(
+        table.alive[table.find("ended"), longest // 2], rel=0.05, abs=0.05
+    ), "the longest counts as ended"
+
+
+@given(outputs)
+def test_passing_weights_on_is_the_kaplan_meier_estimate(known):
+    lengths, weights = _passed_on(np.array([n if ended else -1 - n for n, ended in known], dtype=np.float64))
+    assert weights.sum() == pytest.approx(len(known))
+    longest = max(length for length, _ in known)
+    for age in range(longest):
+        longer = weights[lengths > age].sum()
+        assert longer == pytest.approx(len(known) * kaplan_meier(known, [], 0.0, age), abs=1e-9)

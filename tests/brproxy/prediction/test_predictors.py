@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brproxy.prediction.predictor import (
@@ -170,7 +170,7 @@ def test_state_is_kept(name):
 
     first, second = make_predictor(name), make_predictor(name)
     for i in range(100):
-        first.observe(request(i), 10 * (i % 5) + i % 3)
+        first.observe(request(i), 10 * (i % 5) + i % 3, ended=i % 4 > 0)
     second.restore(first.state())
     rows = [plain(i % WORKERS, 100, i % 40) for i in range(20)]
     for predictor in (first, second):
@@ -260,6 +260,60 @@ def learnt(name, samples, **params):
 def still_running(predictor, request, age, h):
     curve = predictor.prospect(request).curve
     return predictor.survival(active_of([plain(0, 0, age)], [curve]), h)[0, h]
+
+
+@pytest.mark.parametrize("name", ["survival", "exact-match", "hierarchical"])
+@pytest.mark.parametrize("seed", range(4))
+def test_clients_that_leave_at_random_make_no_curve_short(name, seed):
+    params = {} if name == "survival" else {"key_window": 400}
+    rng, predictor = np.random.default_rng(seed), learnt(name, [], **params)
+    request = PendingRequest(1, "m", prompt_hash=1, prefix_hash=1, user="u")
+    lengths = np.minimum(rng.geometric(1 / 100, 400), 5000)
+    leaves = rng.geometric(1 / 60, 400)
+    for length, left in zip(lengths.tolist(), leaves.tolist(), strict=True):
+        predictor.observe(request, min(length, left), ended=length <= left)
+    active = active_of([plain(0, 0, 0)], [predictor.prospect(request).curve])
+    for age in (20, 60, 120):
+        expected = (lengths > age).mean()
+        assert predictor.survival_at(active, np.array([age]))[0, 0] == pytest.approx(expected, abs=0.12)
+    # Who takes those that left for outputs that ended, or knows only the others, is far off.
+    assert (np.minimum(lengths, leaves) > 60).mean() < 0.7 * (lengths > 60).mean()
+
+
+@given(seed=st.integers(0, 99), ended=st.integers(30, 400), window=st.sampled_from([200, 2000]))
+@settings(max_examples=20, deadline=None)
+def test_at_the_start_of_traffic_curves_are_not_short(seed, ended, window):
+    rng = np.random.default_rng(seed)
+    lengths = np.minimum(rng.geometric(1 / 100, 600), 3000)
+    # All begin at once, and the first have ended: the shortest.
+    order = np.sort(lengths)
+    now = int(order[ended])
+    predictor = make_predictor("survival", SurvivalParams(window=window))
+    running = active_of([plain(0, 0, now) for _ in range(len(lengths) - ended)])
+    predictor.watch(lambda: running)
+    for length in order[:ended].tolist():
+        predictor.observe(REQUEST, length)
+    predictor._refresh()
+    one = active_of([plain(0, 0, 0)])
+    for age in (now // 4, now // 2, max(0, now - 1)):
+        estimate = predictor.survival_at(one, np.array([age]))[0, 0]
+        assert estimate >= (lengths > age).mean() - 0.1
+        if ended <= window:
+            assert estimate == pytest.approx((lengths > age).mean(), abs=0.05)
+
+
+def test_what_runs_counts_less_and_less_once_the_first_are_forgotten():
+    predictor = make_predictor("survival", SurvivalParams(window=64))
+    running = active_of([plain(0, 0, 10) for _ in range(64)])
+    predictor.watch(lambda: running)
+    means = []
+    for _ in range(40):
+        for _ in range(64):
+            predictor.observe(REQUEST, 100)
+        means.append(predictor.mean_output_tokens)
+    assert means == sorted(means, reverse=True)
+    assert means[0] == pytest.approx(110)
+    assert means[-1] == pytest.approx(100, rel=0.01)
 
 
 SHORT, LONG = PendingRequest(1, prompt_hash=1), PendingRequest(1, prompt_hash=2)
