@@ -116,7 +116,7 @@ class Dispatcher:
         self.undecidable: list[RequestId] = []
         self._ids = cast("Iterator[RequestId]", count())
         self._rng = rng
-        self._costs = costs
+        self.costs = costs
         self._foresight = Foresight(ledger, policy, predictor, self.quality, self.faults, rng)
         self._growth = GrowthRoom(ledger, predictor, self.faults)
         self._policy_is_broken = False
@@ -280,7 +280,7 @@ class Dispatcher:
         load: list[float] = state.kv_tokens  # type: ignore[assignment]
         if len(discounts) > 1:
             load = self._foresight.discounted_load(state, discounts)
-        costs = self._costs()
+        costs = self.costs()
         slowness = None if costs is None else costs.slowness
         if slowness is not None:
             load = [tokens * slow for tokens, slow in zip(load, slowness, strict=True)]
@@ -373,7 +373,7 @@ class Dispatcher:
                 turnover_steps,
                 self.predictor.LOOKAHEAD_TURNOVERS,
                 self.predictor.GROWTH_FORESEEN,
-                self._costs(),
+                self.costs(),
                 [(now_s - entry.waiting_since_s) / self.limits.wait_s_max for entry in waiting],
             ),
             [entry.sequences for entry in waiting] if self.waiting.plural else None,

@@ -1,16 +1,21 @@
 """The barrier groups, and which of them serves a request. Pure.
 
 Envelope, margin and pool exist per group; a request enters exactly one. Which one, when several serve its
-model, is decided on arrival: the group with the least load for its slots among those that can take anything.
+model, is decided on arrival, among those that can take anything, by load and speed against capacity: what a
+token will take there, and whether requests queue for room. Groups whose speed is not known are told apart by
+how full they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from brproxy.dispatcher import Dispatcher
 from brproxy.roster import Member, Roster, WorkerLimits, name_of_leaving
+from brproxy.step_costs import StepCosts
 from brproxy.step_model import StepModel
 from brproxy.types import InvalidInputError
 
@@ -50,11 +55,33 @@ class Group:
         return not self.models or not model or model in self.models
 
     @property
-    def pressure(self) -> float:
-        """Requests, bound and waiting, for each slot."""
-        dispatcher = self.dispatcher
-        slots = max(1, dispatcher.ledger.slots_total)
-        return (dispatcher.ledger.bound + len(dispatcher.waiting)) / slots
+    def fullness(self) -> float:
+        """What is bound and waits, as a share of what fits: of slots, or of KV capacity where that is less.
+
+        What fits is of workers that may be chosen; without any it is endless. More than 1: some have to wait.
+        """
+        ledger, waiting = self.dispatcher.ledger, self.dispatcher.waiting.count
+        members = [member for member in self.roster.members if member.is_routable]
+        if not members:
+            return math.inf
+        # Also of workers that may not be chosen: that will be done there, or moves.
+        running = sum(ledger.sequences)
+        by_slots = (running + waiting) / max(1, sum(member.limits.slots for member in members))
+        capacities = [member.limits.kv_capacity_tokens for member in members]
+        if None in capacities:
+            return by_slots
+        # Who waits will be as large as those that run.
+        expected = sum(ledger.load()) * (1 + waiting / max(1, running))
+        return max(by_slots, expected / max(1, sum(filter(None, capacities))))
+
+    def step_s(self, costs: StepCosts) -> float:
+        """Return how long a step takes that prefills nothing: as long as its slowest worker (seconds)."""
+        load = self.dispatcher.ledger.load()
+        loads = [load[member.index] for member in self.roster.members]
+        slowness = costs.slowness
+        if slowness is not None and len(slowness) == len(loads):
+            return costs.base_s + costs.s_per_kv_token * max(map(mul, slowness, loads), default=0)
+        return costs.base_s + costs.s_per_kv_token * max(loads, default=0)
 
     def add(
         self, key: str, limits: WorkerLimits, origin: str = "", lines: bytes = b"", rank: int | None = None
@@ -80,6 +107,26 @@ class Group:
         Raises RosterError for an unknown one.
         """
         return self.roster.remove(key, self.dispatcher.ledger.requests[self.roster.find(key).index])
+
+
+def least_pressed(groups: Sequence[Group]) -> Group:
+    """Return the one of ``groups`` in which a request is done soonest, as far as their speed is known.
+
+    A token takes a step there, and a request waits for as many of its own lifetimes as the group is fuller
+    than full.
+    """
+    if len(groups) == 1:
+        return groups[0]
+    costs = [group.dispatcher.costs() for group in groups]
+    fullness = [group.fullness for group in groups]
+    steps_s = [0.0 if each is None else group.step_s(each) for group, each in zip(groups, costs, strict=True)]
+    if not all(steps_s):
+        steps_s = [1.0] * len(groups)
+    ranks = [
+        (full == math.inf, step_s * max(1.0, full), full)
+        for full, step_s in zip(fullness, steps_s, strict=True)
+    ]
+    return groups[ranks.index(min(ranks))]
 
 
 class Fleet:
@@ -145,6 +192,4 @@ class Fleet:
             known = ", ".join(sorted(filter(None, self._of_model)))
             msg = f"The model `{model}` does not exist. Models served here: {known}."
             raise UnknownModelError(msg)
-        if len(serving) == 1:
-            return serving[0]
-        return min(serving, key=lambda group: (not any(group.roster.routable()), group.pressure))
+        return least_pressed(serving)

@@ -61,7 +61,7 @@ ALLOWED = {
     | STATES
     | {"ledger", "happenings", "learning", "foresight", "growth", "sessions", "routing", "prediction"}
     | {"step_costs"},
-    "fleet": BASE | {"dispatcher", "roster", "step_model"},
+    "fleet": BASE | {"dispatcher", "roster", "step_costs", "step_model"},
     "prompt_counts": {"types", "dispatcher", "happenings", "lifecycle"},
     "tokenizer_file": {"types"},
     "telemetry": CORE | {"engines", "signals", "fault_tolerance"},

@@ -10,7 +10,7 @@ from brproxy.adapters import Adapters
 from brproxy.clock import Clock
 from brproxy.engines.dialect import Dialect
 from brproxy.estimate import TokenEstimator
-from brproxy.fleet import Fleet, Group, UnknownModelError
+from brproxy.fleet import Fleet, Group, UnknownModelError, least_pressed
 from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.cors import Cors
 from brproxy.proxy.driver import GroupDriver
@@ -233,4 +233,4 @@ class Service:
             ]
             if not having:
                 raise
-            return min(having, key=lambda service: service.group.pressure)
+            return self.groups.of(least_pressed([service.group for service in having]))
