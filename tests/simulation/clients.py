@@ -129,6 +129,8 @@ class Client:
 
     def _leave(self) -> None:
         self._excused = True
+        for ask in self._visit.asks:
+            self._records[ask.id].left_s = self._loop.time()
         if self._visit.resets:
             self._wire.transport.reset()
         else:

@@ -192,6 +192,10 @@ class Cluster:
         self.board.changed()
         return True
 
+    def was_kept(self, key: str) -> bool:
+        """Tell whether there ever was KV under ``key``."""
+        return any(key in engine.kept for engine in self.engines.values())
+
     def is_to_be_had(self, kept: Kept) -> bool:
         """Tell whether the proxy must take KV for something that can be fetched."""
         return self.loop.time() < kept.since_s + self.trusted_s and not self.is_out(kept.host)

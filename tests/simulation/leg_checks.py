@@ -17,6 +17,9 @@ CANCELLED_S = 1.0
 FREED_S = 4.0
 """Within which what a request has left behind is freed: longer than a prefill is waited for (seconds)."""
 
+ANSWERED_S = 0.1
+"""More than an answer takes that is there (seconds)."""
+
 RUNS_MAX = 2
 """Times that workers may have worked on a request, in either leg, but for prefills that were used."""
 
@@ -43,6 +46,7 @@ class LegChecks:
         limits: dict[str, Any] = scenario.settings.get("prefill_decode", {})
         cluster.trusted_s = limits.get("lease_s", cluster.parted.lease_s)
         self._frees_all = limits.get("free_at_once_max", 64) == 64
+        self._finish_s = limits.get("finish_prefill_s", 0.0)
 
     def look(self, ids: Iterable[int]) -> None:
         """See that what requests have left behind was freed, and not only when its lease ends.
@@ -58,6 +62,15 @@ class LegChecks:
             for key, kept in self._cluster.left(ask_id):
                 if kept.is_told:
                     self._wrong("freed", f"{key} of request {ask_id} is kept although nobody will fetch it")
+            self._look_at_prefills(self._records[ask_id])
+
+    def _look_at_prefills(self, record: Record) -> None:
+        """See that prefills were waited for whose client had left: only their answers say how to free KV."""
+        for prefill in record.made(prefill=True) if record.left_s is not None else []:
+            done_s = prefill.came_s + prefill.answer.late_s + ANSWERED_S
+            is_due = prefill.answer.kind == "answer" and done_s < record.left_s + self._finish_s
+            if is_due and not self._cluster.was_kept(prefill.key):
+                self._wrong("freed", f"a prefill of request {record.ask.id} is ended as its client leaves")
 
     def look_at_work(self, ids: Iterable[int], workers: Iterable[LegWorker]) -> None:
         """See that nobody works for those who have left, where nobody was in trouble.
@@ -96,8 +109,7 @@ class LegChecks:
 
     def _was_kept(self, decode: Attempt) -> bool:
         """Tell whether what a decode leg waits for came to be: else it has not run."""
-        engines = self._cluster.engines.values()
-        return not decode.key or any(decode.key in engine.kept for engine in engines)
+        return not decode.key or self._cluster.was_kept(decode.key)
 
     def idle(self, service: Service) -> None:
         """See that nothing of a request is left where the two legs meet."""

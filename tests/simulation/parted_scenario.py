@@ -184,12 +184,14 @@ def wait_in_pool(scenario: Scenario, parted: Parted, rng: random.Random) -> Scen
     """Return a scenario with a crowd, in which requests wait for the workers that decode for seconds.
 
     Meanwhile the leases end of what was prefilled for them, or who has it goes out; or who prefills stands
-    still as they come; or they leave; or one finds its decode worker gone, and waits for another.
+    still as they come; or they leave, some as they are prefilled; or one finds its decode worker gone, and
+    waits for another.
     """
     what = rng.choice(("lease", "out", "frozen", "left"))
-    # By a generator of its own: the others are what they were before it came.
-    if random.Random(f"unreached {scenario.seed}").random() < 0.2:
-        what = "unreached"
+    # By a generator of its own: the others are what they were before these came.
+    later = random.Random(f"later {scenario.seed}")
+    if later.random() < 0.4:
+        what = later.choice(("unreached", "left-early"))
     at_s, lasts_s = rng.random() * 5, 12.0
     prefills = [i for i, role in enumerate(parted.roles) if role == "prefill"]
     group = scenario.workers[prefills[0]][2]
@@ -202,7 +204,8 @@ def wait_in_pool(scenario: Scenario, parted: Parted, rng: random.Random) -> Scen
     )
     # At times longer than a lease and what may come late together.
     decode_s = 5.0 if what == "unreached" else 2.0
-    decode, prefill = Answer(late_s=decode_s), Answer(tokens=1, late_s=0.02, gap_s=0.001)
+    prefill_s = 0.6 if what == "left-early" else 0.02
+    decode, prefill = Answer(late_s=decode_s), Answer(tokens=1, late_s=prefill_s, gap_s=0.001)
     crowd = [
         Visit(
             at_s + 0.1 * i,
@@ -220,9 +223,12 @@ def wait_in_pool(scenario: Scenario, parted: Parted, rng: random.Random) -> Scen
     ]
     if what == "left":
         crowd = [replace(visit, leaves_after_s=rng.choice((0.5, 1.5, 3.0))) for visit in crowd]
+    elif what == "left-early":
+        crowd = [replace(visit, leaves_after_s=later.random() * 2.0) for visit in crowd]
     troubles = {
         "lease": [],
         "left": [],
+        "left-early": [],
         "unreached": [Trouble(at_s + 1.5, "restart", decodes[0], lasts_s)],
         "out": [Trouble(at_s + 1.3, "health-never", prefills[0], lasts_s)],
         "frozen": [Trouble(at_s, "freeze", prefills[0], lasts_s)],

@@ -59,7 +59,7 @@ class Attempt:
     def __post_init__(self) -> None:
         # Where nothing came before, the proxy cannot have found the connection closed.
         self._is_first = self.wire.requests == 1
-        self._came_s = self.wire.loop.time()
+        self.came_s = self.wire.loop.time()
         self._from_bytes = self.wire.transport.peer.taken_bytes
 
     @property
@@ -85,7 +85,7 @@ class Attempt:
         """Whether it came on a kept connection that was closed as it came, as far as the proxy can tell."""
         has_arrived = self.wire.transport.peer.taken_bytes > self._from_bytes
         ended_s = self.ended_s if self.has_stopped else self.wire.killed_s
-        is_late = ended_s - self._came_s > STALE_S
+        is_late = ended_s - self.came_s > STALE_S
         return self.broke and not (self._is_first or has_arrived or self.has_asked or is_late)
 
     @property
@@ -103,8 +103,9 @@ class Record:
     """What workers have seen of one request, which ``came`` to them so many times.
 
     ``attempts`` are those whose body has come too. ``was_refused``: its client got a refusal of theirs.
-    ``has_ended``: its client waits no more. ``ids`` are the request's ids that workers were told, ``kept`` is
-    the KV of its last prefill, ``fetches`` are by the KV that they were to fetch.
+    ``has_ended``: its client waits no more; it left at ``left_s`` of the loop, if so. ``ids`` are the
+    request's ids that workers were told, ``kept`` is the KV of its last prefill, ``fetches`` are by the KV
+    that they were to fetch.
     """
 
     ask: Ask
@@ -112,6 +113,7 @@ class Record:
     came: int = 0
     was_refused: bool = False
     has_ended: bool = False
+    left_s: float | None = None
     ids: set[bytes] = field(default_factory=set)
     kept: Kept | None = None
     fetches: dict[str, Attempt] = field(default_factory=dict)
