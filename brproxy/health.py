@@ -56,6 +56,11 @@ class HealthTracker:
         self._accusation = reason
         return self._settle(now_s)
 
+    @property
+    def is_accused(self) -> bool:
+        """Whether the worker says of itself that it cannot serve."""
+        return bool(self._accusation)
+
     def _settle(self, now_s: float) -> bool:
         state = Health.UNHEALTHY if self._accusation else self._by_results
         changed = state is not self.state

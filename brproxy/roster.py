@@ -135,8 +135,9 @@ class Roster:
     ``version`` changes with each member that comes, drains, is resumed or goes, and with limits. ``present``
     are the indices of those who are there, in order, and ``place`` the place of each index, int64; both are
     None without a gap. While more than ``ejected_share_max`` of the active members are UNHEALTHY, none is out
-    for that: checks that fail for so many say more about the checks, or leave too few to bear the load. So
-    one that is UNHEALTHY may only be OUT once others are well again.
+    for its checks: where they fail for so many they say more about themselves, or leave too few to bear the
+    load. So one that is UNHEALTHY may only be OUT once others are well again. What a member says of itself
+    is no check: then it is out, whatever the others are.
     """
 
     def __init__(
@@ -319,9 +320,13 @@ class Roster:
         """Take a member out for what it says of itself, until ``reason`` is ""; return as ``record``."""
         if member.state is MemberState.GONE:
             return False
+        was_accused = member.health.is_accused
         changed = member.health.accuse(reason, now_s)
         if changed:
             self._health_changed(member)
+        elif member.health.is_accused is not was_accused:
+            # It was unhealthy before, and is now out or not for another reason.
+            self._tell_out(self._judge())
         return changed
 
     def _health_changed(self, member: Member) -> None:
@@ -351,9 +356,10 @@ class Roster:
             self._panics = panics
             said = "all may be chosen" if panics else "they may not be chosen"
             log.warning("%d of %d workers are unhealthy: %s", len(failing), len(active), said)
-        self._routable = tuple(m.is_routable or (panics and m in failing) for m in self._members)
-        before, self._out = self._out, frozenset(() if panics else unhealthy)
-        return [member for member in unhealthy if member in self._out and member not in before]
+        out = [member for member in unhealthy if member.health.is_accused or not panics]
+        before, self._out = self._out, frozenset(out)
+        self._routable = tuple(m.is_routable or (m in failing and m not in self._out) for m in self._members)
+        return [member for member in out if member not in before]
 
     def _tell_out(self, members: Collection[Member]) -> None:
         for member in members:

@@ -203,6 +203,20 @@ def test_who_was_not_out_as_too_many_were_is_out_once_others_are_well_again():
     ]
 
 
+def test_who_says_of_itself_that_it_cannot_serve_is_out_however_many_are():
+    roster = Roster(HealthThresholds(1, 1), ejected_share_max=0.5)
+    for key in "ab":
+        roster.record(roster.add(key, LIMITS), ok=True, reason="", now_s=0.0)
+        roster.record(roster.find(key), ok=False, reason="silent", now_s=1.0)
+    assert roster.routable() == (True, True)
+    told = []
+    roster.observe(lambda member, change: told.append((member.key, change)))
+    assert not roster.accuse(roster.find("a"), "waits after a fault", 2.0)
+    assert (roster.routable(), told) == ((False, True), [("a", Change.OUT)])
+    assert not roster.accuse(roster.find("a"), "", 3.0)
+    assert roster.routable() == (True, True)
+
+
 STEPS = st.tuples(
     st.sampled_from(["well", "ill", "accused", "cleared", "drain", "resume", "remove", "add"]),
     st.sampled_from("abcd"),
@@ -238,9 +252,12 @@ def test_whoever_is_out_was_told_so_once_and_nobody_else_was(share, steps):
         step(roster, what, key)
         active = [each for each in roster.members if each.state is MemberState.ACTIVE]
         ill = {each for each in roster.members if each.health.state is Health.UNHEALTHY}
-        none_is_out = len(ill.intersection(active)) > share * len(active)
         out = {each for each in roster.members if roster.is_out(each)}
-        assert out == (set() if none_is_out else ill)
+        if len(ill.intersection(active)) > share * len(active):
+            assert out == {each for each in ill if each.health.is_accused}
+            assert all(roster.routable()[each.index] for each in ill.intersection(active) - out)
+        else:
+            assert out == ill
         assert len(told) == len(set(told))
         assert set(told) == out - before
         assert not any(roster.routable()[each.index] for each in out)
