@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,9 @@ from brproxy.prediction.predictor import (
     Predictor,
     PredictorParams,
     register_predictor,
+    truncate,
 )
+from brproxy.prediction.projection import project_certain
 from brproxy.types import PendingRequest
 
 _REFRESH_SHARE = 64
@@ -40,6 +42,11 @@ class SurvivalParams(PredictorParams):
         default=512.0,
         ge=1,
         description="Mean output length assumed before anything has finished (tokens).",
+    )
+    projection: Literal["expected", "cut"] = Field(
+        default="expected",
+        description="Loads ahead: each request by the chance that it still runs, or, as in the paper, whole "
+        "up to the steps that it is expected to run on and not at all beyond.",
     )
 
 
@@ -138,7 +145,20 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
     def _told_by_age(self, active: ActiveRequests, horizon_steps: int) -> BoolArray:
         """Return bool[N]: those of uncertain length of which the curve of their age says everything."""
         told: BoolArray = active.length_max - active.output_tokens > horizon_steps
-        return told
+        return told & (self.params.projection == "expected")
+
+    def project_each(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
+        """See Predictor.project_each; cut off at E[min(remaining steps, H)] where the parameters say so."""
+        if self.params.projection == "expected":
+            return super().project_each(active, workers, horizon_steps)
+        survival = self.survival(active, horizon_steps)
+        truncate(survival, active)
+        remaining = np.rint(survival[:, :horizon_steps].sum(axis=1)).astype(np.int64)
+        # Who outlasts the horizon runs at its last step as well.
+        remaining[remaining == horizon_steps] += 1
+        return project_certain(
+            active.worker, active.kv_tokens, remaining, workers, horizon_steps, active.sequences
+        )
 
     def _project(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
         """Sum requests by worker and age first: most of them need no curve of their own."""

@@ -380,3 +380,23 @@ def test_backing_off_is_its_formula(observed, key, age, prior_samples):
 def test_parameters_of_another_predictor_are_refused():
     with pytest.raises(TypeError, match="takes SurvivalParams"):
         make_predictor("survival", PredictorParams())
+
+
+@settings(max_examples=60)
+@given(rows_of_any_kind, st.lists(st.integers(1, 60), max_size=12), st.integers(1, 12))
+def test_a_cut_projection_has_a_request_whole_until_it_is_expected_to_end(rows, lengths, horizon_steps):
+    predictor = make_predictor("survival", SurvivalParams(projection="cut"))
+    for length in lengths:
+        predictor.observe(REQUEST, length)
+    expected = np.zeros((WORKERS, horizon_steps + 1))
+    for row in rows:
+        one = active_of([row])
+        runs_on = predictor.survival(one, horizon_steps)[0]
+        left = max(1, row[3] - row[2])
+        steps = sum(p for h, p in enumerate(runs_on[:-1].tolist()) if h < left)
+        steps = left if row[4] else round(steps)
+        for h in range(horizon_steps + 1):
+            if h < max(1, steps) or (steps == horizon_steps and not row[4]):
+                expected[row[0], h] += row[1] + h
+    forecast = predictor.forecast(active_of(rows), WORKERS, horizon_steps)
+    assert np.allclose(forecast, expected)
