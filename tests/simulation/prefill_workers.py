@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.simulation.actions import KEEP, Answer, Ask
-from tests.simulation.kv import Engine, Kept
+from tests.simulation.kv import FREED_BY_DECODE, Engine, Kept
 from tests.simulation.leg_workers import HANDLES, PARAMS, LegWorker, without
 from tests.simulation.messages import RANK, request_body, respond
 from tests.simulation.wire import Wire
@@ -61,6 +61,7 @@ class PrefillWorker(LegWorker):
         answer = ask.prefills[min(len(record.made(prefill=True)), len(ask.prefills) - 1)]
         attempt = Attempt(number, self.index, answer, respond(ask, answer, number, asked_usage=False), wire)
         attempt.is_prefill = True
+        self._see_need(record)
         record.kept = None
         with self._at_work(record, attempt):
             self._see_leg(ask, document)
@@ -107,6 +108,14 @@ class PrefillWorker(LegWorker):
             self._wrong(
                 "own-leg", f"the prefill of request {ask.id} is to make more than a token: {document}"
             )
+
+    def _see_need(self, record: Record) -> None:
+        """See that nothing is prefilled again that can be had and that no decode worker has had."""
+        kept, cluster = record.kept, self._cluster
+        if self._transfer not in FREED_BY_DECODE or not cluster.is_calm or kept is None or not kept.is_told:
+            return
+        if cluster.is_to_be_had(kept) and kept.key not in record.fetches:
+            self._wrong("own-leg", f"{kept.key} is kept, and request {record.ask.id} is prefilled again")
 
     async def _prefill(self, ask: Ask, attempt: Attempt, document: Any) -> bytes | None:
         """Run the prompt and keep its KV; return the handles, None where nobody came for it."""
