@@ -83,7 +83,9 @@ class LegChecks:
         for worker in workers:
             for record, attempt in worker.running.values():
                 is_adopted = attempt.is_prefill and self._transfers.get(record.ask.model) in FREED_BY_DECODE
-                if record.ask.id in gone and not attempt.wire.ended and not is_adopted:
+                # Who has sent all, and is silent then, has nothing left to do.
+                is_at_work = not (attempt.wire.ended or attempt.sent_all)
+                if record.ask.id in gone and is_at_work and not is_adopted:
                     self._wrong("both-end", f"{worker.host} still works on request {record.ask.id}")
 
     def count(self, record: Record, retries_max: int) -> None:
@@ -122,8 +124,12 @@ class LegChecks:
 
 def _is_lost(prefill: Attempt) -> bool:
     """Tell whether a prefill was begun and came to nothing."""
-    response = prefill.response
+    response, answer = prefill.response, prefill.answer
+    has_head = prefill.sent_bytes >= len(response.pieces[0])
     # By its head: what breaks off behind that is a refusal all the same.
-    has_refused = response.is_refusal and prefill.sent_bytes >= len(response.pieces[0])
+    has_refused = response.is_refusal and has_head
+    # Nobody can tell from a whole one what ends with its connection, but of a reset.
+    is_well = response.is_http and response.status < 500
+    seems_whole = is_well and has_head and answer.framing == answer.ending == "close"
     has_failed = prefill.sent_all and response.status >= 500
-    return not (prefill.was_sent or has_refused) and (prefill.broke or has_failed)
+    return not (prefill.was_sent or has_refused or seems_whole) and (prefill.broke or has_failed)
