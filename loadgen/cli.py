@@ -17,6 +17,7 @@ from loadgen.client import ClientSettings, Lengths
 from loadgen.cluster_settings import ClusterSettings
 from loadgen.commands import demo as demonstration
 from loadgen.commands.bars import Bars
+from loadgen.commands.calibration import calibrated_from
 from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.compare import compare as run_comparison
 from loadgen.commands.comparison_plan import DEFAULT_POLICIES, options_given, plan_from_file
@@ -30,6 +31,8 @@ from loadgen.commands.validate import validate
 from loadgen.emulator.settings import EmulatorSettings, Role, Transfer
 from loadgen.options import (
     BootstrapPort,
+    CalibratedFrom,
+    CalibratedGroup,
     Chunk,
     Cv,
     DeploymentRole,
@@ -290,6 +293,8 @@ def simulate(
         int | None,
         typer.Option(min=0, help="Steps until what is decided takes part, not the file's; 0: at once."),
     ] = None,
+    calibrated: CalibratedFrom = None,
+    group: CalibratedGroup = None,
     seed: Seed = 1,
     seeds: Annotated[int | None, typer.Option(min=1, help="So many seeds, from --seed on.")] = None,
     processes: Annotated[
@@ -305,8 +310,10 @@ def simulate(
     if len(paths) > 1 and (out or plot):
         msg = "--out and --plot take one --scenario at a time"
         raise InvalidInputError(msg)
+    calibration = None if calibrated is None else calibrated_from(calibrated, group)
     plans = [
-        plan_simulation(path, policies, predictor, trace, workers, rate, dispatch_steps) for path in paths
+        plan_simulation(path, policies, predictor, trace, workers, rate, dispatch_steps, calibration)
+        for path in paths
     ]
     console = Console()
     for plan in plans:

@@ -47,6 +47,18 @@ ScenarioPath = Annotated[
     typer.Option("--scenario", help="Scenario file (TOML) instead of options for deployment and workload."),
 ]
 
+CalibratedFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrated-from",
+        metavar="URL|FILE",
+        help="Simulate the deployment behind a running brproxy, as its metrics (URL, or saved) show it.",
+    ),
+]
+CalibratedGroup = Annotated[
+    str | None, typer.Option("--group", help="Its barrier group, where there are several.")
+]
+
 PrefillWorkers = Annotated[
     int, typer.Option(min=0, help="Servers that prefill for the deployment, each by itself; 0: none.")
 ]

@@ -233,6 +233,8 @@ class Metrics(Collector):
         yield self._per_group("brproxy_envelope_kv_tokens", "Booked load of the heaviest worker", _envelope)
         yield self._per_worker("brproxy_worker_kv_tokens", "KV tokens booked on the worker", _kv_tokens)
         yield self._per_worker("brproxy_worker_requests", "Requests bound to the worker", _requests)
+        yield self._per_worker("brproxy_worker_slots", "Sequences that the worker runs at once", _slots)
+        yield self._kv_capacity()
         yield self._per_worker("brproxy_worker_routable", "1 if the worker may be chosen", _routable)
 
     def _quality(self) -> Iterator[Metric]:
@@ -253,6 +255,17 @@ class Metrics(Collector):
                 if value is not None:
                     family.add_metric([group.name], value)
         yield from families.values()
+
+    def _kv_capacity(self) -> GaugeMetricFamily:
+        """Return the KV capacity of each worker whose capacity is known."""
+        text = "KV tokens that the worker has room for"
+        family = GaugeMetricFamily("brproxy_worker_kv_capacity_tokens", text, labels=["group", "worker"])
+        for group in self._fleet.groups:
+            for member in group.roster.members:
+                capacity = member.limits.kv_capacity_tokens
+                if capacity is not None:
+                    family.add_metric([group.name, member.key], capacity)
+        return family
 
     def _per_group(self, name: str, text: str, value: _GroupValue) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=["group"])
@@ -290,6 +303,13 @@ def _kv_tokens(group: Group) -> Sequence[float]:
 
 def _requests(group: Group) -> Sequence[float]:
     return group.dispatcher.ledger.requests
+
+
+def _slots(group: Group) -> Sequence[float]:
+    by_index = [0] * group.roster.columns
+    for member in group.roster.members:
+        by_index[member.index] = member.limits.slots
+    return by_index
 
 
 def _routable(group: Group) -> Sequence[float]:

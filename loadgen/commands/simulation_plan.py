@@ -9,6 +9,7 @@ from pathlib import Path
 
 from brproxy.routing.policy import make_policy
 from brproxy.types import InvalidInputError
+from loadgen.commands.calibration import Calibration
 from loadgen.commands.policy_spec import parse_policies, parse_policy
 from loadgen.commands.scenario import Scenario
 from loadgen.commands.scenario_file import ScenarioFile, load_scenario
@@ -37,11 +38,16 @@ def plan_simulation(
     workers: int | None,
     rate: float | None,
     dispatch_steps: int | None = None,
+    calibration: Calibration | None = None,
 ) -> SimulationPlan:
     """Put a scenario file and the command line's choices together; raises InvalidInputError.
 
-    What is None on the command line is as the file says.
+    What is None on the command line is as the file says. ``calibration`` is the deployment instead of the
+    file's.
     """
+    if calibration is not None and workers is not None:
+        msg = "--workers and --calibrated-from both say how many there are; give one of them"
+        raise InvalidInputError(msg)
     file = ScenarioFile(policies=DEFAULT_POLICIES.split(",")) if path is None else load_scenario(path)
     if file.prefill is not None:
         msg = f"{path}: [prefill] is for loadgen compare: a simulation has no prefill workers"
@@ -53,11 +59,14 @@ def plan_simulation(
     else:
         chosen = parse_policies(policies, default_predictor)
     same_deployment = (
-        trace is None and workers in {None, file.cluster.workers} and rate in {None, file.arrivals.rate}
+        trace is None
+        and calibration is None
+        and workers in {None, file.cluster.workers}
+        and rate in {None, file.arrivals.rate}
     )
     return SimulationPlan(
         file.title,
-        partial(_scenario, file, folder, trace, workers, rate, dispatch_steps),
+        partial(_scenario, file, folder, trace, workers, rate, dispatch_steps, calibration),
         chosen,
         file.seeds,
         _published(file, chosen) if same_deployment else {},
@@ -92,9 +101,13 @@ def _scenario(
     workers: int | None,
     rate: float | None,
     dispatch_steps: int | None,
+    calibration: Calibration | None,
     seed: int,
 ) -> Scenario:
-    scenario = file.scenario(folder, seed, workers, rate)
+    count = workers if calibration is None else calibration.cluster.workers
+    scenario = file.scenario(folder, seed, count, rate)
+    if calibration is not None:
+        scenario = calibration.of(scenario, rate)
     if dispatch_steps is not None:
         scenario = replace(scenario, cluster=replace(scenario.cluster, dispatch_steps=dispatch_steps))
     if trace is None:

@@ -15,6 +15,7 @@ from brproxy.proxy.step_watch import StepWatch
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.types import PendingRequest
+from loadgen.commands.calibration import calibrated_from
 
 
 class Model:
@@ -149,6 +150,29 @@ async def test_what_is_given_is_shown_and_decided_by(start_emulator, start_proxy
     assert 'brproxy_step_base_seconds_error{group="default"} 0.0\n' in page
     assert 'brproxy_step_prefill_tokens_max{group="default"} 4096.0\n' in page
     assert 'brproxy_step_windows{group="default"} 0.0\n' in page
+
+
+async def test_a_simulation_is_calibrated_by_what_is_shown(start_emulator, start_proxy, client):
+    emulator = await start_emulator(workers=3)
+    costs = {"step_base_ms": 20, "step_ns_per_kv_token": 80, "prefill_us_per_token": 15}
+    worker = {"slots": 5, "kv_capacity_tokens": 7000}
+    proxy = await start_proxy(emulator.urls, costs=costs, worker=worker)
+    loop = asyncio.get_running_loop()
+
+    async def serve():
+        body = {"model": "emulated", "prompt": [7], "max_tokens": 2}
+        async with client.post(proxy.url + "/v1/completions", json=body) as response:
+            assert response.status == 200
+
+    def pause(_):
+        asyncio.run_coroutine_threadsafe(serve(), loop).result()
+
+    found = await asyncio.to_thread(calibrated_from, proxy.url, None, pause)
+    assert found.requests_per_s > 0
+    cluster = found.cluster
+    assert (cluster.workers, cluster.slots, cluster.kv_capacity_tokens) == (3, 5, 7000)
+    assert (cluster.step_base_s, cluster.step_s_per_kv_token) == (0.02, pytest.approx(80e-9))
+    assert (cluster.prefill_s_per_token, cluster.prefill_tokens_max) == (pytest.approx(15e-6), None)
 
 
 async def test_what_is_not_known_has_no_series(start_emulator, start_proxy, client):
