@@ -31,15 +31,19 @@ _STEPS = (0.04, 0.005)
 _TRIED = np.arange(-4, 5)
 _HUBER = 2.5
 
-_MEASURABLE = 16.0
-"""What the errors must sum up to less than with s_g = 1, in squared deviations, for it to be told: four of
-them, as there are many workers to be mistaken about, and what is left out is no chance."""
+_PARTS, _PARTS_AGREE, _OPPOSITE_MAX = 8, 3, 0.1
+"""In how many parts of the windows it must show to be told, and how much of that others may show of the
+opposite: a giant request, whose load is not known exactly, stays for minutes, and slowness for good."""
+
+_SHOWS = 4.0
+"""What a part's errors must sum up to less than with s_g = 1 to show it, in squared deviations."""
 
 _WINDOWS_MIN = 96
-"""And from how many windows on."""
+"""From how many windows on it is told."""
 
-_TOLD_MIN = 0.01
-"""And what share of a step's time it must make out: less is worth no decision, and no model is so exact."""
+_TOLD_MIN = 0.02
+"""And what share of a step's time it must make out, more than a window is off by: less is worth no decision,
+and no model is so exact."""
 
 WORKERS_A_PASS = 8
 """Most workers looked at in one pass, in turn: it takes a tenth of a millisecond for each."""
@@ -58,10 +62,14 @@ class Slowness(NamedTuple):
         return Slowness(np.ones(workers), np.full(workers, _PRIOR), np.zeros(workers, dtype=bool))
 
     def told(self) -> tuple[float, ...] | None:
-        """Return factors with mean 1, None where all workers are alike as far as is seen."""
+        """Return factors with mean 1, None where all workers are alike as far as is seen.
+
+        Those that are not told are alike among each other.
+        """
         if not self.is_told.any():
             return None
-        factors = np.where(self.is_told, self.factors, 1.0)
+        others = self.factors[~self.is_told]
+        factors = np.where(self.is_told, self.factors, others.mean() if len(others) else 1.0)
         return tuple((factors / factors.mean()).tolist())
 
 
@@ -85,12 +93,8 @@ def look_again(windows: Counts, loads: Loads, fit: Fit, before: Slowness, turn: 
         for step in _STEPS:
             tried = np.clip(best + step * _TRIED, -_BOUND, _BOUND)
             best = float(tried[np.argmin(one.off(tried))])
-        off_now, off_alike = one.off(np.array([best, 0.0])).tolist()
-        is_told[g] = (
-            len(scale) >= _WINDOWS_MIN
-            and abs(best) * kv_share >= _TOLD_MIN
-            and off_alike - off_now > _MEASURABLE
-        )
+        matters = abs(best) * kv_share >= max(_TOLD_MIN, fit.noise)
+        is_told[g] = len(scale) >= _WINDOWS_MIN and matters and one.shows(best)
         factors[g], errors[g] = np.exp(best), np.exp(best) * one.error(best)
     # What all have in common is the cost of a KV token.
     return Slowness(factors / factors.mean(), errors, is_told)
@@ -109,13 +113,25 @@ class _One:
 
     def off(self, logs: FloatArray) -> FloatArray:
         """Return what errors and prior sum up to for each of ``logs``, in squared deviations."""
+        result: FloatArray = self._squares(logs).sum(axis=1) + (logs / _PRIOR) ** 2
+        return result
+
+    def _squares(self, logs: FloatArray) -> FloatArray:
         factors = np.exp(logs)[:, None]
         load = sum(0.5 * np.maximum(factors * own, most) for own, most in self._ends)
         errors = np.abs((self._target - load) * self._scale)
         # Huber's: what is far off counts by how far, not by its square.
-        squares = np.where(errors < _HUBER, errors**2, 2 * _HUBER * errors - _HUBER**2)
-        result: FloatArray = squares.sum(axis=1) + (logs / _PRIOR) ** 2
-        return result
+        squares: FloatArray = np.where(errors < _HUBER, errors**2, 2 * _HUBER * errors - _HUBER**2)
+        return squares
+
+    def shows(self, log: float) -> bool:
+        """Tell whether the windows show that factor and not 1, at one time as at another."""
+        now, alike = self._squares(np.array([log, 0.0]))
+        gains = np.array([float(part.sum()) for part in np.array_split(alike - now, _PARTS)])
+        opposite = -gains[gains < 0].sum()
+        return bool(
+            (gains > _SHOWS).sum() >= _PARTS_AGREE and opposite <= _OPPOSITE_MAX * gains[gains > 0].sum()
+        )
 
     def error(self, log: float) -> float:
         """Return the standard error of the factor's logarithm; if it never holds up others, the prior's."""

@@ -86,12 +86,16 @@ class Pace(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """The group when a step had just ended: ids and output tokens of the requests that decode, by id."""
+    """The group when a step had just ended: ids and output tokens of the requests that decode, by id.
+
+    ``kv_tokens`` are the load of the step that comes, ``kv_ran`` that of the one that has ended.
+    """
 
     at_s: float
     ids: IntArray
     output_tokens: IntArray
     kv_tokens: FloatArray
+    kv_ran: FloatArray
     members: tuple[Member, ...]
 
 
@@ -114,6 +118,7 @@ class StepWindows(Observer):
         self._ledger = ledger
         self._read_s = float("-inf")
         self._begun = np.empty(0, dtype=np.int64)
+        self._unbegun = np.empty(0, dtype=np.int64)
         self._last: _Look | None = None
         self._held: deque[_Held] = deque(maxlen=_WINDOWS_HELD_MAX)
         self._prefills: deque[Prefill] = deque(maxlen=_PREFILLS_MAX)
@@ -158,13 +163,19 @@ class StepWindows(Observer):
         runs = begun | ~is_over[active.worker]
         if self.pace is not None and self.pace.chunk is not None:
             runs &= begun | (active.kv_tokens <= self.pace.chunk)
-        kv_tokens = np.bincount(active.worker[runs], active.kv_tokens[runs], len(members))
-        kv_tokens += np.array(self._ledger.offset_by_place())
+        # What has just been bound comes with the next step; what streams nothing ran already.
+        unbegun, ran = np.sort(ids[~begun]), begun | (runs & _among(ids, self._unbegun))
+        self._unbegun = unbegun
+        offset = np.array(self._ledger.offset_by_place())
+        kv_tokens, kv_ran = (
+            np.maximum(np.bincount(active.worker[rows], active.kv_tokens[rows], len(members)) + offset, 0.0)
+            for rows in (runs, ran)
+        )
         # Of several sequences some end before the others, and what rests grows no more.
         counts = begun if active.sequences is None else begun & (active.sequences == 1)
         in_order = np.argsort(ids[counts])
         outputs = active.output_tokens[counts][in_order]
-        look = _Look(at_s, ids[counts][in_order], outputs, np.maximum(kv_tokens, 0.0), members)
+        look = _Look(at_s, ids[counts][in_order], outputs, kv_tokens, kv_ran, members)
         return look, np.sort(ids[begun])
 
     def _prefilled(self, entry: Entry) -> None:
@@ -188,11 +199,11 @@ class StepWindows(Observer):
         steps, before, after = held
         between_s = before.at_s, after.at_s
         pace = self.pace
-        plain_s = self._step_s_min if pace is None else pace.plain_s(after.kv_tokens)
+        plain_s = self._step_s_min if pace is None else pace.plain_s(after.kv_ran)
         s_per_token = None if pace is None else pace.s_per_prefill_token
         sums = prefill_sums(self._prefills, between_s, steps, plain_s, s_per_token)
         duration_s = after.at_s - before.at_s
-        return Window(duration_s, steps, before.kv_tokens, after.kv_tokens, sums, after.members)
+        return Window(duration_s, steps, before.kv_tokens, after.kv_ran, sums, after.members)
 
 
 def _steps(before: _Look, after: _Look) -> tuple[float, float]:

@@ -283,7 +283,8 @@ def simulate(
         typer.Option(help="Scenario file (TOML), may be repeated; left out: its defaults."),
     ] = None,
     policies: Annotated[
-        str | None, typer.Option(help="NAME[:key=value,…][+late|+early][@PREDICTOR], separated by commas.")
+        str | None,
+        typer.Option(help="NAME[:key=value,…][+late|+early][+learnt][@PREDICTOR], separated by commas."),
     ] = None,
     predictor: Annotated[str | None, typer.Option(help="For policies that name none.")] = None,
     trace: TraceFile = None,

@@ -23,6 +23,7 @@ from brproxy.prediction.predictor import PredictorParams, make_predictor
 from brproxy.prediction.quality import PredictionQuality
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import PolicyParams, make_policy
+from brproxy.step_model import StepModel
 from brproxy.types import PendingRequest, RequestId
 from loadgen.barrier import BarrierRecord, BarrierStats
 from loadgen.cluster import Cluster, Step
@@ -37,12 +38,16 @@ IDLE_S_MAX = 600.0
 
 @dataclass(frozen=True, slots=True)
 class SimulatedPolicy:
-    """A policy and a predictor by name, with their parameters; None: the defaults."""
+    """A policy and a predictor by name, with their parameters; None: the defaults.
+
+    ``learns_costs``: it knows what a step costs by what a proxy would have learnt by then, not by the truth.
+    """
 
     policy: str
     predictor: str = "survival"
     policy_params: PolicyParams | None = None
     predictor_params: PredictorParams | None = None
+    learns_costs: bool = False
 
 
 class Loads(NamedTuple):
@@ -63,7 +68,7 @@ class Simulation:
     ``makespan_s``: first arrival to the last answer, None where the run ended before.
     ``steady_s``: from 25 % to 95 % of the arrivals, what ``barrier`` is over. Of a closed batch, whose
     requests all arrive at once, that is the whole run. ``steady``: the requests of that part. ``loads``: of
-    every step, if kept.
+    every step, if kept. ``steps``: what was learnt of them, None where the truth was known.
     """
 
     barrier: BarrierStats
@@ -78,6 +83,7 @@ class Simulation:
     preemptions: int
     makespan_s: float | None
     quality: PredictionQuality
+    steps: StepModel | None
     loads: Loads
 
 
@@ -106,14 +112,18 @@ class _Run:
     ) -> None:
         costs = settings.costs
         limits = [WorkerLimits(slots, settings.kv_capacity_tokens) for slots in settings.worker_slots]
+        ledger = Ledger(Roster.of(limits))
+        self._model = StepModel(ledger) if choice.learns_costs else None
         self._dispatcher = Dispatcher(
-            Ledger(Roster.of(limits)),
+            ledger,
             make_policy(choice.policy, choice.policy_params),
             make_predictor(choice.predictor, choice.predictor_params),
             np.random.default_rng(seed),
             _POOL,
-            costs=lambda: costs,
+            costs=self._model.costs if self._model else lambda: costs,
         )
+        if self._model:
+            self._dispatcher.happenings.tell(self._model.windows)
         self._requests = workload.requests
         # Its own generator: what a policy draws must not change what the deployment does.
         self._cluster = Cluster(settings, np.random.default_rng((seed, 1)))
@@ -131,6 +141,7 @@ class _Run:
         self._dispatch_steps = settings.dispatch_steps
         # What is decided and not there yet, each with the step that it can take part in at the earliest.
         self._in_transit: deque[tuple[int, Entry]] = deque()
+        self._has_ended = False
         self._keep_loads = keep_loads
         self._loads: list[tuple[float, IntArray, IntArray, IntArray]] = []
 
@@ -159,8 +170,9 @@ class _Run:
             ended_s = now_s + step.duration_s
             if self._dispatch_steps:
                 self._decide(now_s)
-                if self._arrivals(ended_s):
-                    self._decide(ended_s)
+            self._look(now_s)
+            if self._dispatch_steps and self._arrivals(ended_s):
+                self._decide(ended_s)
             tokens = self._end_step(ended_s)
             self._record.add(now_s, step, tokens)
             self._steps += 1
@@ -195,6 +207,11 @@ class _Run:
     def _decide(self, now_s: float) -> None:
         due = self._steps + self._dispatch_steps
         self._in_transit.extend((due, entry) for entry in self._dispatcher.decide(now_s, self._routable))
+
+    def _look(self, now_s: float) -> None:
+        """Have what is learnt of steps look as in a proxy: a step has ended, and free slots are taken."""
+        if self._model and self._has_ended and self._model.is_due(now_s):
+            self._model.look(now_s, now_s)
 
     def _deliver(self, step: int) -> None:
         """Hand the workers what they can take into ``step``, in the order in which it was decided."""
@@ -233,6 +250,7 @@ class _Run:
             for least in range(1, TOKENS_PER_STEP_MAX + 1):
                 ledger.grow_rows(grown[ledger.row_ids()] >= least)
         finished = ids[result.finished]
+        self._has_ended = bool(len(finished))
         self._last_s[finished] = ended_s
         for request_id in finished.tolist():
             aborted = self._requests[request_id].aborted_after_tokens is not None
@@ -261,6 +279,7 @@ class _Run:
             if np.isnan(self._last_s).any()
             else float(self._last_s.max() - self._arrival_s[0]),
             quality=self._dispatcher.quality.report(),
+            steps=self._model,
             loads=Loads(*(np.array([row[i] for row in self._loads]) for i in range(len(Loads._fields)))),
         )
 

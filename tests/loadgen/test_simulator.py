@@ -29,6 +29,29 @@ def overload(name="short", requests=400, seed=1, settings=SMALL, rate=1.1):
     return with_gamma_arrivals(workload, rate * capacity.requests_per_s, 1.0, rng)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"prefill_s_per_token": 20e-6, "dispatch_steps": 0},
+        {"prefill_s_per_token": 20e-6, "prefill_tokens_max": 2048},
+        {"tokens_per_step": 1.6},
+    ],
+)
+def test_costs_may_be_learnt(more):
+    settings = ClusterSettings(workers=4, slots=16, step_s_per_kv_token=1e-6, **more)
+    # Tokens at random count steps worse, so that it takes more of them.
+    workload = overload(requests=1500 if settings.tokens_per_step > 1 else 500, settings=settings)
+    run = simulate(workload, settings, SimulatedPolicy("br-0", learns_costs=True), seed=0)
+    costs, true = run.steps.costs(), settings.costs
+    # What a step of several tokens takes is shared out among them.
+    assert costs.base_s == pytest.approx(true.base_s / settings.tokens_per_step, rel=0.1)
+    assert costs.s_per_kv_token == pytest.approx(true.s_per_kv_token / settings.tokens_per_step, rel=0.1)
+    assert costs.s_per_prefill_token == pytest.approx(true.s_per_prefill_token, rel=0.15, abs=0.5e-6)
+    assert costs.slowness is None
+    assert simulate(workload, settings, SimulatedPolicy("br-0"), seed=0).steps is None
+
+
 @pytest.mark.parametrize("policy", POLICIES.names())
 @pytest.mark.parametrize("predictor", ["survival", "oracle"])
 def test_every_policy_finishes_everything(policy, predictor):

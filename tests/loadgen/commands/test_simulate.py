@@ -339,6 +339,10 @@ def test_a_policy_text():
     assert (params.gamma, params.horizon_steps, params.late_binding) == (0.9, 80, False)
     assert parse_policy("least-kv+late").policy_params.late_binding
     assert parse_policy("br-h", "exact-match").predictor == "exact-match"
+    learning = parse_policy("br-0+late+learnt@oracle")
+    assert (learning.policy, learning.predictor, learning.learns_costs) == ("br-0", "oracle", True)
+    assert learning.policy_params.late_binding
+    assert not choice.learns_costs
 
 
 def test_a_list_of_policy_texts():
