@@ -56,7 +56,7 @@ class BrHParams(BalanceParams):
     )
     alpha: float = Field(default=1.0, gt=0, description="α: what a token of filled margin is worth (weight).")
     beta_per_worker: float = Field(
-        default=4.0,
+        default=2.0,
         gt=0,
         description="β / G: the price of raising the projected envelope (times G). The paper uses 1.",
     )
