@@ -160,6 +160,9 @@ async def _replay(
         throughput_of_perfect=tokens_per_s / capacity.output_tokens_per_s if tokens_per_s else None,
         warnings=warnings,
     )
+    result.mean_kv_tokens = stats["mean_kv_tokens"]
+    result.prefill_balance = stats["prefill_balance"]
+    result.preemptions = stats["preemptions"]
     result.prefill = prefill
     return result
 

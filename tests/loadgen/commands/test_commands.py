@@ -84,9 +84,16 @@ async def test_compare_with_kv_capacity_and_prefill(tmp_path):
     code, out, err = await run(
         *("compare", "--policies", "least-kv,br-h", "--trace", str(trace), "--speed", "20", "--slots", "2"),
         *("--kv-capacity-tokens", "200", "--prefill-us-per-token", "10", "--workers", "2"),
+        *("--prefill-tokens-max", "20", "--out", str(tmp_path / "out.json")),
     )
     assert code == 0, err
     assert "br-h" in out
+    document = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert document["scenario"]["prefill_tokens_max"] == 20
+    for policy in document["policies"]:
+        assert 0.5 <= policy["prefill_balance"] <= 1
+        assert policy["mean_kv_tokens"] > 0
+        assert policy["preemptions"] == 0
 
 
 APART = """
