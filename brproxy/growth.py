@@ -34,7 +34,7 @@ _STEPS = np.array([0, *(int(8 * 1.25**n) for n in range(37))], dtype=np.int64)
 _SURVIVAL_MIN = 1e-9
 """A newcomer is as good as gone where its survival is less."""
 
-_MEANS_MAX = 4.0
+_MEANS_MAX = 2.0
 """Where there is room for all to grow by so many mean outputs nobody looks ahead: they grow by less."""
 
 _NEWCOMER = ActiveRequests(
@@ -90,11 +90,11 @@ class GrowthRoom:
     def _is_tight(self, state: RoundState, prompts: Sequence[int]) -> bool:
         """Tell whether some worker might have too little room for what it has and what may come."""
         growth = _MEANS_MAX * self._predictor.mean_output_tokens
-        waiting, tokens = len(prompts), sum(prompts)
+        waiting, tokens, largest = len(prompts), sum(prompts), max(prompts)
         rows = zip(state.kv_free, state.requests, state.slots_free, strict=True)
         return any(
-            kv_free < tokens + growth * (requests + min(slots_free, waiting))
-            for kv_free, requests, slots_free in rows
+            slots > 0 and kv_free < min(tokens, slots * largest) + growth * (requests + min(slots, waiting))
+            for kv_free, requests, slots in rows
         )
 
     def _room(

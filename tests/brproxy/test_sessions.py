@@ -25,7 +25,7 @@ def dispatcher_of(limits=EVERY_TOKEN, workers=3, capacity=None, policy="br-0", s
     for name in range(workers):
         roster.add(str(name), WorkerLimits(slots, capacity))
     rng = np.random.default_rng(0)
-    pool = PoolLimits(100, 10.0)
+    pool = PoolLimits(100, 10.0, kv_growth_share=0.0)
     return Dispatcher(
         Ledger(roster), make_policy(policy), make_predictor("survival"), rng, pool, sessions=limits
     )
