@@ -51,13 +51,14 @@ By clients and workers, whenever something has come:
 Where prefill and decode are apart:
 
 * ``own-leg``: either leg is what it must be: a prefill makes one token and no stream, and what was prefilled
-  is fetched, once, and from nobody who has been out for some time (PrefillWorker._see_leg,
-  DecodeWorker._see_handles).
+  is fetched, once, and from nobody who has been out for some time; nothing is prefilled again that can be
+  fetched (PrefillWorker._see_leg, PrefillWorker._see_need, DecodeWorker._see_handles).
   Apart from that both are what the client sent, under one id, and without its own handles (``same-request``).
 * ``own-answer``: what a prefill gives is nobody's answer, but for an error (Client._attempt).
 * ``lease``: nothing is to be fetched when its lease has ended long since (DecodeWorker._see_handles).
 * ``both-end``: nobody works on for who has left (LegChecks.look_at_work).
-* ``freed``: what a request leaves behind is freed, and not only at the end of its lease (LegChecks.look).
+* ``freed``: what a request leaves behind is freed, and not only at the end of its lease; a prefill whose
+  client leaves is waited for, as only its answer says how (LegChecks.look).
 * ``answered``: posts to the metaserver are, each with the status that it deserves (Posts._post).
 * ``deliveries``: of each leg; ``runs``: of both together (LegChecks.count); ``nothing-left``: no name that is
   waited for, and nothing to be freed (LegChecks.idle).
