@@ -105,6 +105,10 @@ def _scenario(
     seed: int,
 ) -> Scenario:
     count = workers if calibration is None else calibration.cluster.workers
+    if calibration is not None:
+        # What the file says of each of its workers is of others.
+        plain = file.cluster.model_copy(update={"slots_each": [], "slowness": []})
+        file = file.model_copy(update={"cluster": plain})
     scenario = file.scenario(folder, seed, count, rate)
     if calibration is not None:
         scenario = calibration.of(scenario, rate)

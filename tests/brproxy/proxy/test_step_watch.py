@@ -143,7 +143,7 @@ async def test_what_is_given_is_shown_and_decided_by(start_emulator, start_proxy
     costs = {"step_base_ms": 20, "step_ns_per_kv_token": 80, "prefill_us_per_token": 15}
     proxy = await start_proxy(emulator.urls, costs=costs | {"prefill_tokens_max": 4096})
     group = proxy.groups[0]
-    assert group.dispatcher._costs() == (0.02, pytest.approx(80e-9), pytest.approx(15e-6), 4096, None)
+    assert group.dispatcher.costs() == (0.02, pytest.approx(80e-9), pytest.approx(15e-6), 4096, None)
     async with client.get(proxy.url + "/metrics") as response:
         page = await response.text()
     assert 'brproxy_step_base_seconds{group="default"} 0.02\n' in page
@@ -178,7 +178,7 @@ async def test_a_simulation_is_calibrated_by_what_is_shown(start_emulator, start
 async def test_what_is_not_known_has_no_series(start_emulator, start_proxy, client):
     emulator = await start_emulator(workers=2)
     proxy = await start_proxy(emulator.urls)
-    assert proxy.groups[0].dispatcher._costs() is None
+    assert proxy.groups[0].dispatcher.costs() is None
     async with client.get(proxy.url + "/metrics") as response:
         page = await response.text()
     assert 'brproxy_step_windows{group="default"} 0.0\n' in page

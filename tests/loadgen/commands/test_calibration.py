@@ -1,6 +1,7 @@
 """Simulations of a deployment as the metrics of its proxy show it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -104,6 +105,13 @@ def test_it_is_simulated(saved, tmp_path):
     described = json.loads(out.read_text(encoding="utf-8"))["scenario"]
     assert (described["workers"], described["slots"], described["requests"]) == (2, 8, 60)
     assert (described["step_base_ms"], described["step_ns_per_kv_token"]) == (25.0, pytest.approx(200.0))
+
+
+def test_what_a_scenario_says_of_each_of_its_workers_is_of_others(saved):
+    calibration = calibrated_from(saved(page()))
+    file = Path(__file__).parents[3] / "config" / "scenarios" / "unequal.toml"
+    cluster = plan_simulation(file, None, None, None, None, None, calibration=calibration).scenario(1).cluster
+    assert (cluster.workers, cluster.slowness) == (2, ())
 
 
 def test_its_rate_is_simulated_unless_another_is_named(saved):
