@@ -82,9 +82,9 @@ class Dispatcher:
 
     ``waiting`` are those that wait, ``ledger`` has those that are bound, ``happenings`` tells what happens to
     both, and ``faults`` counts what went wrong. ``sessions`` remembers who served whom, None: nobody does.
-    ``costs`` says what a step costs as far as it is known by now.
-    Of the last round, ``admitted`` is what it bound, also if it raised, and ``undecidable`` are the requests
-    that it could not decide and that no other will: they still wait, and the caller ends them.
+    ``costs`` says what a step costs as far as it is known by now. Of the last round, ``admitted`` is what it
+    bound, also if it raised, and ``undecidable`` are the requests that it could not decide and that no other
+    will: they still wait, and the caller ends them.
     """
 
     def __init__(
@@ -98,8 +98,7 @@ class Dispatcher:
         sessions: SessionLimits | None = None,
         costs: Callable[[], StepCosts | None] = lambda: None,
     ) -> None:
-        self.ledger = ledger
-        self.roster = ledger.roster
+        self.ledger, self.roster = ledger, ledger.roster
         self.waiting = WaitingRoom()
         self.policy = policy
         self.predictor = predictor
@@ -117,6 +116,8 @@ class Dispatcher:
         self._ids = cast("Iterator[RequestId]", count())
         self._rng = rng
         self.costs = costs
+        # When a round first left slots free although requests waited; None: nobody is held.
+        self._held_since_s: float | None = None
         self._foresight = Foresight(ledger, policy, predictor, self.quality, self.faults, rng)
         self._growth = GrowthRoom(ledger, predictor, self.faults)
         self._policy_is_broken = False
@@ -271,7 +272,7 @@ class Dispatcher:
         if not self.policy.params.late_binding:
             return self.limits.requests_max
         slots_free = sum(state.slots_free)
-        return slots_free + self.policy.lookahead_requests if slots_free else 0
+        return slots_free + self.policy.lookahead_requests(self.costs()) if slots_free else 0
 
     def _place(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> None:
         """Decide on requests one by one, as on most arrivals, when there is one; the same as ``_route``."""
@@ -284,14 +285,13 @@ class Dispatcher:
         slowness = None if costs is None else costs.slowness
         if slowness is not None:
             load = [tokens * slow for tokens, slow in zip(load, slowness, strict=True)]
-        present = self.roster.present
         for entry in waiting:
             place = self._choose(entry, state, load)
             if place == NOT_ADMITTED:
                 if entry.id in self.undecidable:
                     continue
                 break
-            self._bind(entry, WorkerIndex(place if present is None else present[place]), now_s)
+            self._bind(entry, self._at(place), now_s)
             if len(waiting) > 1:
                 state.admit(place, entry.prompt_tokens, entry.sequences)
                 if load is not state.kv_tokens:
@@ -344,6 +344,7 @@ class Dispatcher:
         self._is_bound(entry, now_s)
 
     def _is_bound(self, entry: Entry, now_s: float) -> None:
+        self._held_since_s = None
         self.waiting.leave(entry)
         self.happenings.bound(entry, now_s - entry.waiting_since_s)
 
@@ -360,22 +361,21 @@ class Dispatcher:
             self.waiting.pass_over(waiting, admitted)
             for i in admitted:
                 self._bind(waiting[i], self._at(chosen[i]), now_s)
+        elif self._held_since_s is None:
+            self._held_since_s = now_s
 
     def _decision(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> list[int]:
         """Return the worker of each of ``waiting``, as the policy says; raises whatever it does."""
         discounts, turnover_steps = self._foresight.discounts()
+        forecast = self._foresight.forecast(state, len(discounts) - 1)
+        foreseen = self.predictor.LOOKAHEAD_TURNOVERS, self.predictor.GROWTH_FORESEEN
+        waited = [(now_s - entry.waiting_since_s) / self.limits.wait_s_max for entry in waiting]
+        held_s = 0.0 if self._held_since_s is None else now_s - self._held_since_s
         view = ClusterView.of(
             state,
             [entry.prompt_tokens for entry in waiting],
             [entry.passed_over for entry in waiting],
-            Outlook(
-                self._foresight.forecast(state, len(discounts) - 1),
-                turnover_steps,
-                self.predictor.LOOKAHEAD_TURNOVERS,
-                self.predictor.GROWTH_FORESEEN,
-                self.costs(),
-                [(now_s - entry.waiting_since_s) / self.limits.wait_s_max for entry in waiting],
-            ),
+            Outlook(forecast, turnover_steps, *foreseen, self.costs(), waited, held_s),
             [entry.sequences for entry in waiting] if self.waiting.plural else None,
             None if self.sessions is None else self.sessions.homes(waiting),
         )

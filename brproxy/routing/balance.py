@@ -23,6 +23,8 @@ scalar for each worker, which an admission raises by the prompt times Σ d. A ch
 operations on vectors of G, H and the window. A request that waits alone needs no more than those scalars: it
 goes to the least of them, and no envelope, margin or score has a say.
 
+Where prefill is dear and slots are scarce another round decides: see ``prefill.py`` and ``waves.py``.
+
 A request whose beginning is cached on a worker, its *home*, is less load there: that worker's discounted load
 counts as less by the discount, for this request alone. So what the worker with the most headroom admits goes
 home instead where that is within the discount, never beyond; and of single requests F is more by the discount
@@ -41,18 +43,19 @@ from pydantic import Field
 
 from brproxy.routing.aim import growth_tokens, level
 from brproxy.routing.fscore import FScore
+from brproxy.routing.overdue import MAKE_ROOM_FROM, how_overdue
 from brproxy.routing.policy import PolicyParams, RoutingPolicy, tie_limit
+from brproxy.routing.prefill import PrefillTerms
 from brproxy.routing.subsets import SUBSET_SIZE_MAX, set_members, set_sums
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, Home, IntArray, RoundState
-
-_MAKE_ROOM_FROM = 2
-"""Room is made for a request once it has been passed over for 1 / so much of the limit."""
+from brproxy.routing.waves import PrefillRound
+from brproxy.step_costs import StepCosts
 
 WINDOW_MAX = 512
 """Largest window (requests): a choice looks at each of it."""
 
-_WAITED_MAX = 0.9
-"""The share of the pool's limit in time at which a request that was passed over goes at any price."""
+PREFILL_WINDOW_MAX = 4096
+"""Largest window for prompts that prefill in step (requests): it is sorted now and then."""
 
 _DRAWS = 64
 """Random numbers drawn at once."""
@@ -102,6 +105,18 @@ class BalanceParams(PolicyParams):
         description="How high workers are filled: share of the way from mean to envelope (ratio). "
         "Left out: follows the traffic. The paper's is 1.",
     )
+    prefill_window: int = Field(
+        default=256,
+        ge=1,
+        le=PREFILL_WINDOW_MAX,
+        description="Waiting requests, beyond those there are slots for, that prompts prefilled in step are "
+        "chosen from; where prefill holds up decoding only (requests).",
+    )
+    prefill_wait_s_max: float = Field(
+        default=10.0,
+        ge=0,
+        description="Longest that free slots are held so that prompts prefill in step; 0: never (seconds).",
+    )
 
 
 def random_order(draw: float, workers: Iterable[int]) -> list[int]:
@@ -139,7 +154,7 @@ class BalanceRound:
         self._waiting = list(range(view.waiting))
         self._open = view.slots_free > 0
         self._rng = rng
-        self._overdue_by = self._how_overdue()
+        self._overdue_by = how_overdue(view, params.window, params.passed_over_max_per_worker)
         self._holds = False
         self._tie_break: IntArray | None = None
         self._decision = np.full(view.waiting, NOT_ADMITTED, dtype=np.int64)
@@ -249,20 +264,8 @@ class BalanceRound:
 
     def _overdue(self) -> list[int]:
         """Return the requests of the window that have been passed over often, oldest first."""
-        overdue: list[int] = np.flatnonzero(self._overdue_by * _MAKE_ROOM_FROM >= 1).tolist()
+        overdue: list[int] = np.flatnonzero(self._overdue_by >= MAKE_ROOM_FROM).tolist()
         return overdue
-
-    def _how_overdue(self) -> FloatArray:
-        """Return how overdue each request of the window is, float64[W]: from 1 on it goes at any price."""
-        view, window = self._view, self._params.window
-        passed_over = view.passed_over[:window]
-        overdue: FloatArray = passed_over / (self._params.passed_over_max_per_worker * view.workers)
-        if view.waited is None:
-            return overdue
-        by_time = view.waited[:window] / _WAITED_MAX
-        # Time counts only once a window has been admitted before a request: where all wait long, nobody is
-        # overdue for that alone, and who is chosen is still chosen for its size.
-        return np.maximum(overdue, by_time * (passed_over >= window))
 
     def _place_overdue(self, request: int) -> None:
         """Admit an overdue request where it pays, or must go; else hold the worker nearest to that for it."""
@@ -316,10 +319,10 @@ class BalancePolicy(RoutingPolicy[B]):
         super().__init__(params)
         self._draws: list[float] = []
 
-    @property
-    def lookahead_requests(self) -> int:
+    def lookahead_requests(self, costs: StepCosts | None) -> int:
         """See RoutingPolicy.lookahead_requests."""
-        return self.params.window
+        prefills = costs is not None and costs.s_per_prefill_token > 0
+        return self.params.prefill_window if prefills else self.params.window
 
     @abstractmethod
     def fscore(self, view: ClusterView) -> FScore:
@@ -327,7 +330,17 @@ class BalancePolicy(RoutingPolicy[B]):
 
     def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
         """See RoutingPolicy.route."""
-        return BalanceRound(view, self.params, self.fscore(view), rng).run()
+        fscore, params = self.fscore(view), self.params
+        terms = PrefillTerms.of(view) if params.prefill_wait_s_max else None
+        if terms is None:
+            return BalanceRound(view, params, fscore, rng).run()
+        if not terms.opens(view, params.prefill_wait_s_max):
+            return np.full(view.waiting, NOT_ADMITTED, dtype=np.int64)
+        kv_load = view.forecast[:, : len(fscore.discounts)] @ fscore.discounts / fscore.discount_sum
+        if view.costs is not None and view.costs.slowness is not None:
+            kv_load = kv_load * view.costs.slowness
+        overdue = how_overdue(view, params.window, params.passed_over_max_per_worker)
+        return PrefillRound(view, terms, kv_load, overdue).run()
 
     def place(
         self,

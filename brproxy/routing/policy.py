@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from brproxy.registry import Registry, make_configurable
 from brproxy.routing.fscore import discounts_for
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, Home, IntArray, RoundState
+from brproxy.step_costs import StepCosts
 
 _TIE = 1e-9
 """Discounted loads that differ by less than this share are equal: they are sums of floats."""
@@ -54,9 +55,11 @@ class RoutingPolicy(ABC, Generic[P]):
         """
         return discounts_for(0, 1.0)
 
-    @property
-    def lookahead_requests(self) -> int:
-        """How many waiting requests the policy wants to see beyond those it could admit (requests)."""
+    def lookahead_requests(self, costs: StepCosts | None) -> int:
+        """Return how many waiting requests to see beyond those that could be admitted (requests).
+
+        ``costs``: what a step costs, as in ClusterView.
+        """
         return 0
 
     @abstractmethod

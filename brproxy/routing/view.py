@@ -109,6 +109,7 @@ class Outlook:
     growth_foreseen: float = 0.0
     costs: StepCosts | None = None
     waited: Sequence[float] | None = None
+    held_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class ClusterView:
     ``growth_foreseen``: how much of the growth until the next departure the forecast has (share).
     ``prefill_tokens[G]``: prompts that are booked and have yet to be prefilled; None: nobody counts them.
     ``costs``: what a step costs; None: nobody knows.
+    ``held_s``: how long slots have been left free although requests wait (seconds).
     """
 
     kv_tokens: IntArray
@@ -152,6 +154,7 @@ class ClusterView:
     growth_foreseen: float = 0.0
     costs: StepCosts | None = None
     waited: FloatArray | None = None
+    held_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse arrays whose shapes do not belong together; every policy relies on that."""
@@ -216,6 +219,7 @@ class ClusterView:
             growth_foreseen=outlook.growth_foreseen,
             costs=outlook.costs,
             waited=None if outlook.waited is None else np.array(outlook.waited, dtype=np.float64),
+            held_s=outlook.held_s,
         )
 
     @property
