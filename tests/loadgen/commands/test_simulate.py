@@ -219,7 +219,7 @@ def test_published_figures_belong_to_a_policy_with_its_predictor():
     assert published("br-h,random") == {"br-h": 979, "random": 811}
     assert published("br-h,random", "oracle") == {"br-h": 1029, "random": 811}
     assert published("br-h,br-h@survival", "exact-match") == {"br-h@survival": 979}
-    assert published("br-0,br-0:aim=1.0,beta_per_worker=1") == {"br-0:aim=1.0,beta_per_worker=1": 943}
+    assert published("br-0," + (paper := 'br-0:aim=1.0,order="slots",beta_per_worker=1')) == {paper: 943}
 
 
 def test_several_scenarios_in_one_command(scenario, tmp_path):
