@@ -106,6 +106,20 @@ class Stock:
         return request
 
 
+class _Filling:
+    """What a worker takes in a wave: requests with the tokens that each adds, and what is left to fill."""
+
+    def __init__(self, slots: int, room: float, kv_free: int) -> None:
+        self.slots, self.left, self.kv_free = slots, room, kv_free
+        self.added: list[tuple[int, float]] = []
+
+    def add(self, request: int, prompt_tokens: float, kv_tokens: int, sequences: int) -> None:
+        self.added.append((request, prompt_tokens))
+        self.slots -= sequences
+        self.left -= prompt_tokens
+        self.kv_free -= kv_tokens
+
+
 class PrefillRound:
     """A round over ``view`` that opens a prefill envelope; ``terms`` are those of the view.
 
@@ -194,49 +208,45 @@ class PrefillRound:
         stock = Stock(self._prompts, self._by_size, self._sizes)
         order = [g for g, slots in enumerate(self._slots_free) if slots > 0]
         order.sort(key=lambda g: -room[g])
-        late: dict[int, int] = {}
+        fillings = {g: _Filling(self._slots_free[g], room[g], self._kv_free[g]) for g in order}
         for request in self._overdue:
-            prompt = self._prompts[request]
-            worker = next((g for g in order if g not in late and self._kv_free[g] >= prompt), None)
+            prompt, sequences = self._prompts[request], self._sequences[request]
+            worker = next((g for g in order if not fillings[g].added and self._kv_free[g] >= prompt), None)
             if worker is not None:
-                late[worker] = request
                 stock.take(request)
-        admitted: list[tuple[int, int]] = []
+                fillings[worker].add(request, prompt, prompt, sequences)
+        # Before any worker takes what is at home with another.
+        for worker in order:
+            self._take_in(self._guests.get(worker, ()), fillings[worker], stock)
+        for worker in order:
+            self._fill(fillings[worker], stock)
+        admitted = [(request, worker) for worker in order for request, _ in fillings[worker].added]
         added = [0.0] * len(room)
         for worker in order:
-            for request, prompt_tokens in self._fill(worker, room[worker], stock, late.get(worker)):
-                admitted.append((request, worker))
-                added[worker] += prompt_tokens
+            added[worker] = sum((prompt_tokens for _, prompt_tokens in fillings[worker].added), 0.0)
         return Wave(self._cost(added, len(admitted)), admitted, envelope, room)
 
-    def _fill(self, worker: int, room: float, stock: Stock, late: int | None) -> list[tuple[int, float]]:
-        """Return the requests that fill a worker's room, and the tokens that each adds there."""
-        slots, left, kv_free = self._slots_free[worker], room, float(self._kv_free[worker])
-        filled: list[tuple[int, float]] = []
+    def _take_in(self, guests: Sequence[tuple[int, float]], filling: _Filling, stock: Stock) -> None:
+        """Add those that are at home with a worker, for what is not cached of them."""
+        for request, discount_tokens in guests:
+            prompt = self._prompts[request]
+            prompt_tokens = max(prompt - discount_tokens, 0.0)
+            fits = prompt_tokens <= filling.left and prompt <= filling.kv_free
+            if filling.slots > 0 and fits and stock.take(request):
+                filling.add(request, prompt_tokens, prompt, self._sequences[request])
 
-        def add(request: int, prompt_tokens: float) -> None:
-            nonlocal slots, left, kv_free
-            filled.append((request, prompt_tokens))
-            slots -= self._sequences[request]
-            left -= prompt_tokens
-            kv_free -= self._prompts[request]
-
-        if late is not None:
-            add(late, float(self._prompts[late]))
-        for request, discount_tokens in self._guests.get(worker, ()):
-            prompt_tokens = max(self._prompts[request] - discount_tokens, 0.0)
-            fits = prompt_tokens <= left and self._prompts[request] <= kv_free
-            if slots > 0 and fits and stock.take(request):
-                add(request, prompt_tokens)
-        while slots > 0:
-            most = min(left, kv_free)
-            taken = stock.oldest(min(most, _AHEAD * left / slots)) if slots > 1 else None
-            if taken is None:
-                taken = stock.largest(most)
-            if taken is None:
-                break
-            add(taken, float(self._prompts[taken]))
-        return filled
+    def _fill(self, filling: _Filling, stock: Stock) -> None:
+        """Fill what is left of a worker's room."""
+        while filling.slots > 0:
+            most = min(filling.left, filling.kv_free)
+            ahead = min(most, _AHEAD * filling.left / filling.slots)
+            request = stock.oldest(ahead) if filling.slots > 1 else None
+            if request is None:
+                request = stock.largest(most)
+            if request is None:
+                return
+            prompt = self._prompts[request]
+            filling.add(request, prompt, prompt, self._sequences[request])
 
     def _cost(self, added: list[float], slots: int) -> float:
         """Return what a wave costs, of which each worker gets so many of the ``added`` tokens."""

@@ -129,6 +129,14 @@ def test_a_request_whose_beginning_is_cached_goes_there_first_and_counts_for_the
     assert sorted(g for g in decision if g >= 0) == [0, 1, 2]
 
 
+def test_nobody_else_takes_what_is_at_home_with_a_worker():
+    # Worker 0 has more room and chooses first, but the oldest request is at home with worker 1.
+    view = make_view([40_000, 50_000], [1000, 1000, 1000], [1, 1])
+    assert round_of(view).run().tolist()[0] == 0
+    at_home = replace(view, homes=[Home(1, 500.0), None, None])
+    assert round_of(at_home).run().tolist() == [1, 0, NOT_ADMITTED]
+
+
 def test_sums_are_alike_on_all_workers():
     # Eight workers with one to four free slots; of 64 requests those go that sum up to about the same.
     rng = np.random.default_rng(4)
