@@ -12,7 +12,7 @@ from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.prefill import PrefillTerms, slots_to_wait_for
 from brproxy.routing.view import NOT_ADMITTED
 from brproxy.step_costs import StepCosts
-from tests.brproxy.routing.test_balance import make_view
+from tests.brproxy.routing.brute_force import make_view
 from tests.brproxy.routing.test_policies import views
 
 OURS = ["br-0", "br-h"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from brproxy.routing.prefill import PrefillTerms
 from brproxy.routing.view import NOT_ADMITTED, Home
 from brproxy.routing.waves import PrefillRound, Stock
-from tests.brproxy.routing.test_balance import make_view
+from tests.brproxy.routing.brute_force import make_view
 from tests.brproxy.routing.test_prefill import scarce
 
 LIMIT = 200
