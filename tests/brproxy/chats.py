@@ -110,7 +110,7 @@ class _Run:
                 continue
             done_s = now_s + step.duration_s
             tokens = self.end_step(done_s)
-            record.add(now_s, step.duration_s, step.kv_tokens, tokens)
+            record.add(now_s, step, tokens)
             now_s = done_s
         stats = record.stats(until_s / 4, until_s)
         found = dispatcher.sessions
