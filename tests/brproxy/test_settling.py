@@ -23,7 +23,8 @@ WORKERS = [
     {"url": "http://h:2", "role": "prefill", "transfer": "ascend-layerwise"},
     {"url": "http://h:3", "role": "decode", "transfer": "ascend-layerwise"},
 ]
-OTHERS = [True, "br-h", "/x", 1, 2, 3, 7, 0.5, 0.25, 8192, 1.5, "waiting-weighted", "slots", "x", 70.0, 9000, False]
+NAMES = ["br-h", "/x", "waiting-weighted", "slots", "x"]
+OTHERS = [True, *NAMES, 1, 2, 3, 7, 0.5, 0.25, 8192, 1.5, 70.0, 9000, False]
 """Values for keys of any kind; a key gets the first that it takes and has not."""
 
 
