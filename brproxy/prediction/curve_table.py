@@ -20,7 +20,7 @@ from collections.abc import Hashable, Iterable, Iterator
 
 import numpy as np
 
-from brproxy.prediction.lengths import FloatArray, LengthGrid, LengthWindow
+from brproxy.prediction.lengths import FloatArray, LengthGrid, LengthWindow, as_told
 
 NO_SLOT = 0
 """Slot of a key that is not known: a curve without any length."""
@@ -74,7 +74,8 @@ class CurveTable:
         """Remember what ``items`` gave once; curves come last, when the spread is known."""
         for key, lengths in items:
             for known in lengths:
-                self._remember(key, known if known >= 0 else -1 - known, ended=known >= 0)
+                length, ended = as_told(known)
+                self._remember(key, length, ended=ended)
         for slot in self._slots.values():
             self.alive[slot] = self._smoothed(self._windows[slot])
 

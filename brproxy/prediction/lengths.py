@@ -68,6 +68,11 @@ def length_grid(length_max: int) -> LengthGrid:
     return LengthGrid(length_max)
 
 
+def as_told(known: int) -> tuple[int, bool]:
+    """Return the length (tokens) that ``known`` is, as LengthWindow has it, and whether the output ended."""
+    return (known, True) if known >= 0 else (-1 - known, False)
+
+
 class LengthWindow:
     """The last ``window`` lengths, and the curve that they make on the grid.
 
@@ -131,11 +136,11 @@ class LengthWindow:
         self._count(known, 1)
 
     def _count(self, known: int, change: int) -> None:
-        length = known if known >= 0 else -1 - known
+        length, ended = as_told(known)
         below = self._grid.points_below(length)
         self._left[below] += change
         self._length_sum += change * length
-        if known >= 0:
+        if ended:
             self._ended[below] += change
         else:
             self.cut += change

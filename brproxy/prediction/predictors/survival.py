@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from brproxy.prediction.lengths import LengthWindow, length_grid
+from brproxy.prediction.lengths import LengthWindow, as_told, length_grid
 from brproxy.prediction.predictor import (
     ActiveRequests,
     BoolArray,
@@ -111,7 +111,8 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
     def restore(self, state: dict[str, Any]) -> None:
         """See Predictor.restore."""
         for known in map(int, state["lengths"]):
-            self._window.add(known if known >= 0 else -1 - known, ended=known >= 0)
+            length, ended = as_told(known)
+            self._window.add(length, ended=ended)
         self._seen = len(self._window)
         if len(self._window):
             self._refresh()
