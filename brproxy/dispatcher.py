@@ -38,8 +38,9 @@ from brproxy.lifecycle import (
 from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.roster import Change, Member
+from brproxy.routing.overdue import WAITED_FROM
 from brproxy.routing.policy import AnyPolicy, least
-from brproxy.routing.view import NOT_ADMITTED, ClusterView, Outlook, RoundState
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, IntArray, RoundState
 from brproxy.sessions import SessionLimits, Sessions
 from brproxy.step_costs import StepCosts
 from brproxy.types import (
@@ -351,31 +352,31 @@ class Dispatcher:
     def _route(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> None:
         """Decide on all of ``waiting`` together; one by one if the policy raises."""
         try:
-            chosen = self._decision(waiting, state, now_s)
-            admitted = [i for i, place in enumerate(chosen) if _checked(place, state) != NOT_ADMITTED]
+            decision = self._decision(waiting, state, now_s)
+            admitted: list[int] = np.flatnonzero(decision != NOT_ADMITTED).tolist()
+            chosen: list[int] = decision[admitted].tolist()
+            for place in chosen:
+                _checked(place, state)
         except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
             self.faults.note("policy", error)
             self._place(waiting, state, now_s)
             return
         if admitted:
             self.waiting.pass_over(waiting, admitted)
-            for i in admitted:
-                self._bind(waiting[i], self._at(chosen[i]), now_s)
+            for i, place in zip(admitted, chosen, strict=True):
+                self._bind(waiting[i], self._at(place), now_s)
         elif self._held_since_s is None:
             self._held_since_s = now_s
 
-    def _decision(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> list[int]:
+    def _decision(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> IntArray:
         """Return the worker of each of ``waiting``, as the policy says; raises whatever it does."""
-        discounts, turnover_steps = self._foresight.discounts()
-        forecast = self._foresight.forecast(state, len(discounts) - 1)
-        foreseen = self.predictor.LOOKAHEAD_TURNOVERS, self.predictor.GROWTH_FORESEEN
-        waited = [(now_s - entry.waiting_since_s) / self.limits.wait_s_max for entry in waiting]
+        waited = self.waiting.waited(waiting, now_s, self.limits.wait_s_max, WAITED_FROM)
         held_s = 0.0 if self._held_since_s is None else now_s - self._held_since_s
         view = ClusterView.of(
             state,
             [entry.prompt_tokens for entry in waiting],
             [entry.passed_over for entry in waiting],
-            Outlook(forecast, turnover_steps, *foreseen, self.costs(), waited, held_s),
+            self._foresight.outlook(state, self.costs(), waited, held_s),
             [entry.sequences for entry in waiting] if self.waiting.plural else None,
             None if self.sessions is None else self.sessions.homes(waiting),
         )
@@ -383,8 +384,7 @@ class Dispatcher:
         if decision.shape != (len(waiting),):
             msg = f"{len(waiting)} requests wait, and the decision has shape {decision.shape}"
             raise RoutingError(msg)
-        chosen: list[int] = decision.tolist()
-        return chosen
+        return decision
 
 
 def _others(routable: Sequence[bool], entry: Entry) -> Sequence[bool]:

@@ -6,6 +6,7 @@ A predictor that raises or answers nonsense costs the forecast and nothing else:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from brproxy.prediction.predictor import ActiveRequests, AnyPredictor, truncate
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.routing.fscore import discounts_for
 from brproxy.routing.policy import AnyPolicy
-from brproxy.routing.view import FloatArray, RoundState
+from brproxy.routing.view import FloatArray, Outlook, RoundState
+from brproxy.step_costs import StepCosts
 from brproxy.turnover import Turnover
 from brproxy.types import BrproxyError, RequestId
 
@@ -105,6 +107,16 @@ class Foresight:
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises, the round goes on
             self._faults.note("predictor", error)
         return now
+
+    def outlook(
+        self, state: RoundState, costs: StepCosts | None, waited: Sequence[float] | None, held_s: float
+    ) -> Outlook:
+        """Return what a round over ``state`` may know, the forecast as far ahead as the policy looks."""
+        discounts, turnover_steps = self.discounts()
+        forecast = self.forecast(state, len(discounts) - 1)
+        predictor = self._predictor
+        foreseen = predictor.LOOKAHEAD_TURNOVERS, predictor.GROWTH_FORESEEN
+        return Outlook(forecast, turnover_steps, *foreseen, costs, waited, held_s)
 
     def forecast(self, state: RoundState, horizon_steps: int) -> FloatArray | None:
         """Return float64[G, H+1], the load as it is where there is no forecast; None without a horizon."""

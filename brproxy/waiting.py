@@ -105,6 +105,18 @@ class WaitingRoom:
         # By age: a scan that finds nothing costs one look.
         return list(takewhile(lambda entry: entry.waiting_since_s < deadline_s, self._by_age.values()))
 
+    def waited(
+        self, waiting: Sequence[Entry], now_s: float, wait_s_max: float, matters_from: float
+    ) -> list[float] | None:
+        """Return the share of ``wait_s_max`` seconds that each of ``waiting`` has waited.
+
+        None where nobody who waits has waited for ``matters_from`` of it.
+        """
+        since_s = self.since_s
+        if since_s is None or now_s - since_s < matters_from * wait_s_max:
+            return None
+        return [(now_s - entry.waiting_since_s) / wait_s_max for entry in waiting]
+
     @staticmethod
     def pass_over(waiting: Sequence[Entry], admitted: Sequence[int]) -> None:
         """Count the requests that overtake: of ``waiting``, in turn, ``admitted`` (positions) go.

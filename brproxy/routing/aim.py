@@ -37,7 +37,7 @@ def growth_tokens(view: ClusterView) -> float:
 
     As far as the forecast does not have it already. Each running sequence grows by a token a step.
     """
-    sequences = float(view.requests.sum()) / view.workers
+    sequences = float(np.add.reduce(view.requests)) / view.workers
     unforeseen = 1.0 - view.growth_foreseen
     return unforeseen * view.turnover_steps * sequences * _longest_wait(view.workers)
 

@@ -12,6 +12,9 @@ MAKE_ROOM_FROM = 0.5
 _WAITED_MAX = 0.9
 """The share of the pool's limit in time at which a request that was passed over goes at any price."""
 
+WAITED_FROM = MAKE_ROOM_FROM * _WAITED_MAX
+"""The share of that limit from which on it matters how long somebody has waited."""
+
 
 def how_overdue(view: ClusterView, window: int, passed_over_max_per_worker: float) -> FloatArray:
     """Return how overdue each of the ``window`` oldest requests is (float64[W]), see ``MAKE_ROOM_FROM``.

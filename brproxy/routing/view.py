@@ -125,7 +125,7 @@ class ClusterView:
     ``prompt_tokens[N]``: s_i of each waiting request.
     ``passed_over[N]``: younger requests that were admitted before it.
     ``waited[N]``: the share of the pool's limit in time that each has waited, 1 when it is to be sent away;
-    None: there is no limit.
+    None: nobody has waited for as long as matters (``overdue.WAITED_FROM``).
     ``sequences[N]``: how many each decodes side by side; None: each one.
     ``homes[N]``: where each is at home, None where nothing is known; None: none of them is.
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.

@@ -42,6 +42,9 @@ def test_it_agrees_with_a_list(steps):
         assert room.alone() is (others[0] if len(model) == 1 and others else None)
         assert room.plural == sum(e.sequences > 1 for e in model)
         assert ids(room.late(now_s, 3.0)) == [e.id for e in model if now_s - e.waiting_since_s > 3.0]
+        waited = [(now_s - e.waiting_since_s) / 8.0 for e in others]
+        matters = any((now_s - e.waiting_since_s) / 8.0 >= 0.5 for e in model)
+        assert room.waited(others, now_s, 8.0, 0.5) == (waited if matters else None)
         assert all(room.find(e.id) is e for e in model)
 
 
