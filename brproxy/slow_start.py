@@ -11,7 +11,7 @@ them, and all get all of their slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import ceil
+from math import ceil, inf
 
 from brproxy.health import Health
 from brproxy.roster import Change, Member, Roster
@@ -28,6 +28,8 @@ class SlowStart:
         self._is_empty = is_empty
         self._late: set[Member] = set()
         self.since_s: dict[int, float] = {}
+        # When the first of them is new no more (seconds).
+        self._until_s = inf
         if ramp_s:
             roster.observe(self._member_changed)
 
@@ -40,10 +42,14 @@ class SlowStart:
         now_s: float,
     ) -> None:
         """Lower ``slots_free`` of the new to what they may still take at ``now_s``; all is by index."""
-        self.since_s = {g: since_s for g, since_s in self.since_s.items() if now_s - since_s < self._ramp_s}
-        if 2 * sum(routable[g] for g in self.since_s) > sum(routable):
+        if now_s >= self._until_s:
+            self.since_s = {g: s for g, s in self.since_s.items() if now_s - s < self._ramp_s}
+            self._until_s = min(self.since_s.values(), default=inf) + self._ramp_s
+        new = self.since_s
+        # All are, as when the proxy has just started: asked first, as each request comes by here.
+        if len(new) == len(routable) or 2 * sum(routable[g] for g in new) > sum(routable):
             return
-        for g, since_s in self.since_s.items():
+        for g, since_s in new.items():
             share = max(0.0, now_s - since_s) / self._ramp_s
             most = max(1, ceil(slots[g] * share))
             slots_free[g] = max(0, min(slots_free[g], most - sequences[g]))
@@ -55,6 +61,7 @@ class SlowStart:
             self._late.discard(member)
             if self._is_empty(member.index) and member.health.since_s is not None:
                 self.since_s[member.index] = member.health.since_s
+                self._until_s = min(self._until_s, member.health.since_s + self._ramp_s)
         elif change is Change.GONE:
             self._late.discard(member)
         if change in {Change.UNHEALTHY, Change.GONE, Change.ADDED}:
