@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections import deque
 from functools import lru_cache
+from math import inf
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -46,6 +47,11 @@ class LengthGrid:
     def points_below(self, length: int) -> int:
         """Return the number of grid points below ``length``: at those, an output that long is still alive."""
         return bisect_left(self._points, length)
+
+    def sum(self, alive: FloatArray) -> float:
+        """Return the sum of the lengths whose curve (float64[B]) this is, as if even between two points."""
+        gaps, fallen = np.diff(self.points), -np.diff(alive)
+        return float((alive[:-1] * gaps - fallen * (gaps - 1) / 2).sum())
 
     def ahead(self, alive: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
         """Return float32[B, steps]: a curve (float32[B]) at each grid point and at the lengths after it."""
@@ -104,12 +110,16 @@ class LengthWindow:
         """The curve, float64[B]: how many of the remembered outputs are longer than each grid point."""
         return self.alive_with(_NOBODY, 0.0, 1.0)
 
-    def alive_with(self, running: IntArray, weight: float, tail_tokens: float) -> FloatArray:
+    def alive_with(
+        self, running: IntArray, weight: float, tail_tokens: float, assumed_tokens: float = inf
+    ) -> FloatArray:
         """Return the curve where outputs of ``running`` tokens (int64[R]) go on, each counting ``weight``.
 
         It is the Kaplan-Meier estimate (1958, "Nonparametric estimation from incomplete observations") times
         the number of outputs: an output counts for the ages that it was seen at, and says nothing of those
-        beyond. Beyond the longest that was seen the curve falls exponentially, by a mean of ``tail_tokens``.
+        beyond. Beyond the longest that was seen the curve falls exponentially, by a mean of ``tail_tokens``; by
+        one of what that longest is, if it is less, since few ends do not tell, and ``assumed_tokens`` is not
+        more.
         """
         left = np.array(self._left, dtype=np.float64)
         if not self.cut and not len(running):
@@ -121,8 +131,9 @@ class LengthWindow:
         hazard = np.array(self._ended, dtype=np.float64) / np.maximum(at_risk, _RISK_MIN)
         alive = at_risk[0] * np.cumprod(1.0 - np.minimum(hazard, 1.0))[:-1]
         last = min(int(np.flatnonzero(left)[-1]), len(alive) - 1)
-        beyond = self._grid.points[last:] - self._grid.points[last]
-        alive[last:] *= np.exp(-beyond / tail_tokens)
+        longest = self._grid.points[last]
+        tail_tokens = min(tail_tokens, max(float(longest), assumed_tokens))
+        alive[last:] *= np.exp((longest - self._grid.points[last:]) / tail_tokens)
         alive[-1] = 0.0
         return alive
 

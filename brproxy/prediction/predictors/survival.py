@@ -22,6 +22,11 @@ from brproxy.prediction.predictor import (
 from brproxy.prediction.projection import project_certain
 from brproxy.types import PendingRequest
 
+_GENERATIONS = 4.0
+"""Once so many times what runs has ended, and is forgotten, what ends is as long as what comes: most of what
+came with the first has ended by then. Who goes on counting what runs takes outputs for longer than they are.
+"""
+
 _REFRESH_SHARE = 64
 """Curves and mean are made anew when one in so many of the remembered lengths is new."""
 
@@ -65,9 +70,9 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
     grid (two per cent), so that the curves of all ages are one cached matrix and a forecast is one product
     of [G, B] and [B, H+1] matrices, however many requests there are.
 
-    What ends first, at the start of traffic, are the short ones. So what still runs counts as cut at its age,
-    weighing as much as the share of all that has ended which is remembered: fully, until the first are
-    forgotten, and less and less from then on, when what leaves is as long as what comes.
+    What ends first, at the start of traffic, are the short ones. So what still runs counts as cut at its age:
+    fully, until the first are forgotten, and less and less from then on, until what leaves is as long as what
+    comes (``_GENERATIONS``).
 
     What is learnt takes effect now and then, curves and mean together: the mean decides how far ahead to
     look, and if it moved with each length, so would shape and weights of everything that is cached.
@@ -195,13 +200,23 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         """Let what has been observed take effect."""
         window = self._window
         self._unseen = 0
-        running, weight = self._still_running(), len(window) / self._seen
+        running = self._still_running()
+        weight = self._weight(len(running))
+        if not weight:
+            running = running[:0]
+        self._remembered = seen = len(window) + weight * len(running)
         tokens = window.length_sum + weight * float(running.sum())
-        self._mean = max(1.0, tokens / len(window))
-        self._alive = window.alive_with(running, weight, self._mean)
-        self._remembered = len(window) + weight * len(running)
+        tail_tokens = max(1.0, tokens / max(len(window) - window.cut, 1))
+        self._alive = window.alive_with(running, weight, tail_tokens, self.params.prior_output_tokens)
+        is_known = len(window) == seen and not window.cut
+        self._mean = max(1.0, (tokens if is_known else self._grid.sum(self._alive)) / seen)
         self._stale = True
         self._far = (np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.float32))
+
+    def _weight(self, running: int) -> float:
+        """Return what each of so many that run counts as beside one that has ended."""
+        forgotten = self._seen - len(self._window)
+        return max(0.0, 1.0 - forgotten / (_GENERATIONS * max(running, 1)))
 
     def _still_running(self) -> IntArray:
         """Return how many tokens each request that runs has streamed, int64[R]."""

@@ -103,6 +103,16 @@ def test_equal_lengths_of_a_key_stay_sharp_and_few_of_a_varied_law_do_not():
     assert 0.1 < new[after] < 0.45
 
 
+@given(st.lists(st.integers(0, 4096), min_size=1, max_size=200))
+def test_the_sum_of_the_lengths_of_a_curve(lengths):
+    grid = LengthGrid(4096)
+    window = LengthWindow(grid, 1000)
+    for length in lengths:
+        window.add(length)
+    # Between two points of the grid a curve does not say where a length is.
+    assert grid.sum(window.alive) == pytest.approx(sum(lengths), rel=0.011, abs=1e-6)
+
+
 outputs = st.lists(st.tuples(st.integers(0, 60), st.booleans()), min_size=1, max_size=40)
 """Lengths on the exact part of the grid, and whether the output ended there."""
 

@@ -280,42 +280,6 @@ def test_clients_that_leave_at_random_make_no_curve_short(name, seed):
     assert (np.minimum(lengths, leaves) > 60).mean() < 0.7 * (lengths > 60).mean()
 
 
-@given(seed=st.integers(0, 99), ended=st.integers(30, 400), window=st.sampled_from([200, 2000]))
-@settings(max_examples=20, deadline=None)
-def test_at_the_start_of_traffic_curves_are_not_short(seed, ended, window):
-    rng = np.random.default_rng(seed)
-    lengths = np.minimum(rng.geometric(1 / 100, 600), 3000)
-    # All begin at once, and the first have ended: the shortest.
-    order = np.sort(lengths)
-    now = int(order[ended])
-    predictor = make_predictor("survival", SurvivalParams(window=window))
-    running = active_of([plain(0, 0, now) for _ in range(len(lengths) - ended)])
-    predictor.watch(lambda: running)
-    for length in order[:ended].tolist():
-        predictor.observe(REQUEST, length)
-    predictor._refresh()
-    one = active_of([plain(0, 0, 0)])
-    for age in (now // 4, now // 2, max(0, now - 1)):
-        estimate = predictor.survival_at(one, np.array([age]))[0, 0]
-        assert estimate >= (lengths > age).mean() - 0.1
-        if ended <= window:
-            assert estimate == pytest.approx((lengths > age).mean(), abs=0.05)
-
-
-def test_what_runs_counts_less_and_less_once_the_first_are_forgotten():
-    predictor = make_predictor("survival", SurvivalParams(window=64))
-    running = active_of([plain(0, 0, 10) for _ in range(64)])
-    predictor.watch(lambda: running)
-    means = []
-    for _ in range(40):
-        for _ in range(64):
-            predictor.observe(REQUEST, 100)
-        means.append(predictor.mean_output_tokens)
-    assert means == sorted(means, reverse=True)
-    assert means[0] == pytest.approx(110)
-    assert means[-1] == pytest.approx(100, rel=0.01)
-
-
 SHORT, LONG = PendingRequest(1, prompt_hash=1), PendingRequest(1, prompt_hash=2)
 
 
