@@ -117,9 +117,8 @@ class LengthWindow:
 
         It is the Kaplan-Meier estimate (1958, "Nonparametric estimation from incomplete observations") times
         the number of outputs: an output counts for the ages that it was seen at, and says nothing of those
-        beyond. Beyond the longest that was seen the curve falls exponentially, by a mean of ``tail_tokens``; by
-        one of what that longest is, if it is less, since few ends do not tell, and ``assumed_tokens`` is not
-        more.
+        beyond. Beyond the longest that was seen the curve falls exponentially, by a mean of ``tail_tokens``.
+        Since few ends do not tell, that is no more than the longest that was seen, or ``assumed_tokens``.
         """
         left = np.array(self._left, dtype=np.float64)
         if not self.cut and not len(running):
