@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -110,7 +111,11 @@ def build_group(config: Config, name: str, workers: Sequence[Worker], seed: np.r
     roster = Roster(thresholds, checked=checks.enabled, ejected_share_max=share_max)
     prefills = workers[0].role == "prefill"
     ledger = Ledger(roster, checks.slow_start_s)
-    steps = StepModel(ledger, given_costs(config))
+    given = given_costs(config)
+    if all(worker.role == "decode" for worker in workers):
+        # What is said of prefill is of those that do it.
+        given = replace(given, s_per_prefill_token=None, prefill_tokens_max=None)
+    steps = StepModel(ledger, given)
     dispatcher = Dispatcher(
         ledger,
         policy_of(config, prefills=prefills),
@@ -143,7 +148,10 @@ def given_costs(config: Config) -> GivenCosts:
 
 def policy_of(config: Config, *, prefills: bool) -> AnyPolicy:
     """Return the policy of a group, new; ``prefills``: of one that only prefills."""
-    name = config.routing.prefill_policy if prefills else config.routing.policy
+    name = config.routing.policy
+    if prefills:
+        in_step = config.prefill_decode.shares_barrier
+        name = "prefill-in-step" if in_step else config.routing.prefill_policy
     return make_policy(name, config.policy_params(name))
 
 

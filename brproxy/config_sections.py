@@ -309,6 +309,13 @@ class PrefillDecode(Section):
         description="Prompts below that are prefilled by the worker that decodes them, where it can and has "
         "room (tokens); 0: none.",
     )
+    shares_barrier: bool = Field(
+        default=False,
+        description="Whether the prefill workers of a group share a barrier (DP attention): whole prompts "
+        "wait for a step to end and then go together, equal tokens to each, by the policy "
+        '"prefill-in-step" in place of routing.prefill_policy. With chunked prefill '
+        "(costs.prefill_tokens_max) nobody waits.",
+    )
     lease_s: float = Field(
         default=0.0,
         ge=0,

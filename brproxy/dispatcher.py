@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 
 from brproxy.faults import Faults
-from brproxy.foresight import Foresight, RoutingError
+from brproxy.foresight import Foresight
 from brproxy.growth import GrowthRoom
 from brproxy.happenings import Happenings
 from brproxy.learning import Learner
@@ -38,20 +38,17 @@ from brproxy.lifecycle import (
 from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.roster import Change, Member
-from brproxy.routing.overdue import WAITED_FROM
 from brproxy.routing.policy import AnyPolicy, least
-from brproxy.routing.view import NOT_ADMITTED, ClusterView, IntArray, RoundState
+from brproxy.routing.view import NOT_ADMITTED, ClusterView, IntArray, RoundState, RoutingError, checked
 from brproxy.sessions import SessionLimits, Sessions
 from brproxy.step_costs import StepCosts
 from brproxy.types import (
     TOKENS_MAX,
-    BrproxyError,
-    InvalidInputError,
     PendingRequest,
     RequestId,
     WorkerIndex,
 )
-from brproxy.waiting import WaitingRoom
+from brproxy.waiting import PoolFullError, PromptTooLongError, WaitingRoom
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +65,6 @@ class PoolLimits:
 
 _HARMLESS_TOKENS = 1
 """Prompt of the request that shows whether a policy that raised is broken (tokens)."""
-
-
-class PoolFullError(BrproxyError):
-    """The pool holds as many waiting requests as it may."""
-
-
-class PromptTooLongError(InvalidInputError):
-    """The prompt exceeds the KV capacity of every worker: waiting would never help."""
 
 
 class Dispatcher:
@@ -164,6 +153,9 @@ class Dispatcher:
             entry.avoid = avoid
         if self.sessions is not None and request.session_keys:
             self.sessions.recall(entry, now_s)
+        if not self.waiting.count:
+            # Who was held has left.
+            self._held_since_s = None
         self.waiting.enter(entry)
         self.happenings.arrived(entry)
         return entry
@@ -183,16 +175,20 @@ class Dispatcher:
             return self.admitted
         alone = waiting.alone()
         if alone is not None:
-            self._place([alone], self._state([alone], routable, now_s), now_s)
+            state = self._state([alone], routable, now_s)
+            if not self._holds(state, now_s):
+                self._place([alone], state, now_s)
             return self.admitted
         for entry in waiting.first():
             if entry.sequences:
-                self._place([entry], self._state([entry], _others(routable, entry), now_s), now_s)
+                self._place([entry], self._state([entry], entry.others(routable), now_s), now_s)
             else:
                 self.place_at_once(entry, now_s, routable)
         if not waiting.count:
             return self.admitted
         state = self._state([], routable, now_s)
+        if self._holds(state, now_s):
+            return self.admitted
         seen = list(islice(waiting.in_turn(), self._worth_seeing(state)))
         if seen:
             self._growth.leave(state, seen, self.limits.kv_growth_share)
@@ -201,7 +197,7 @@ class Dispatcher:
 
     def place_at_once(self, entry: Entry, now_s: float, routable: Sequence[bool]) -> None:
         """Bind a request that takes no slot to the worker with the least load, if any may be chosen."""
-        candidates = [g for g, ok in enumerate(_others(routable, entry)) if ok]
+        candidates = [g for g, ok in enumerate(entry.others(routable)) if ok]
         if candidates:
             worker = least(candidates, self.ledger.load(), self._rng)
             self._bind(entry, WorkerIndex(worker), now_s)
@@ -308,11 +304,11 @@ class Dispatcher:
                 else:
                     worker = self.policy.place(state, entry.prompt_tokens, load, self._rng)
                 # Asked by a call only what is no worker: each request comes by here.
-                return worker if worker >= 0 and state.slots_free[worker] > 0 else _checked(worker, state)
+                return worker if worker >= 0 and state.slots_free[worker] > 0 else checked(worker, state)
             except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
                 self.faults.note("policy", error)
             try:
-                _checked(self.policy.place(state, _HARMLESS_TOKENS, load, self._rng), state)
+                checked(self.policy.place(state, _HARMLESS_TOKENS, load, self._rng), state)
             except Exception:  # noqa: BLE001 - counted above
                 self._policy_is_broken = True
             else:
@@ -356,7 +352,7 @@ class Dispatcher:
             admitted: list[int] = np.flatnonzero(decision != NOT_ADMITTED).tolist()
             chosen: list[int] = decision[admitted].tolist()
             for place in chosen:
-                _checked(place, state)
+                checked(place, state)
         except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
             self.faults.note("policy", error)
             self._place(waiting, state, now_s)
@@ -368,15 +364,29 @@ class Dispatcher:
         elif self._held_since_s is None:
             self._held_since_s = now_s
 
+    def _holds(self, state: RoundState, now_s: float) -> bool:
+        """Tell whether the policy lets all that wait on, and note since when."""
+        try:
+            holds = self.policy.holds(state, self.costs(), self._held_s(now_s), self.limits.wait_s_max)
+        except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
+            self.faults.note("policy", error)
+            return False
+        if holds and self._held_since_s is None:
+            self._held_since_s = now_s
+        return holds
+
+    def _held_s(self, now_s: float) -> float:
+        return 0.0 if self._held_since_s is None else now_s - self._held_since_s
+
     def _decision(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> IntArray:
         """Return the worker of each of ``waiting``, as the policy says; raises whatever it does."""
-        waited = self.waiting.waited(waiting, now_s, self.limits.wait_s_max, WAITED_FROM)
-        held_s = 0.0 if self._held_since_s is None else now_s - self._held_since_s
+        wait_s_max = self.limits.wait_s_max
+        waited = self.waiting.waited(waiting, now_s, wait_s_max, self.policy.WAITED_FROM)
         view = ClusterView.of(
             state,
             [entry.prompt_tokens for entry in waiting],
             [entry.passed_over for entry in waiting],
-            self._foresight.outlook(state, self.costs(), waited, held_s),
+            self._foresight.outlook(state, self.costs(), waited, self._held_s(now_s), wait_s_max),
             [entry.sequences for entry in waiting] if self.waiting.plural else None,
             None if self.sessions is None else self.sessions.homes(waiting),
         )
@@ -385,16 +395,3 @@ class Dispatcher:
             msg = f"{len(waiting)} requests wait, and the decision has shape {decision.shape}"
             raise RoutingError(msg)
         return decision
-
-
-def _others(routable: Sequence[bool], entry: Entry) -> Sequence[bool]:
-    """Return ``routable`` without the workers that failed a request."""
-    return [ok and g not in entry.avoid for g, ok in enumerate(routable)] if entry.avoid else routable
-
-
-def _checked(worker: int, state: RoundState) -> int:
-    """Return ``worker``; raises RoutingError for none that a round over ``state`` may choose."""
-    if worker != NOT_ADMITTED and (worker < 0 or state.slots_free[worker] <= 0):
-        msg = f"worker {worker} cannot be chosen"
-        raise RoutingError(msg)
-    return worker

@@ -16,19 +16,15 @@ from brproxy.prediction.predictor import ActiveRequests, AnyPredictor, truncate
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.routing.fscore import discounts_for
 from brproxy.routing.policy import AnyPolicy
-from brproxy.routing.view import FloatArray, Outlook, RoundState
+from brproxy.routing.view import FloatArray, Outlook, RoundState, RoutingError
 from brproxy.step_costs import StepCosts
 from brproxy.turnover import Turnover
-from brproxy.types import BrproxyError, RequestId
+from brproxy.types import RequestId
 
 ROUNDS_PER_SAMPLE = 16
 """One in so many rounds with a forecast samples a prediction: measuring must cost less than deciding."""
 
 _NO_LOOKAHEAD = discounts_for(0, 1.0)
-
-
-class RoutingError(BrproxyError):
-    """A policy's or a predictor's answer is not what its interface says."""
 
 
 class Foresight:
@@ -109,14 +105,19 @@ class Foresight:
         return now
 
     def outlook(
-        self, state: RoundState, costs: StepCosts | None, waited: Sequence[float] | None, held_s: float
+        self,
+        state: RoundState,
+        costs: StepCosts | None,
+        waited: Sequence[float] | None,
+        held_s: float,
+        wait_s_max: float,
     ) -> Outlook:
         """Return what a round over ``state`` may know, the forecast as far ahead as the policy looks."""
         discounts, turnover_steps = self.discounts()
         forecast = self.forecast(state, len(discounts) - 1)
         predictor = self._predictor
         foreseen = predictor.LOOKAHEAD_TURNOVERS, predictor.GROWTH_FORESEEN
-        return Outlook(forecast, turnover_steps, *foreseen, costs, waited, held_s)
+        return Outlook(forecast, turnover_steps, *foreseen, costs, waited, held_s, wait_s_max)
 
     def forecast(self, state: RoundState, horizon_steps: int) -> FloatArray | None:
         """Return float64[G, H+1], the load as it is where there is no forecast; None without a horizon."""

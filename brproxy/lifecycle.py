@@ -8,6 +8,7 @@ from DECODE: once the client has seen a token, nothing is sent twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from operator import index
@@ -118,6 +119,10 @@ class Entry:
     avoid: frozenset[WorkerIndex] = NOBODY
     home: WorkerIndex = NO_WORKER
     cached_tokens: int = 0
+
+    def others(self, workers: Sequence[bool]) -> Sequence[bool]:
+        """Return ``workers`` (by index) without those that failed the request."""
+        return [ok and g not in self.avoid for g, ok in enumerate(workers)] if self.avoid else workers
 
 
 def bounded(value: int, highest: int) -> int:

@@ -11,10 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 
 from brproxy.lifecycle import Entry
-from brproxy.types import RequestId, WorkerIndex
+from brproxy.types import BrproxyError, InvalidInputError, RequestId, WorkerIndex
 
 Discipline = Callable[[Iterable[Entry]], Iterable[Entry]]
 """Puts requests, the oldest first, into the order of their turn; a round may still let one overtake."""
+
+
+class PoolFullError(BrproxyError):
+    """The pool holds as many waiting requests as it may."""
+
+
+class PromptTooLongError(InvalidInputError):
+    """The prompt exceeds the KV capacity of every worker: waiting would never help."""
 
 
 class WaitingRoom:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from brproxy.dispatcher import PoolFullError
 from brproxy.engines.dialect import Dialect, RequestFacts, make_dialect
 from brproxy.fleet import UnknownModelError
 from brproxy.lifecycle import NOBODY
@@ -25,6 +24,7 @@ from brproxy.proxy.upload import Upload
 from brproxy.relay.client import Client
 from brproxy.relay.errors import ClientGoneError, UnknownExpectationError
 from brproxy.types import BrproxyError, InvalidInputError, PendingRequest
+from brproxy.waiting import PoolFullError
 
 
 class Handlers:

@@ -43,7 +43,7 @@ from pydantic import Field
 
 from brproxy.routing.aim import growth_tokens, level
 from brproxy.routing.fscore import FScore
-from brproxy.routing.overdue import MAKE_ROOM_FROM, how_overdue
+from brproxy.routing.overdue import MAKE_ROOM_FROM, OVERDUE_FROM, how_overdue
 from brproxy.routing.policy import PolicyParams, RoutingPolicy, tie_limit
 from brproxy.routing.prefill import PrefillTerms
 from brproxy.routing.subsets import SUBSET_SIZE_MAX, set_members, set_sums
@@ -316,6 +316,7 @@ class BalancePolicy(RoutingPolicy[B]):
     """What BR-0 and BR-H share: a policy is its F-score and its discounts."""
 
     TAKES_AFFINITY: ClassVar[bool] = True
+    WAITED_FROM: ClassVar[float] = OVERDUE_FROM
 
     def __init__(self, params: B) -> None:
         super().__init__(params)

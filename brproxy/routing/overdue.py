@@ -12,7 +12,7 @@ MAKE_ROOM_FROM = 0.5
 _WAITED_MAX = 0.9
 """The share of the pool's limit in time at which a request that was passed over goes at any price."""
 
-WAITED_FROM = MAKE_ROOM_FROM * _WAITED_MAX
+OVERDUE_FROM = MAKE_ROOM_FROM * _WAITED_MAX
 """The share of that limit from which on it matters how long somebody has waited."""
 
 

@@ -6,6 +6,7 @@ give the same answer, in the proxy and in the simulator.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Generic, TypeVar
@@ -44,6 +45,9 @@ class RoutingPolicy(ABC, Generic[P]):
     TAKES_AFFINITY: ClassVar[bool] = False
     """Whether a request may go to its home although that is not the least loaded worker."""
 
+    WAITED_FROM: ClassVar[float] = math.inf
+    """The share of the pool's limit in time from which on it matters to ``route`` how long one has waited."""
+
     def __init__(self, params: P) -> None:
         self.params = params
 
@@ -61,6 +65,13 @@ class RoutingPolicy(ABC, Generic[P]):
         ``costs``: what a step costs, as in ClusterView.
         """
         return 0
+
+    def holds(self, state: RoundState, costs: StepCosts | None, held_s: float, wait_s_max: float) -> bool:
+        """Tell whether all that wait are to wait on, whoever they are; asked before each round over them.
+
+        They have been held for ``held_s``, and are sent away after ``wait_s_max`` (seconds).
+        """
+        return False
 
     @abstractmethod
     def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:

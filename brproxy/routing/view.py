@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brproxy.step_costs import StepCosts
-from brproxy.types import InvalidInputError
+from brproxy.types import BrproxyError, InvalidInputError
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -26,6 +26,10 @@ SLOTS_UNLIMITED = 1 << 40
 
 NOT_ADMITTED = -1
 """In a routing decision: the request stays in the pool."""
+
+
+class RoutingError(BrproxyError):
+    """A policy's or a predictor's answer is not what its interface says."""
 
 
 class Home(NamedTuple):
@@ -110,6 +114,7 @@ class Outlook:
     costs: StepCosts | None = None
     waited: Sequence[float] | None = None
     held_s: float = 0.0
+    wait_s_max: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,8 @@ class ClusterView:
     ``prompt_tokens[N]``: s_i of each waiting request.
     ``passed_over[N]``: younger requests that were admitted before it.
     ``waited[N]``: the share of the pool's limit in time that each has waited, 1 when it is to be sent away;
-    None: nobody has waited for as long as matters (``overdue.WAITED_FROM``).
+    None: nobody has waited for as long as matters to the policy (``RoutingPolicy.WAITED_FROM``).
+    ``wait_s_max``: that limit (seconds).
     ``sequences[N]``: how many each decodes side by side; None: each one.
     ``homes[N]``: where each is at home, None where nothing is known; None: none of them is.
     ``forecast[G, H+1]``: expected load 0, 1, …, H decode steps ahead; column 0 is ``kv_tokens``.
@@ -155,6 +161,7 @@ class ClusterView:
     costs: StepCosts | None = None
     waited: FloatArray | None = None
     held_s: float = 0.0
+    wait_s_max: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse arrays whose shapes do not belong together; every policy relies on that."""
@@ -220,6 +227,7 @@ class ClusterView:
             costs=outlook.costs,
             waited=None if outlook.waited is None else np.array(outlook.waited, dtype=np.float64),
             held_s=outlook.held_s,
+            wait_s_max=outlook.wait_s_max,
         )
 
     @property
@@ -239,3 +247,11 @@ class ClusterView:
     def waiting(self) -> int:
         """N, the waiting requests that the round may admit."""
         return len(self.prompt_tokens)
+
+
+def checked(worker: int, state: RoundState) -> int:
+    """Return ``worker``; raises RoutingError for none that a round over ``state`` may choose."""
+    if worker != NOT_ADMITTED and (worker < 0 or state.slots_free[worker] <= 0):
+        msg = f"worker {worker} cannot be chosen"
+        raise RoutingError(msg)
+    return worker

@@ -23,16 +23,24 @@ class WorkloadChoice:
     """Where requests come from: a trace (a file, or a folder of clients), or a synthetic law by name.
 
     ``requests``: the first so many; None: all, of a trace. ``abort_fraction`` of them are aborted by
-    their clients, each somewhere in its output.
+    their clients, each somewhere in its output. ``prompts_only``: each ends with its first token.
     """
 
     name: str = "short"
     trace: Path | None = None
     requests: int | None = 2000
     abort_fraction: float = 0.0
+    prompts_only: bool = False
 
     def load(self, rng: np.random.Generator) -> tuple[Workload, bool]:
         """Return the requests, and whether they have arrival times; raises InvalidInputError."""
+        workload, has_times = self._load(rng)
+        if self.prompts_only:
+            first_token = tuple(replace(request, output_tokens=1) for request in workload.requests)
+            workload = replace(workload, requests=first_token)
+        return workload, has_times
+
+    def _load(self, rng: np.random.Generator) -> tuple[Workload, bool]:
         if self.requests is not None and self.requests < 1:
             msg = f"requests must be at least 1, got {self.requests}"
             raise InvalidInputError(msg)
@@ -70,6 +78,7 @@ class PrefillServers:
 
     They prefill up to ``slots`` prompts in a step, at the deployment's ``prefill_s_per_token``, keep
     ``kv_capacity_tokens`` (None: unlimited) until it is fetched, and send it at ``transfer_ms_per_ktoken``.
+    ``shares_barrier``: they are one group that steps together, which only a simulation knows.
     """
 
     servers: int = 4
@@ -77,6 +86,7 @@ class PrefillServers:
     slots: int = 4
     kv_capacity_tokens: int | None = None
     transfer_ms_per_ktoken: float = 5.0
+    shares_barrier: bool = False
 
     def __post_init__(self) -> None:
         """Refuse none, and the one form in which workers must know the proxy's port before it has one."""
@@ -89,13 +99,41 @@ class PrefillServers:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Everything that makes a run repeatable; ``prefill`` None: the cluster prefills for itself."""
+    """Everything that makes a run repeatable; ``prefill`` None: the cluster prefills for itself.
+
+    ``transfer_s_per_token``: what comes between a request's last step here and its first token.
+    """
 
     workload: WorkloadChoice = field(default_factory=WorkloadChoice)
     arrivals: Arrivals = field(default_factory=Arrivals)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     seed: int = 0
     prefill: PrefillServers | None = None
+    transfer_s_per_token: float = 0.0
+
+    def prefill_side(self) -> Scenario:
+        """Return the prefill workers alone, one group: each request ends when its KV is sent.
+
+        A scenario without any is returned as it is.
+        """
+        own = self.prefill
+        if own is None:
+            return self
+        cluster = replace(
+            self.cluster,
+            workers=own.servers,
+            slots=own.slots,
+            kv_capacity_tokens=own.kv_capacity_tokens,
+            # What is held for others costs a step nothing.
+            step_s_per_kv_token=0.0,
+        )
+        return replace(
+            self,
+            workload=replace(self.workload, prompts_only=True),
+            cluster=cluster,
+            prefill=None,
+            transfer_s_per_token=own.transfer_ms_per_ktoken / 1e6,
+        )
 
     def draw(self) -> tuple[Workload, Capacity]:
         """Return the requests with their arrival times, and the deployment's perfect capacity.
@@ -184,6 +222,8 @@ class Scenario:
             "tokens_per_step": (cluster.tokens_per_step, plain.tokens_per_step),
             "slots_each": (" ".join(map(str, cluster.slots_each)), ""),
             "slowness": (" ".join(map(str, cluster.slowness)), ""),
+            "shares_barrier": (self.prefill is not None and self.prefill.shares_barrier, False),
+            "transfer_ms_per_ktoken": (self.transfer_s_per_token * 1e6, 0.0),
         }
         return {name: value for name, (value, usual) in values.items() if value != usual}
 

@@ -91,9 +91,16 @@ class ClusterSection(Section):
 
 
 class PrefillSection(Section):
-    """Servers that prefill for the deployment; with this section only ``loadgen compare`` takes the file."""
+    """Servers that prefill for the deployment.
 
-    workers: int = Field(default=4, ge=1, description="Prefill servers, each by itself.")
+    ``loadgen compare`` has both sides; ``loadgen simulate`` the prefill side alone, where that shares a
+    barrier, and the file's policies are that side's then.
+    """
+
+    workers: int = Field(default=4, ge=1, description="Prefill servers.")
+    shares_barrier: bool = Field(
+        default=False, description="They step together; else each by itself, which is not simulated."
+    )
     transfer: Transfer = Field(default=Transfer.NIXL, strict=False, description="How they hand KV over.")
     slots: int = Field(default=4, ge=1, description="Prompts that one prefills in a step.")
     kv_capacity_tokens: int | None = Field(
@@ -167,7 +174,12 @@ class ScenarioFile(Section):
         if own is None:
             return None
         return PrefillServers(
-            own.workers, own.transfer, own.slots, own.kv_capacity_tokens, own.transfer_ms_per_ktoken
+            own.workers,
+            own.transfer,
+            own.slots,
+            own.kv_capacity_tokens,
+            own.transfer_ms_per_ktoken,
+            own.shares_barrier,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -85,6 +85,10 @@ def _run(jobs: Sequence[_Job], processes: int) -> Iterator[PolicyResult]:
 def _one(job: _Job) -> PolicyResult:
     workload, capacity = job.scenario.draw()
     simulation = simulate(workload, job.scenario.cluster, job.choice, job.scenario.seed)
+    if job.scenario.transfer_s_per_token:
+        sent_s = np.array([request.prompt_tokens for request in workload.requests])
+        sent_s = sent_s * job.scenario.transfer_s_per_token
+        simulation = replace(simulation, ttft_s=simulation.ttft_s + sent_s)
     return policy_result(job.label, simulation, capacity.output_tokens_per_s)
 
 

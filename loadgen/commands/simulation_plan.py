@@ -49,8 +49,8 @@ def plan_simulation(
         msg = "--workers and --calibrated-from both say how many there are; give one of them"
         raise InvalidInputError(msg)
     file = ScenarioFile(policies=DEFAULT_POLICIES.split(",")) if path is None else load_scenario(path)
-    if file.prefill is not None:
-        msg = f"{path}: [prefill] is for loadgen compare: a simulation has no prefill workers"
+    if file.prefill is not None and not file.prefill.shares_barrier:
+        msg = f"{path}: [prefill] is for loadgen compare: only workers that share a barrier are simulated"
         raise InvalidInputError(msg)
     folder = Path() if path is None else path.parent
     default_predictor = predictor or file.predictor
@@ -112,6 +112,7 @@ def _scenario(
     scenario = file.scenario(folder, seed, count, rate)
     if calibration is not None:
         scenario = calibration.of(scenario, rate)
+    scenario = scenario.prefill_side()
     if dispatch_steps is not None:
         scenario = replace(scenario, cluster=replace(scenario.cluster, dispatch_steps=dispatch_steps))
     if trace is None:

@@ -54,6 +54,8 @@ _SIMULATED = (
     _Figure("prefill_balance", "prefill\nbal. %", ".1f", 100),
     _Figure("throughput_of_perfect", "of per-\nfect %", ".1f", 100),
     _Figure("tpot_ms_p95", "TPOT\nP95 ms", ".1f"),
+    _Figure("ttft_ms_p50", "TTFT\nP50 s", ".2f", 1e-3),
+    _Figure("ttft_ms_p95", "TTFT\nP95 s", ".2f", 1e-3),
     _Figure("wait_ms_p99", "wait\nP99 s", ".1f", 1e-3),
     _Figure("makespan_s", "make-\nspan s", ",.0f"),
     _Figure("preemptions", "pre-\nempted", ",.0f"),
@@ -215,7 +217,13 @@ def simulation_tables(
 def simulation_table(report: Report) -> Table:
     """Return simulated policies side by side, ± the confidence interval; what is nothing has no column."""
     is_closed = bool(report.scenario.get("at_once"))
+    # Workers that only prefill decode no second token, and the KV that they hold is no load.
+    is_prefill = all(result.tpot_ms_p95 is None for result in report.policies)
     nothing_said = {
+        **dict.fromkeys(
+            ("imbalance_kv_tokens", "mean_kv_tokens", "idle_fraction", "tpot_ms_p95"), is_prefill
+        ),
+        **dict.fromkeys(("ttft_ms_p50", "ttft_ms_p95"), not is_prefill),
         "throughput_of_perfect": is_closed,
         "wait_ms_p99": is_closed,
         "makespan_s": not is_closed,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brproxy.dispatcher import Dispatcher, PoolFullError, PoolLimits, PromptTooLongError
+from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.ledger import Ledger
 from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import make_predictor
@@ -16,6 +16,7 @@ from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, Outlook
 from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, WorkerIndex
+from brproxy.waiting import PoolFullError, PromptTooLongError
 
 POOL = PoolLimits(100, 10.0)
 

@@ -1,6 +1,10 @@
 """Rounds in which a policy holds requests although slots are free."""
 
+from itertools import accumulate
+
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.ledger import Ledger
@@ -8,7 +12,7 @@ from brproxy.lifecycle import Event
 from brproxy.prediction.predictor import make_predictor
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policies.br_0 import Br0Policy
-from brproxy.routing.policy import POLICIES
+from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED
 from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, RequestId
@@ -60,3 +64,84 @@ def test_requests_are_seen_as_far_as_the_policy_looks_at_these_costs():
             dispatcher.arrive(PendingRequest(100), 0.0)
         dispatcher.decide(0.0, routable(dispatcher))
     assert seen == [2 + 64, 2 + 256]
+
+
+class WholeSteps:
+    """A prefill group that steps together: whole prompts, those that are there when a step begins."""
+
+    def __init__(self, dispatcher):
+        self.dispatcher = dispatcher
+        self.queued, self.running, self.ends_s = [], [], 0.0
+
+    def go_on(self, now_s):
+        ledger = self.dispatcher.ledger
+        if self.running and now_s >= self.ends_s:
+            for entry in self.running:
+                ledger.first_token(entry.id, now_s)
+                ledger.rest(entry.id)
+                self.dispatcher.end(entry.id, Event.FINISH)
+            self.running = []
+        if not self.running and self.queued:
+            self.running, self.queued = self.queued, []
+            sums = [0] * len(ledger.requests)
+            for entry in self.running:
+                sums[entry.worker] += entry.prompt_tokens
+            self.ends_s = now_s + 0.03 + 1e-4 * max(sums)
+
+
+@settings(max_examples=40)
+@given(
+    gaps_ms=st.lists(st.integers(0, 400), min_size=1, max_size=40),
+    prompts=st.lists(st.sampled_from([10, 300, 2000, 12_000]), min_size=40, max_size=40),
+    stuck=st.booleans(),
+)
+def test_nobody_waits_over_the_bound_for_a_step_and_all_is_given_back(gaps_ms, prompts, stuck):
+    dispatcher = dispatcher_of(slots=(99,) * 3)
+    dispatcher.decide_by(
+        make_policy("prefill-in-step", POLICIES.get("prefill-in-step").Params(wait_s_max=2.0))
+    )
+    group, now_ms, bound_s = WholeSteps(dispatcher), 0, {}
+    if stuck:
+        # Nobody will ever hear of it.
+        lost = dispatcher.arrive(PendingRequest(5), 0.0)
+        dispatcher.decide(0.0, routable(dispatcher))
+    arrivals = list(zip(accumulate(gaps_ms), prompts, strict=False))
+    while arrivals or len(dispatcher.waiting) or group.running or group.queued:
+        while arrivals and arrivals[0][0] <= now_ms:
+            dispatcher.arrive(PendingRequest(arrivals.pop(0)[1]), now_ms / 1e3)
+        group.go_on(now_ms / 1e3)
+        for entry in dispatcher.decide(now_ms / 1e3, routable(dispatcher)):
+            bound_s[entry.id] = now_ms / 1e3 - entry.arrived_s
+            group.queued.append(entry)
+        group.go_on(now_ms / 1e3)
+        now_ms += 5
+    assert max(bound_s.values()) <= 2 * 2.0 + 0.005
+    if stuck:
+        dispatcher.end(lost, Event.CANCEL)
+    ledger = dispatcher.ledger
+    assert not any((*ledger.prefill_tokens, *ledger.kv_tokens, *ledger.requests))
+
+
+def test_who_is_alone_goes_at_once_and_who_comes_later_waits_for_the_step():
+    dispatcher = dispatcher_of(slots=(9, 9))
+    dispatcher.decide_by(make_policy("prefill-in-step"))
+    first = dispatcher.arrive(PendingRequest(100), 0.0)
+    assert len(dispatcher.decide(0.0, routable(dispatcher))) == 1
+    for tokens in (30, 20, 20, 10):
+        dispatcher.arrive(PendingRequest(tokens), 0.1)
+        assert dispatcher.decide(0.1, routable(dispatcher)) == []
+    dispatcher.ledger.first_token(first, 0.2)
+    assert len(dispatcher.decide(0.2, routable(dispatcher))) == 4
+    assert dispatcher.ledger.prefill_tokens == (40, 40)
+
+
+def test_who_was_held_and_has_left_counts_no_more():
+    dispatcher = dispatcher_of(slots=(9, 9))
+    dispatcher.decide_by(make_policy("prefill-in-step"))
+    dispatcher.arrive(PendingRequest(100), 0.0)
+    dispatcher.decide(0.0, routable(dispatcher))
+    left = dispatcher.arrive(PendingRequest(100), 1.0)
+    dispatcher.decide(1.0, routable(dispatcher))
+    dispatcher.end(left, Event.CANCEL)
+    dispatcher.arrive(PendingRequest(100), 6.5)
+    assert dispatcher.decide(6.5, routable(dispatcher)) == []

@@ -87,7 +87,10 @@ class PartedDraw:
         rng = self._rng
         short = rng.choice((50, 400))
         few = rng.choice((0, 1))
+        # By a generator of its own: the others are what they were before this came.
+        barrier = random.Random(f"barrier {self._seed}")
         return {
+            "shares_barrier": barrier.random() < 0.4,
             # What a worker keeps it for, less a margin.
             "lease_s": 0.7 * lease_s,
             "split_prompt_tokens_min": short if self._has("short-prompts", 0.7) else 0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from pydantic import Field
 
@@ -19,15 +21,15 @@ class LeastPrefillParams(PolicyParams):
     )
 
 
-@register_policy("least-prefill")
-class LeastPrefillPolicy(OneByOnePolicy[LeastPrefillParams]):
+L = TypeVar("L", bound=LeastPrefillParams)
+
+
+class FewestPromptTokensPolicy(OneByOnePolicy[L]):
     """``argmin prefill_tokens[g]`` over what is booked and not prefilled; ties by fewest KV tokens.
 
     For prefill workers: a prompt waits for those before it, while what has been prefilled and waits to be
     fetched costs room and no time. Where all are idle the one that holds least is chosen.
     """
-
-    Params = LeastPrefillParams
 
     def choose(self, state: RoundState, eligible: list[int], rng: np.random.Generator) -> int:
         """See OneByOnePolicy.choose."""
@@ -35,3 +37,10 @@ class LeastPrefillPolicy(OneByOnePolicy[LeastPrefillParams]):
         lowest = min(map(prefill_tokens.__getitem__, eligible))
         idlest = [g for g in eligible if prefill_tokens[g] == lowest]
         return least(idlest, state.kv_tokens, rng)
+
+
+@register_policy("least-prefill")
+class LeastPrefillPolicy(FewestPromptTokensPolicy[LeastPrefillParams]):
+    """Prompts in the order in which they came, each to the worker with the fewest prompt tokens."""
+
+    Params = LeastPrefillParams

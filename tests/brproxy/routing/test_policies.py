@@ -208,7 +208,7 @@ def test_vllm_queue_levels_requests(formula):
 
 def test_late_binding_is_the_default_of_ours_only():
     late = {name for name in NAMES if POLICIES.get(name).Params().late_binding}
-    assert late == {"br-0", "br-h", "least-prefill"}
+    assert late == {"br-0", "br-h", "least-prefill", "prefill-in-step"}
 
 
 def test_unknown_policy_lists_the_known_ones():
