@@ -66,7 +66,7 @@ class Ledger:
         self._kv_tokens: list[int] = []
         self._requests: list[int] = []
         self._sequences: list[int] = []
-        # Prompts that are booked and have not been prefilled, as far as first tokens tell.
+        # What no cache has of prompts that are booked and not prefilled, as far as first tokens tell.
         self._prefill_tokens: list[int] = []
         self._offset: list[int] = []
         self.has_offset = False
@@ -105,7 +105,7 @@ class Ledger:
 
     @property
     def prefill_tokens(self) -> tuple[int, ...]:
-        """Prompts of each worker that have yet to be prefilled, in tokens."""
+        """What of the prompts of each worker has yet to be prefilled, without what is cached, in tokens."""
         return tuple(self._prefill_tokens)
 
     def load(self) -> list[int]:
@@ -248,7 +248,8 @@ class Ledger:
         self._kv_tokens[worker] += prompt_tokens
         self._requests[worker] += 1
         self._sequences[worker] += sequences
-        self._prefill_tokens[worker] += prompt_tokens
+        entry.prefill_tokens = entry.uncached_tokens if entry.cached_tokens else prompt_tokens
+        self._prefill_tokens[worker] += entry.prefill_tokens
         if sequences != 1:
             self._unusual_rows += 1
 
@@ -257,7 +258,7 @@ class Ledger:
         entry = self._entries.get(request_id) or self.entry(request_id)
         entry.state = AFTER[entry.state][_FIRST_TOKEN]
         entry.first_token_s = now_s
-        self._prefill_tokens[entry.worker] -= entry.prompt_tokens
+        self._prefill_tokens[entry.worker] -= entry.prefill_tokens
 
     def rest(self, request_id: RequestId) -> None:
         """Note that a request runs no more: it keeps its KV and takes no slot until it ends."""
@@ -301,7 +302,18 @@ class Ledger:
         entry.prompt_tokens += change
         self._cells[entry.row * _WIDTH + _KV_TOKENS] += change
         self._kv_tokens[entry.worker] += change
+        self._uncached_changed(entry)
+
+    def correct_cached(self, request_id: RequestId, cached_tokens: int) -> None:
+        """Replace what was expected to be cached of a prompt by what its worker reports; load stays."""
+        entry = self._entries.get(request_id) or self.entry(request_id)
+        entry.home, entry.cached_tokens = entry.worker, bounded(cached_tokens, TOKENS_MAX)
+        self._uncached_changed(entry)
+
+    def _uncached_changed(self, entry: Entry) -> None:
         if entry.state is _PREFILL:
+            change = entry.uncached_tokens - entry.prefill_tokens
+            entry.prefill_tokens += change
             self._prefill_tokens[entry.worker] += change
 
     def take_back(self, entry: Entry, now_s: float) -> None:
@@ -335,7 +347,7 @@ class Ledger:
         self._requests[worker] -= 1
         self._sequences[worker] -= entry.sequences
         if entry.first_token_s is None:
-            self._prefill_tokens[worker] -= entry.prompt_tokens
+            self._prefill_tokens[worker] -= entry.prefill_tokens
         if entry.sequences != 1:
             self._unusual_rows -= 1
         del self._entries[entry.id]

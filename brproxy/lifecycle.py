@@ -100,7 +100,8 @@ class Entry:
 
     ``waiting_since_s`` is when it last began to wait: on arrival, or when a worker failed it. While it is
     bound, ``output_tokens`` is kept by the ledger. ``home`` is the worker that
-    probably has ``cached_tokens`` of its prompt, as of its arrival.
+    probably has ``cached_tokens`` of its prompt, as of its arrival; or its worker, once that has said so.
+    ``prefill_tokens``: what is booked of its prompt as yet to be prefilled, until its first token.
     """
 
     id: RequestId
@@ -119,6 +120,14 @@ class Entry:
     avoid: frozenset[WorkerIndex] = NOBODY
     home: WorkerIndex = NO_WORKER
     cached_tokens: int = 0
+    prefill_tokens: int = 0
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Tokens of its prompt that its worker prefills, as far as is known."""
+        if self.home != self.worker:
+            return self.prompt_tokens
+        return max(self.prompt_tokens - self.cached_tokens, 0)
 
     def others(self, workers: Sequence[bool]) -> Sequence[bool]:
         """Return ``workers`` (by index) without those that failed the request."""

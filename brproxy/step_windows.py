@@ -121,7 +121,8 @@ class StepWindows(Observer):
         self._unbegun = np.empty(0, dtype=np.int64)
         self._last: _Look | None = None
         self._held: deque[_Held] = deque(maxlen=_WINDOWS_HELD_MAX)
-        self._prefills: deque[Prefill] = deque(maxlen=_PREFILLS_MAX)
+        # As they are, since a worker may say only later what it had cached of a prompt.
+        self._prefills: deque[Entry] = deque(maxlen=_PREFILLS_MAX)
         self._step_s_min = float("inf")
 
     def ended(self, entry: Entry, event: Event, waited_s: float | None) -> None:
@@ -180,9 +181,7 @@ class StepWindows(Observer):
 
     def _prefilled(self, entry: Entry) -> None:
         if entry.first_token_s is not None:
-            cached_tokens = entry.cached_tokens if entry.worker == entry.home else 0
-            tokens = max(entry.prompt_tokens - cached_tokens, 0)
-            self._prefills.append(Prefill(entry.first_token_s, entry.worker, tokens))
+            self._prefills.append(entry)
 
     def _told(self, read_s: float) -> list[Window]:
         told = []
@@ -191,7 +190,7 @@ class StepWindows(Observer):
         if told:
             # Chunks come before their first token: what is before all windows is in none of them.
             oldest_s = self._held[0].before.at_s if self._held else read_s - HELD_S
-            while self._prefills and self._prefills[0].first_token_s < oldest_s - HELD_S:
+            while self._prefills and _first_token_s(self._prefills[0]) < oldest_s - HELD_S:
                 self._prefills.popleft()
         return told
 
@@ -201,9 +200,14 @@ class StepWindows(Observer):
         pace = self.pace
         plain_s = self._step_s_min if pace is None else pace.plain_s(after.kv_ran)
         s_per_token = None if pace is None else pace.s_per_prefill_token
-        sums = prefill_sums(self._prefills, between_s, steps, plain_s, s_per_token)
+        prefills = (Prefill(_first_token_s(e), e.worker, e.uncached_tokens) for e in self._prefills)
+        sums = prefill_sums(prefills, between_s, steps, plain_s, s_per_token)
         duration_s = after.at_s - before.at_s
         return Window(duration_s, steps, before.kv_tokens, after.kv_ran, sums, after.members)
+
+
+def _first_token_s(entry: Entry) -> float:
+    return float("-inf") if entry.first_token_s is None else entry.first_token_s
 
 
 def _steps(before: _Look, after: _Look) -> tuple[float, float]:

@@ -55,10 +55,14 @@ class RequestFacts(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Token counts as the engine reports them, at most TOKENS_MAX each; None where it does not."""
+    """Token counts as the engine reports them, at most TOKENS_MAX each; None where it does not.
+
+    ``cached_tokens`` of the prompt were in its cache.
+    """
 
     prompt_tokens: int | None
     completion_tokens: int | None
+    cached_tokens: int | None = None
 
 
 class EventFacts(NamedTuple):

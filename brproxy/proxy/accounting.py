@@ -156,6 +156,8 @@ class Account:
             )
         if usage.prompt_tokens is not None:
             self._lease.correct_prompt(usage.prompt_tokens)
+        if usage.cached_tokens is not None:
+            self._lease.correct_cached(usage.cached_tokens)
         if usage.completion_tokens is not None:
             self._book()
             # What streams after the last report is no part of it.

@@ -297,3 +297,7 @@ class Lease:
         """Replace the prompt estimate by what the worker reports, which no count replaces again."""
         self.entry.request.count_number = 0
         self._ledger.correct_prompt(self.entry.id, prompt_tokens)
+
+    def correct_cached(self, cached_tokens: int) -> None:
+        """Replace what was expected to be cached of the prompt by what the worker reports."""
+        self._ledger.correct_cached(self.entry.id, cached_tokens)

@@ -43,6 +43,11 @@ def dispatcher_of(limits):
     )
 
 
+def uncached(entry):
+    """Return what is to be prefilled of a prompt where it is."""
+    return max(entry["prompt"] - (entry["cached"] if entry["home"] == entry["worker"] else 0), 0)
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Random lives of requests and of workers beside a model of plain dictionaries."""
 
@@ -73,6 +78,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model[request_id] = {
             "worker": None,
             "prompt": within(prompt, longest),
+            "cached": 0,
+            "home": None,
             "output": 0,
             "sequences": within(sequences, SEQUENCES_MAX),
         }
@@ -93,6 +100,18 @@ class LedgerMachine(RuleBasedStateMachine):
             self.dispatcher.bind(request_id, WorkerIndex(worker), self.now_s)
         self.model[request_id]["worker"] = worker
         return request_id
+
+    @rule(request_id=waiting, home=st.integers(0, 3), cached=st.integers(0, 3000))
+    def is_at_home(self, request_id, home, cached):
+        entry, model = self.dispatcher.entry(request_id), self.model[request_id]
+        entry.home, entry.cached_tokens = WorkerIndex(home), min(cached, entry.prompt_tokens)
+        model["home"], model["cached"] = home, entry.cached_tokens
+
+    @rule(request_id=running, cached=numbers)
+    def its_worker_says_what_was_cached(self, request_id, cached):
+        self.ledger.correct_cached(request_id, cached)
+        model = self.model[request_id]
+        model["home"], model["cached"] = model["worker"], within(cached)
 
     @rule(request_id=running, tokens=numbers)
     def grow(self, request_id, tokens):
@@ -210,7 +229,7 @@ class LedgerMachine(RuleBasedStateMachine):
         sequences = [sum(e["sequences"] for e in bound if e["worker"] == g) for g in columns]
         assert self.ledger._sequences == sequences
         awaited = [e for i, e in self.model.items() if self.dispatcher.entry(i).state is State.PREFILL]
-        prefill = tuple(sum(e["prompt"] for e in awaited if e["worker"] == g) for g in columns)
+        prefill = tuple(sum(map(uncached, (e for e in awaited if e["worker"] == g))) for g in columns)
         assert self.ledger.prefill_tokens == prefill
         assert self.ledger.bound == len(bound)
         assert len(self.dispatcher.waiting) == len(self.model) - len(bound)

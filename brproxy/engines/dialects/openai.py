@@ -242,15 +242,25 @@ def _usage(usage: dict[str, Any]) -> Usage:
         and 0 <= prompt_tokens <= TOKENS_MAX
         and 0 <= completion_tokens <= TOKENS_MAX
     ):
-        return Usage(prompt_tokens, completion_tokens)
+        return Usage(prompt_tokens, completion_tokens, _cached_tokens(usage))
     prompt_tokens = first_count(usage, ("prompt_tokens",))
     if prompt_tokens is None:
         prompt_tokens = first_count(usage, ("input_tokens",))
         if prompt_tokens is not None:
             # Anthropic's API counts what its cache held apart.
-            cached_tokens = sum(first_count(usage, (key,)) or 0 for key in _CACHED_KEYS)
-            prompt_tokens = min(prompt_tokens + cached_tokens, TOKENS_MAX)
-    return Usage(prompt_tokens, first_count(usage, ("completion_tokens", "output_tokens")))
+            beside = sum(first_count(usage, (key,)) or 0 for key in _CACHED_KEYS)
+            prompt_tokens = min(prompt_tokens + beside, TOKENS_MAX)
+    completion_tokens = first_count(usage, ("completion_tokens", "output_tokens"))
+    return Usage(prompt_tokens, completion_tokens, _cached_tokens(usage))
+
+
+def _cached_tokens(usage: dict[str, Any]) -> int | None:
+    """Return how much of the prompt was cached: in an object of details, or at the top."""
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    if isinstance(details, dict):
+        return first_count(details, ("cached_tokens",))
+    # SGLang's own API, and Anthropic's.
+    return first_count(usage, ("cached_tokens", "cache_read_input_tokens"))
 
 
 def _meta_usage(body: bytes) -> Usage | None:

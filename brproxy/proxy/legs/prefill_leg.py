@@ -49,6 +49,8 @@ class PrefillLeg(Attempts):
         usage = self._group.dialect.read_reply(body)
         if usage is not None and usage.prompt_tokens is not None:
             self._lease.correct_prompt(usage.prompt_tokens)
+            if usage.cached_tokens is not None:
+                self._lease.correct_cached(usage.cached_tokens)
             facts = self._incoming.facts
             if facts.teaches:
                 # Who decodes reports the same, of a request that is known by then.

@@ -339,7 +339,34 @@ def test_replies_of_sglangs_own_api():
 
 def test_what_anthropics_cache_held_is_part_of_the_prompt():
     usage = b'{"usage":{"input_tokens":4,"cache_read_input_tokens":90,"output_tokens":2}}'
-    assert make_dialect("vllm").read_reply(usage) == Usage(94, 2)
+    assert make_dialect("vllm").read_reply(usage) == Usage(94, 2, 90)
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens_details": {"cached_tokens": 8}}, 8),
+        ({"prompt_tokens_details": {"cached_tokens": 0}}, 0),
+        ({"prompt_tokens_details": None}, None),
+        ({"prompt_tokens_details": {"audio_tokens": 8}}, None),
+        ({"prompt_tokens_details": {"cached_tokens": "8"}}, None),
+        ({"prompt_tokens_details": [8]}, None),
+        ({"prompt_tokens_details": {"cached_tokens": 1 << 40}}, TOKENS_MAX),
+        ({"input_tokens_details": {"cached_tokens": 8}}, 8),
+    ],
+)
+@pytest.mark.parametrize("names", [("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens")])
+def test_what_was_cached_of_a_prompt(names, usage, expected):
+    report = {"usage": dict(zip(names, (11, 3), strict=True)) | usage}
+    for event in (chunk(choices=[], **report), orjson.dumps({"type": "x", "response": report})):
+        assert make_dialect("vllm").read_event(event).usage == Usage(11, 3, expected)
+
+
+def test_sglangs_own_api_says_what_was_cached():
+    event = orjson.dumps(
+        {"text": "x", "meta_info": {"prompt_tokens": 5, "completion_tokens": 3, "cached_tokens": 4}}
+    )
+    assert make_dialect("sglang").read_event(event).usage == Usage(5, 3, 4)
 
 
 def test_an_event_that_names_why_it_ends_finishes():

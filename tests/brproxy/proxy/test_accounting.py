@@ -18,6 +18,7 @@ class FakeLease:
     def __init__(self):
         self.booked_tokens = 0
         self.prompts = []
+        self.cached = []
         self.first_tokens = 0
         self.growth = []
         self.entry = SimpleNamespace(request=SimpleNamespace(prompt_tokens=1))
@@ -27,6 +28,9 @@ class FakeLease:
 
     def correct_prompt(self, prompt_tokens):
         self.prompts.append(prompt_tokens)
+
+    def correct_cached(self, cached_tokens):
+        self.cached.append(cached_tokens)
 
     def first_token(self):
         self.first_tokens += 1
@@ -59,6 +63,15 @@ def test_a_report_of_the_prompt_alone_takes_no_output_back():
     account.look(b'data: {"type":"message_delta","usage":{"input_tokens":10}}\n\n')
     assert lease.prompts == [9, 10]
     assert lease.catch_up() == 1 + 3
+
+
+def test_a_report_says_what_was_cached_of_the_prompt():
+    account, lease, _ = stream_account()
+    account.look(b'data: {"choices":[],"usage":{"prompt_tokens":30,"completion_tokens":0}}\n\n')
+    assert lease.cached == []
+    usage = b'{"prompt_tokens":30,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":16}}'
+    account.look(b'data: {"choices":[],"usage":%b}\n\n' % usage)
+    assert lease.cached == [16]
 
 
 def test_a_report_replaces_what_was_counted_and_teaches_both():

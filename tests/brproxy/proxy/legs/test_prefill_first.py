@@ -181,3 +181,21 @@ async def test_metrics_tell_what_became_of_prefills(start_two, client, fixed):
         text = await response.text()
     assert 'brproxy_prefills_split_total{group="default"} 1.0' in text
     assert 'brproxy_requests_total{group="default/prefill",outcome="finished"} 1.0' in text
+
+
+async def test_what_the_worker_that_prefills_had_cached_is_noted(start_two, client, until, fixed):
+    usage = {"prompt_tokens": 40, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 32}}
+    gate = Gate(fixed(reply()))
+    gate.open.clear()
+    proxy, _, decode = await start_two(
+        gate, prefill=Gate(fixed(reply(kv_transfer_params=HANDLES, usage=usage)))
+    )
+    asking = asyncio.create_task(ask(client, proxy))
+    await until(lambda: decode.requests)
+    (group,) = [group for group in proxy.groups if group.prefills]
+    ledger = group.dispatcher.ledger
+    (entry,) = (ledger.entry(request_id) for request_id in ledger.row_ids().tolist())
+    assert (entry.uncached_tokens, ledger.prefill_tokens, ledger.kv_tokens) == (8, (0,), (40,))
+    gate.open.set()
+    assert (await asking)[0] == 200
+    await proxy.idle()
