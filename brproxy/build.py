@@ -49,6 +49,7 @@ from brproxy.roster import Roster
 from brproxy.routing.policy import AnyPolicy, make_policy
 from brproxy.sessions import SessionLimits
 from brproxy.state_file import load_state
+from brproxy.step_costs import StepCosts
 from brproxy.step_model import GivenCosts, StepModel
 from brproxy.telemetry.metrics import Metrics
 
@@ -135,14 +136,20 @@ def given_costs(config: Config) -> GivenCosts:
     """Return what the configuration says of a step's costs, in seconds."""
     costs = config.costs
 
-    def in_seconds(value: float | None, unit_s: float) -> float | None:
-        return None if value is None else value * unit_s
+    def in_seconds(value: float | None, unit_s: float) -> float:
+        return 0.0 if value is None else value * unit_s
 
-    return GivenCosts(
+    of_a_token = StepCosts(
         in_seconds(costs.step_base_ms, 1e-3),
         in_seconds(costs.step_ns_per_kv_token, 1e-9),
         in_seconds(costs.prefill_us_per_token, 1e-6),
         costs.prefill_tokens_max,
+    ).of_a_token(costs.tokens_per_step)
+    return GivenCosts(
+        None if costs.step_base_ms is None else of_a_token.base_s,
+        None if costs.step_ns_per_kv_token is None else of_a_token.s_per_kv_token,
+        None if costs.prefill_us_per_token is None else of_a_token.s_per_prefill_token,
+        of_a_token.prefill_tokens_max,
     )
 
 

@@ -35,3 +35,11 @@ class Costs(Section):
         description="Most prompt tokens that a worker prefills in one step (vLLM: --max-num-batched-tokens, "
         "SGLang: --chunked-prefill-size); left out: learnt (tokens).",
     )
+    tokens_per_step: float = Field(
+        default=1.0,
+        ge=1,
+        le=16,
+        strict=False,
+        description="Tokens that a request decodes in such a step on average, more than one with "
+        "multi-token prediction; what is learnt is of one token (tokens).",
+    )

@@ -6,8 +6,7 @@ between, also where chunks carry several tokens. A look is of an instant in whic
 request's last token says, and is read a little later, when all tokens of that step have come: so a window is
 of whole steps.
 
-A step here is one token of each request. Where speculation has an engine's step yield several, it is as much
-of it as yields one: outputs and horizons are in tokens, too.
+A step here is one token of each request, see step_costs.py: that is what growth counts.
 
 Prompts come to the windows in which they were prefilled by their first tokens. What several workers prefill
 in one step holds all up by the largest, so a window has the sum of that over its steps.

@@ -110,13 +110,14 @@ class ClusterSettings:
         """Return what a step costs, as a router may know it."""
         # Slowness is told relative to the group's mean.
         mean = sum(self.slowness) / len(self.slowness) if self.slowness else 1.0
-        return StepCosts(
+        costs = StepCosts(
             self.step_base_s,
             self.step_s_per_kv_token * mean,
             self.prefill_s_per_token * mean,
             self.prefill_tokens_max,
             tuple(slowness / mean for slowness in self.slowness) or None,
         )
+        return costs.of_a_token(self.tokens_per_step)
 
     def work(self, kv_tokens: IntArray, prefill_tokens: IntArray) -> IntArray | FloatArray:
         """Return what the workers' KV tokens weigh in a step, in KV tokens of a plain worker, float64[G].

@@ -325,7 +325,8 @@ class BalancePolicy(RoutingPolicy[B]):
     def lookahead_requests(self, costs: StepCosts | None) -> int:
         """See RoutingPolicy.lookahead_requests."""
         prefills = costs is not None and costs.s_per_prefill_token > 0
-        return self.params.prefill_window if prefills else self.params.window
+        goes_in_step = prefills and self.params.prefill_wait_s_max > 0
+        return self.params.prefill_window if goes_in_step else self.params.window
 
     @abstractmethod
     def fscore(self, view: ClusterView) -> FScore:

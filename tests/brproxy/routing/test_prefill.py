@@ -133,3 +133,18 @@ def test_lookahead_is_wider_where_prefill_costs_something():
     policy = make_policy("br-0", POLICIES.get("br-0").Params(window=7, prefill_window=70))
     free = COSTS._replace(s_per_prefill_token=0.0)
     assert [policy.lookahead_requests(costs) for costs in (None, free, COSTS)] == [7, 7, 70]
+    never = make_policy("br-0", POLICIES.get("br-0").Params(window=7, prefill_wait_s_max=0.0))
+    assert never.lookahead_requests(COSTS) == 7
+
+
+@settings(max_examples=50)
+@given(view=scarce(), tokens=st.sampled_from([1.0, 1.5, 2.0, 3.0]))
+def test_it_is_the_same_in_steps_of_an_engine_as_in_tokens(view, tokens):
+    """Of an engine whose steps yield several tokens each, slots turn over in so many fewer steps."""
+    in_tokens = PrefillTerms.of(replace(view, costs=view.costs.of_a_token(tokens)))
+    in_steps = PrefillTerms.of(replace(view, turnover_steps=view.turnover_steps / tokens))
+    assert (in_tokens is None) == (in_steps is None)
+    if in_tokens is not None:
+        assert in_tokens == pytest.approx(in_steps)
+    if tokens == 1.0:
+        assert view.costs.of_a_token(tokens) == view.costs
