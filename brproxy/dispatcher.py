@@ -189,7 +189,7 @@ class Dispatcher:
         state = self._state([], routable, now_s)
         if self._holds(state, now_s):
             return self.admitted
-        seen = list(islice(waiting.in_turn(), self._worth_seeing(state)))
+        seen = list(islice(waiting.in_turn(sum(state.slots_free)), self._worth_seeing(state)))
         if seen:
             self._growth.leave(state, seen, self.limits.kv_growth_share)
             self._route(seen[: self._worth_seeing(state)], state, now_s)

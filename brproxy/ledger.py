@@ -177,6 +177,12 @@ class Ledger:
         """Return the ids of the bound requests in the order of ``active`` and ``grow_rows``, int64[N]."""
         return self._table()[:, _ID].copy()
 
+    def streamed(self, entries: Sequence[Entry]) -> IntArray:
+        """Return how many tokens each sequence of bound requests has streamed, int64[N]."""
+        rows = self._table()[[entry.row for entry in entries]]
+        streamed: IntArray = rows[:, _OUTPUT_TOKENS] // np.maximum(rows[:, _SEQUENCES], 1)
+        return streamed
+
     def state(self, routable: Sequence[bool], *, late_binding: bool, now_s: float = 0.0) -> RoundState:
         """Return the workers as a decision round at ``now_s`` finds them (copies), by place.
 

@@ -27,6 +27,7 @@ from brproxy.types import (
 
 NO_WORKER = WorkerIndex(-1)
 NO_ROW = -1
+NO_PLACE = -1
 NOBODY: Final[frozenset[WorkerIndex]] = frozenset()
 
 
@@ -98,10 +99,11 @@ AFTER = TransitionTable("a request", TRANSITIONS, LifecycleError)
 class Entry:
     """What is kept of one request until it ends. Times are the caller's clock in seconds; None: not yet.
 
-    ``waiting_since_s`` is when it last began to wait: on arrival, or when a worker failed it. While it is
-    bound, ``output_tokens`` is kept by the ledger. ``home`` is the worker that
-    probably has ``cached_tokens`` of its prompt, as of its arrival; or its worker, once that has said so.
-    ``prefill_tokens``: what is booked of its prompt as yet to be prefilled, until its first token.
+    ``waiting_since_s`` is when it last began to wait: on arrival, or when a worker failed it. ``place`` is
+    its place among those that wait, the waiting room's. While it is bound, ``output_tokens`` is kept by the
+    ledger. ``home`` is the worker that probably has ``cached_tokens`` of its prompt, as of its arrival; or
+    its worker, once that has said so. ``prefill_tokens``: what is booked of its prompt as yet to be
+    prefilled, until its first token.
     """
 
     id: RequestId
@@ -115,6 +117,7 @@ class Entry:
     output_tokens: int = 0
     sequences: int = 1
     passed_over: int = 0
+    place: int = NO_PLACE
     bound_s: float | None = None
     first_token_s: float | None = None
     avoid: frozenset[WorkerIndex] = NOBODY

@@ -49,6 +49,7 @@ class PendingRequest:
     ``prompt_is_exact``: ``prompt_tokens`` was counted, not guessed; only a count may be refused as too long.
     ``session_keys`` are what its session may be remembered under, the best first: it will be under that one.
     ``goes_on``: what its session had so far is in front of its prompt, and not in ``prompt_tokens``.
+    ``batch``: the closed batch that it is of, "" if of none.
     ``count_number``: by which its prompt's exact size will be told; 0: it is not counted, or known by now.
     """
 
@@ -65,3 +66,4 @@ class PendingRequest:
     session_keys: tuple[int, ...] = ()
     goes_on: bool = False
     count_number: int = 0
+    batch: str = ""

@@ -1,7 +1,9 @@
 """Who waits for a worker, in which order, and who has waited too long. Pure.
 
-The order is a *discipline*'s; without one it is first come, first served. Two kinds of requests are outside
-of it and go first, in the order in which they came: those that a worker failed, and those that take no slot.
+Each request that comes has a *place*, behind all others. A discipline may have requests change places;
+without one it is first come, first served. How often a place has been passed over stays with it, so that
+whoever gets it has what was due to the one before. Two kinds of requests have no place and go first, in the
+order in which they came: those that a worker failed, and those that take no slot.
 How long each has waited has nothing to do with the order: expiry goes by age alone.
 """
 
@@ -11,10 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 
 from brproxy.lifecycle import Entry
+from brproxy.routing.view import SLOTS_UNLIMITED
 from brproxy.types import BrproxyError, InvalidInputError, RequestId, WorkerIndex
 
-Discipline = Callable[[Iterable[Entry]], Iterable[Entry]]
-"""Puts requests, the oldest first, into the order of their turn; a round may still let one overtake."""
+Discipline = Callable[[Iterable[Entry], int], Iterable[Entry | None]]
+"""Returns who gets each place: the same requests in the order of their turn, given those who have them now.
+
+None: a round that has so many slots free (the second argument) need not see this place. Of those that it sees
+it may let one overtake, and it may look at the first few only.
+"""
 
 
 class PoolFullError(BrproxyError):
@@ -34,6 +41,9 @@ class WaitingRoom:
     def __init__(self, discipline: Discipline | None = None) -> None:
         self._discipline = discipline
         self._first: dict[RequestId, Entry] = {}
+        # Who has each place; a place goes with the request that leaves it, the others stay where they are.
+        self._places: dict[int, Entry] = {}
+        self._next_place = 0
         # In the order in which they began to wait: new ones come last, whoever they are.
         self._by_age: dict[RequestId, Entry] = {}
         # Not asked for by a call: every arrival looks at it several times.
@@ -46,7 +56,12 @@ class WaitingRoom:
 
     def __repr__(self) -> str:
         """Show the state in one line, for tests and logs."""
-        return f"<WaitingRoom first={list(self._first)} in_turn={[entry.id for entry in self.in_turn()]}>"
+        # As it was seen last: to look gives nobody another place.
+        return f"<WaitingRoom first={list(self._first)} in_turn={[e.id for e in self._places.values()]}>"
+
+    def order_by(self, discipline: Discipline) -> None:
+        """Have ``discipline`` say who gets which place from now on."""
+        self._discipline = discipline
 
     @property
     def since_s(self) -> float | None:
@@ -65,6 +80,10 @@ class WaitingRoom:
         self.count += 1
         if entry.avoid or not entry.sequences:
             self._first[entry.id] = entry
+        else:
+            entry.place = self._next_place
+            self._places[entry.place] = entry
+            self._next_place += 1
         if entry.sequences > 1:
             self.plural += 1
 
@@ -72,8 +91,8 @@ class WaitingRoom:
         """Let a request go; raises KeyError for one that does not wait."""
         del self._by_age[entry.id]
         self.count -= 1
-        if self._first:
-            self._first.pop(entry.id, None)
+        if not self._first or self._first.pop(entry.id, None) is None:
+            del self._places[entry.place]
         if entry.sequences > 1:
             self.plural -= 1
 
@@ -87,12 +106,28 @@ class WaitingRoom:
         """Return those that go first, in the order in which they came."""
         return tuple(self._first.values())
 
-    def in_turn(self) -> Iterator[Entry]:
-        """Iterate over the others in the order of their turn."""
-        others: Iterable[Entry] = self._by_age.values()
-        if self._first:
-            others = (entry for entry in others if entry.id not in self._first)
-        return iter(others if self._discipline is None else self._discipline(others))
+    def in_turn(self, slots_free: int = SLOTS_UNLIMITED) -> Iterator[Entry]:
+        """Iterate over the others in the order of their turn, as far as a round with so many slots sees them.
+
+        Nobody may come or leave meanwhile.
+        """
+        others = self._places.values()
+        if self._discipline is None:
+            return iter(others)
+        return self._given_places(self._discipline(others, slots_free))
+
+    def _given_places(self, in_turn: Iterable[Entry | None]) -> Iterator[Entry]:
+        """Yield those of ``in_turn``, each once it has the place that is its turn's."""
+        places = self._places
+        for place, chosen in zip(places, in_turn, strict=False):
+            if chosen is None:
+                continue
+            before = places[place]
+            if before is not chosen:
+                places[place], places[chosen.place] = chosen, before
+                chosen.place, before.place = place, chosen.place
+                chosen.passed_over, before.passed_over = before.passed_over, chosen.passed_over
+            yield chosen
 
     def forgive(self, worker: WorkerIndex) -> None:
         """Let those that ``worker`` failed go there again: it has come back, or is another one by now."""

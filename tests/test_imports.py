@@ -18,7 +18,7 @@ CORE = (
     BASE
     | STATES
     | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "sessions", "dispatcher"}
-    | {"growth", "turnover", "rounds", "fleet", "regression", "estimate", "prompt_counts"}
+    | {"batches", "growth", "turnover", "rounds", "fleet", "regression", "estimate", "prompt_counts"}
     | STEPS
 )
 ALLOWED = {
@@ -28,7 +28,7 @@ ALLOWED = {
     "transitions": {"types"},
     "lifecycle": {"types", "transitions"},
     "roster": {"types", "transitions", "health"},
-    "waiting": {"types", "lifecycle"},
+    "waiting": {"types", "lifecycle", "routing"},
     "regression": {"types"},
     "estimate": {"types", "regression"},
     "health": set(),
@@ -61,6 +61,7 @@ ALLOWED = {
     | STATES
     | {"ledger", "happenings", "learning", "foresight", "growth", "sessions", "routing", "prediction"}
     | {"step_costs"},
+    "batches": {"types", "dispatcher", "happenings", "ledger", "lifecycle", "prediction", "roster"},
     "fleet": BASE | {"dispatcher", "roster", "step_costs", "step_model"},
     "prompt_counts": {"types", "dispatcher", "happenings", "lifecycle"},
     "tokenizer_file": {"types"},
@@ -69,11 +70,12 @@ ALLOWED = {
     "state_file": {"prediction"},
     "config_sections": {"validation"},
     "config_affinity": {"validation", "config_sections"},
+    "config_batches": {"validation", "config_sections", "relay"},
     "config_costs": {"validation"},
     "config_workers": {"validation", "origins", "engines", "ranks", "relay"} | BASE,
     "config_asking": {"validation", "config_sections"},
-    "config": {"config_sections", "config_affinity", "config_costs", "config_asking", "config_workers"}
-    | {"validation", "routing", "prediction"}
+    "config": {"config_sections", "config_affinity", "config_batches", "config_costs", "config_asking"}
+    | {"config_workers", "validation", "routing", "prediction"}
     | BASE,
     "config_reference": {"config", "config_workers", "validation"},
     "journey": {"types", "transitions"},
@@ -141,6 +143,7 @@ PURE = (
     "roster",
     "slow_start",
     "waiting",
+    "batches",
     "happenings",
     "learning",
     "growth",

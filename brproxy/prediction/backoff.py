@@ -22,7 +22,13 @@ import numpy as np
 from pydantic import Field
 
 from brproxy.prediction.curve_table import CurveTable
-from brproxy.prediction.predictor import ActiveRequests, BoolArray, FloatArray, IntArray
+from brproxy.prediction.predictor import (
+    ActiveRequests,
+    BoolArray,
+    Expectation,
+    FloatArray,
+    IntArray,
+)
 from brproxy.prediction.predictors.survival import SurvivalParams, SurvivalPredictor
 from brproxy.types import PendingRequest
 
@@ -116,6 +122,16 @@ class BackoffPredictor(SurvivalPredictor):
         for level, (table, key) in enumerate(zip(self._tables, self.keys(request), strict=True)):
             curve |= table.find(key) << (_SLOT_BITS * level)
         return curve
+
+    def _expectation(self, curve: int) -> Expectation:
+        """See Predictor. Only the narrowest key tells requests of the same batch apart."""
+        samples = float(self._tables[0].samples[curve & ((1 << _SLOT_BITS) - 1)])
+        if not samples:
+            return super()._expectation(curve)
+        points, nothing = self._grid.points, np.zeros(1, dtype=np.int64)
+        one = ActiveRequests(nothing, nothing, nothing, np.array([curve]), nothing, nothing.astype(bool))
+        alive = self.survival_at(one, points)[0]
+        return Expectation(float(alive[:-1] @ np.diff(points)), samples)
 
     def _told_by_age(self, active: ActiveRequests, horizon_steps: int) -> BoolArray:
         told: BoolArray = super()._told_by_age(active, horizon_steps) & (active.curve == 0)

@@ -49,6 +49,22 @@ class Prospect(NamedTuple):
     certain: bool = False
 
 
+class Expectation(NamedTuple):
+    """How long a request's output is expected to get, ``tokens``.
+
+    ``outputs``: how many outputs of such requests it is known from; 0: of none, but of all traffic.
+    """
+
+    tokens: float = 0.0
+    outputs: float = 0.0
+
+
+NOTHING_KNOWN = Expectation()
+
+CERTAIN_OUTPUTS = 1e9
+"""``outputs`` of an expectation that is exact."""
+
+
 @dataclass(frozen=True, slots=True)
 class ActiveRequests:
     """The N requests bound to the workers of one group, as parallel arrays [N] in no particular order.
@@ -127,6 +143,14 @@ class Predictor(ABC, Generic[P]):
             return Prospect(self._curve(request))
         return Prospect(self._curve(request), request.output_tokens_max, certain=request.runs_to_max)
 
+    def expectation(self, request: PendingRequest) -> Expectation:
+        """Return how long the output of a request that has not begun is expected to get."""
+        prospect = self.prospect(request)
+        if prospect.certain:
+            return Expectation(prospect.length_max, CERTAIN_OUTPUTS)
+        expectation = self._expectation(prospect.curve)
+        return expectation._replace(tokens=min(expectation.tokens, prospect.length_max))
+
     def forecast(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
         """Return float64[G, H+1]: the expected load of each worker 0, 1, …, H decode steps ahead.
 
@@ -171,6 +195,10 @@ class Predictor(ABC, Generic[P]):
     def _curve(self, request: PendingRequest) -> int:
         """Return the number of the curve that describes ``request``."""
         return 0
+
+    def _expectation(self, curve: int) -> Expectation:
+        """Return what is expected of outputs that ``curve`` describes."""
+        return Expectation(self.mean_output_tokens)
 
     def _project(self, active: ActiveRequests, workers: int, horizon_steps: int) -> FloatArray:
         """Project requests of uncertain length; one by one, unless a predictor knows better."""

@@ -49,13 +49,37 @@ def test_it_agrees_with_a_list(steps):
 
 
 def test_a_discipline_orders_turns_and_nothing_else():
-    room = WaitingRoom(lambda entries: sorted(entries, key=lambda e: -e.id))
+    room = WaitingRoom(lambda entries, _: sorted(entries, key=lambda e: -e.id))
     for number in range(4):
         room.enter(entry(number, float(number), avoid=[1] if number == 2 else []))
     assert ids(room.in_turn()) == [3, 1, 0]
     assert ids(room.first()) == [2]
     assert ids(room.late(10.0, 8.5)) == [0, 1]
     assert repr(room) == "<WaitingRoom first=[2] in_turn=[3, 1, 0]>"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.permutations(range(6)), st.integers(0, 7), st.sets(st.integers(0, 5)))
+def test_who_changes_places_leaves_what_is_due_to_them(order, seen, hidden):
+    """Whatever a discipline says, a round gets it, and places keep what they have been passed over by."""
+    room = WaitingRoom()
+    entries = [entry(number) for number in range(6)]
+    for each in entries:
+        room.enter(each)
+        each.passed_over = 10 * each.id
+    by_place = [None if place in hidden else entries[number] for place, number in enumerate(order)]
+    room.order_by(lambda _, slots_free: by_place[:slots_free])
+    shown = [(place, e) for place, e in enumerate(by_place[:seen]) if e is not None]
+    got = list(room.in_turn(seen))
+    assert got == [e for _, e in shown]
+    assert [e.passed_over for e in got] == [10 * place for place, _ in shown]
+    assert sorted(e.passed_over for e in entries) == [0, 10, 20, 30, 40, 50]
+    for each in got:
+        room.leave(each)
+    room.order_by(lambda others, _: others)
+    left = list(room.in_turn())
+    assert {e.id for e in left} == set(range(6)) - {e.id for e in got}
+    assert [e.passed_over for e in left] == sorted(e.passed_over for e in left)
 
 
 def test_a_look_for_who_is_late_does_not_go_through_all():
