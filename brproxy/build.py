@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from brproxy.batches import BatchLimits, take_batches
 from brproxy.clock import Clock, MonotonicClock
 from brproxy.config import Config
 from brproxy.config_workers import Worker
@@ -34,6 +35,7 @@ from brproxy.proxy.kept_events import Aborts
 from brproxy.proxy.legs.handover import Handover, HandoverLimits
 from brproxy.proxy.legs.metaserver import Metaserver, ReadPost
 from brproxy.proxy.service import (
+    BatchReading,
     BodyLimits,
     GroupService,
     RelayLimits,
@@ -129,6 +131,8 @@ def build_group(config: Config, name: str, workers: Sequence[Worker], seed: np.r
         steps.costs,
     )
     dispatcher.happenings.tell(steps.windows)
+    if config.batches.header and not prefills:
+        take_batches(dispatcher, batch_limits(config))
     return Group(name, workers[0].models, dispatcher, prefills, workers[0].group, steps=steps)
 
 
@@ -207,6 +211,7 @@ def build_service(config: Config, clock: Clock | None = None, builder: GroupBuil
         hops=Hops(config.forwarding.x_forwarded, via=config.forwarding.via),
         aborts=Aborts(),
         ask_usage=config.estimate.ask_usage,
+        batches=BatchReading(config.batches.header, config.batches.id_bytes_max),
         sessions=SessionReading(config.affinity.enabled, config.affinity.by_messages),
         hash_prompts=any(group.dispatcher.predictor.USES_KEYS for group in fleet.groups),
         health_checks=config.health.enabled,
@@ -323,6 +328,12 @@ def session_limits(config: Config) -> SessionLimits | None:
     if not affinity.enabled:
         return None
     return SessionLimits(affinity.sessions_max, affinity.kept_s, affinity.block_tokens, affinity.discount)
+
+
+def batch_limits(config: Config) -> BatchLimits:
+    """Return how much is known of closed batches."""
+    own = config.batches
+    return BatchLimits(own.batches_max, own.prompts_max, own.kept_s)
 
 
 def reach_of(worker: Worker) -> Reach:

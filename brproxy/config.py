@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, create_model, field_validator
 
 from brproxy.config_affinity import Affinity
 from brproxy.config_asking import Discovery, FaultTolerance, HealthChecks, Prompts, TelemetryPolls
+from brproxy.config_batches import Batches
 from brproxy.config_costs import Costs
 from brproxy.config_sections import (
     Admin,
@@ -105,6 +106,7 @@ class Config(Section):
     estimate: Estimate = Field(default_factory=Estimate)
     prompts: Prompts = Field(default_factory=Prompts)
     affinity: Affinity = Field(default_factory=Affinity)
+    batches: Batches = Field(default_factory=Batches)
     log: Log = Field(default_factory=Log)
 
     @field_validator("worker", mode="after")

@@ -94,7 +94,7 @@ class Handlers:
         try:
             sink.request_id = incoming.request_id
             group = service.choose(incoming.facts.model or _model_in_path(incoming.path))
-            pending = self._pending(incoming.facts)
+            pending = self._pending(incoming.facts, incoming.batch)
             counting, counted = service.counting, None
             if counting is not None:
                 counted = counting.begin(group, incoming, pending, credentials_of(request.raw_headers))
@@ -126,7 +126,7 @@ class Handlers:
         reason = f"{self._requests} requests are in the proxy already"
         return errors.pool_full(reason, self._service.limits.retry_after_s)
 
-    def _pending(self, facts: RequestFacts) -> PendingRequest:
+    def _pending(self, facts: RequestFacts, batch: str) -> PendingRequest:
         """Return the request as the decision core sees it."""
         prompt_tokens = facts.prompt_tokens
         if prompt_tokens is None:
@@ -143,6 +143,7 @@ class Handlers:
             sequences=facts.sequences,
             session_keys=facts.session.keys,
             goes_on=facts.session.goes_on,
+            batch=batch,
         )
 
     def _failure(self, error: BrproxyError) -> ProxyError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import secrets
 from dataclasses import dataclass, field
 
@@ -19,13 +20,16 @@ from brproxy.relay.hops import Hop
 from brproxy.relay.request import UPGRADE, origin_form, path_of
 from brproxy.types import InvalidInputError
 
+_BATCH_ID = re.compile(rb"[\x21-\x7e]+")
+
 
 @dataclass(slots=True)
 class Incoming:
     """One request on its way in.
 
     ``lines`` are the header fields that a worker gets, but for its own name, Accept-Encoding and what frames
-    the body. ``runs`` is what all that is sent of it to workers has in common.
+    the body. ``batch``: the one that it says to be of, "" for none. ``runs`` is what all that is sent of it
+    to workers has in common.
     """
 
     target: str
@@ -36,6 +40,7 @@ class Incoming:
     upload: Upload
     facts: RequestFacts
     is_form: bool = False
+    batch: str = ""
     runs: Runs = field(default_factory=Runs)
 
 
@@ -47,7 +52,9 @@ class Reader:
         self._dialect = dialect
         self._ids = RequestIds()
         self._hops = service.hops
-        self._dropped = not_to_workers(service.hops.names)
+        self._batch_field = service.batches.header.lower().encode()
+        own = {self._batch_field} if self._batch_field else frozenset()
+        self._dropped = not_to_workers(service.hops.names | own)
 
     async def read(self, request: web.BaseRequest, client: Client, upload: Upload) -> Incoming:
         """Read a request; raises ProxyError or InvalidInputError for what can be no request here."""
@@ -55,6 +62,7 @@ class Reader:
         path = request.path if target is client.target else path_of(target)
         fields = request_fields(request.raw_headers, self._dropped)
         media_type = fields.media_type
+        batch = self._batch(fields) if self._batch_field in fields.known else ""
         if not upload.take_whole():
             await upload.read(media_type, names_group=len(self._service.groups) > 1)
         facts = self._dialect.read_request(
@@ -62,7 +70,7 @@ class Reader:
             client.method,
             media_type,
             upload.beginning or b"",
-            hashes=self._service.hash_prompts,
+            hashes=self._service.hash_prompts or bool(batch),
             session=self._asked(fields) if self._service.sessions.are_read else None,
         )
         if facts.malformed and len(self._service.groups) > 1:
@@ -78,11 +86,22 @@ class Reader:
             upload,
             facts,
             media_type == "multipart/form-data",
+            batch,
         )
 
     def _asked(self, fields: Fields) -> SessionAsk:
         name = fields.known.get(SESSION_ID, b"").decode("latin-1")
         return SessionAsk(name, self._service.sessions.by_messages)
+
+    def _batch(self, fields: Fields) -> str:
+        name, reading = fields.known[self._batch_field], self._service.batches
+        if len(name) > reading.id_bytes_max or not _BATCH_ID.fullmatch(name):
+            msg = (
+                f"{reading.header} must name a batch by 1 to {reading.id_bytes_max} visible ASCII "
+                f"characters, got {len(name)} bytes"
+            )
+            raise InvalidInputError(msg)
+        return name.decode("ascii")
 
 
 class RequestIds:

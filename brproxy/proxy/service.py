@@ -187,6 +187,14 @@ class SessionReading:
     by_messages: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class BatchReading:
+    """Which header field names a request's batch, "" if none does, and how long a name may be (bytes)."""
+
+    header: str = ""
+    id_bytes_max: int = 128
+
+
 @dataclass(slots=True)
 class Service:
     """Everything behind the handlers; ``groups`` are by name.
@@ -218,6 +226,7 @@ class Service:
     ask_usage: bool
     hash_prompts: bool
     sessions: SessionReading
+    batches: BatchReading
     health_checks: bool
 
     def choose(self, model: str) -> GroupService:

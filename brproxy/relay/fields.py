@@ -90,6 +90,14 @@ def not_to_workers(more: frozenset[bytes] = frozenset()) -> frozenset[bytes]:
     return NOT_TO_WORKERS | more
 
 
+def is_read_or_dropped(name: bytes) -> bool:
+    """Tell whether a field of requests (in lower case) means something to the proxy, or is of the connection.
+
+    Also those about the client and the content, which workers need as they are.
+    """
+    return name in NOT_TO_WORKERS | NOT_IN_TRAILERS | _LOOKED_AT | _OF_HOPS
+
+
 def request_fields(
     fields: Sequence[tuple[bytes, bytes]], dropped: frozenset[bytes] = NOT_TO_WORKERS
 ) -> Fields:

@@ -20,6 +20,7 @@ Promises, with the check that holds each. Behind every event of the loop:
 * ``books``: columns are of equal length, what is booked on the rows of a worker is its load, in tokens and
   in requests (GroupChecks._check_books).
 * ``ends-once``: every request that came in is in the ledger or has ended, once (GroupChecks.check).
+* ``places``: who waits has a place or goes first, each once, of whatever batch (GroupChecks._check_ends).
 * ``round-due``: while anybody waits, a decision round is due (GroupChecks.check).
 * ``limits``: nobody is over a limit: requests at once, requests that wait, slots, idle connections, bodies
   (GroupChecks.check, _check_books, _check_pool; Checks.check).
@@ -33,6 +34,7 @@ By clients and workers, whenever something has come:
 * ``same-request``: a worker gets a client's body as it was sent (Worker._compare).
 * ``own-rank``: a worker with several ranks is told which one, by the proxy and never by a client, and no
   other is told one (Worker._see_rank).
+* ``own-batch``: no worker is told which batch a request is of (Worker._serve_one).
 * ``own-answer``: nobody gets another's answer, nor another status than the worker's (Client._attempt).
 * ``same-bytes``: what a client gets is what one worker sent for one attempt, or a beginning of it and then an
   error event at most: no byte twice, none out of order (Client._judge_prefix).

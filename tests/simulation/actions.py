@@ -49,7 +49,8 @@ class Ask:
     """One request. The k-th attempt at it gets ``answers[k]``, any further one the last.
 
     ``kind``: "chat", "completion", "embedding", "upload", "upgrade", "page" (the proxy's own), "bad" (no
-    HTTP). ``prompt`` is its length: characters, or tokens where ``token_ids``.
+    HTTP). ``prompt`` is its length: characters, or tokens where ``token_ids``. ``batch``: the closed
+    batch that it says to be of.
 
     Where prefill and decode are apart ``answers`` are those of workers that decode, ``prefills`` the others'.
     ``own_handles``: its client says itself where its KV is. ``unsplit``: the member that makes it a request
@@ -70,6 +71,7 @@ class Ask:
     http10: bool = False
     closes: bool = False
     chunked: bool = False
+    batch: str = ""
     answers: tuple[Answer, ...] = (Answer(),)
     prefills: tuple[Answer, ...] = (Answer(),)
     own_handles: bool = False

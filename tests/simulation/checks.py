@@ -117,6 +117,10 @@ class GroupChecks(Observer):
         here = len(ledger._entries) + len(self._dispatcher.waiting)
         if self._arrived != len(self._ended) + here:
             raise Violation("ends-once", f"{self._arrived} came, {len(self._ended)} ended, {here} are here")
+        waiting = self._dispatcher.waiting
+        placed = [entry.place for entry in waiting._places.values()]
+        if placed != sorted(waiting._places) or len(placed) + len(waiting._first) != len(waiting):
+            raise Violation("places", f"{len(waiting)} wait: {waiting!r} in {placed}")
         if self._waited_most > self._dispatcher.limits.requests_max:
             raise Violation("limits", f"{self._waited_most} wait")
 

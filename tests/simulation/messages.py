@@ -14,6 +14,9 @@ NAME = b"x-sim"
 RANK = b"x-data-parallel-rank"
 """The field that says which of several workers behind one port it is: no client's business."""
 
+BATCH = b"x-batch-id"
+"""The field that says which closed batch a request is of: the proxy's business, and no worker's."""
+
 PATHS = {
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
@@ -91,11 +94,7 @@ def request(ask: Ask) -> bytes:
         return BAD[ask.id % len(BAD)]
     body = request_body(ask)
     lines = [f"{ask.method} {path(ask)} HTTP/{'1.0' if ask.http10 else '1.1'}", "Host: proxy"]
-    lines.append(f"{NAME.decode()}: {ask.id}")
-    if ask.request_id:
-        lines.append(f"X-Request-Id: {ask.request_id}")
-    if ask.id % 3 == 0:
-        lines.append("X-Data-Parallel-Rank: 0")
+    lines += _named(ask)
     if ask.kind == "upgrade":
         lines += ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
     elif ask.closes:
@@ -114,6 +113,18 @@ def request(ask: Ask) -> bytes:
     elif ask.method == "POST":
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def _named(ask: Ask) -> list[str]:
+    """Return the fields that say which request it is, and of what."""
+    lines = [f"{NAME.decode()}: {ask.id}"]
+    if ask.request_id:
+        lines.append(f"X-Request-Id: {ask.request_id}")
+    if ask.batch:
+        lines.append(f"{BATCH.decode()}: {ask.batch}")
+    if ask.id % 3 == 0:
+        lines.append("X-Data-Parallel-Rank: 0")
+    return lines
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ class Draw:
         # By a generator of its own: whether groups come and go changes nothing about all else.
         self._of_groups = random.Random(f"groups {name or seed}")
         self._faults |= {each for each in sorted(GROUP_FAULTS & allowed) if self._of_groups.random() < share}
+        # By a generator of its own: whether requests are of a batch changes nothing about all else.
+        self._of_batches = random.Random(f"batches {name or seed}")
+        self._batches = self._of_batches.choice((("",), ("", "", "r1", "r2"), ("r1",)))
         self._ids = 0
 
     def scenario(self) -> Scenario:
@@ -225,6 +228,7 @@ class Draw:
             http10=http10 and kind != "upgrade",
             closes=closes,
             chunked=kind == "upload" and rng.random() < 0.5 and not http10,
+            batch=self._of_batches.choice(self._batches),
             answers=tuple(self._answer() for _ in range(rng.choice((1, 2, 3)))),
         )
 

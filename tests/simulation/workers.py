@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tests.simulation.actions import KEEP, Answer, Ask
 from tests.simulation.kv import Kept
 from tests.simulation.loop import VirtualLoop
-from tests.simulation.messages import NAME, RANK, Response, chunk, request_body, respond
+from tests.simulation.messages import BATCH, NAME, RANK, Response, chunk, request_body, respond
 from tests.simulation.pages import Pages
 from tests.simulation.wire import Wire
 
@@ -222,6 +222,8 @@ class Worker:
         if NAME not in known:
             return await self._serve_proxy(wire, line, known)
         self._see_rank(lines)
+        if BATCH in known:
+            self._wrong("own-batch", f"{self.host} is told of the batch {known[BATCH]!r}")
         record = self._records[int(known[NAME])]
         number = record.came
         record.came += 1
