@@ -58,8 +58,9 @@ def with_aborts(workload: Workload, fraction: float, rng: np.random.Generator) -
 
 
 def at_once(workload: Workload) -> Workload:
-    """Return the workload as a closed batch: all of it arrives at 0."""
-    return replace(workload, requests=tuple(replace(r, arrival_s=0.0) for r in workload.requests))
+    """Return the workload as a closed batch: all of it arrives at 0, and says that it belongs together."""
+    requests = tuple(replace(r, arrival_s=0.0, batch=workload.name) for r in workload.requests)
+    return replace(workload, requests=requests)
 
 
 def faster(workload: Workload, speed: float) -> Workload:

@@ -11,11 +11,13 @@ instant, between two steps. Nothing here decides anything.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from brproxy.batches import BatchLimits, take_batches
 from brproxy.dispatcher import Dispatcher, PoolLimits
 from brproxy.ledger import BoolArray, Ledger
 from brproxy.lifecycle import Entry, Event
@@ -41,6 +43,7 @@ class SimulatedPolicy:
     """A policy and a predictor by name, with their parameters; None: the defaults.
 
     ``learns_costs``: it knows what a step costs by what a proxy would have learnt by then, not by the truth.
+    ``takes_batches``: requests of a closed batch go longest first, not as they came.
     """
 
     policy: str
@@ -48,6 +51,7 @@ class SimulatedPolicy:
     policy_params: PolicyParams | None = None
     predictor_params: PredictorParams | None = None
     learns_costs: bool = False
+    takes_batches: bool = True
 
 
 class Loads(NamedTuple):
@@ -68,7 +72,8 @@ class Simulation:
     ``makespan_s``: first arrival to the last answer, None where the run ended before.
     ``steady_s``: from 25 % to 95 % of the arrivals, what ``barrier`` is over. Of a closed batch, whose
     requests all arrive at once, that is the whole run. ``steady``: the requests of that part. ``loads``: of
-    every step, if kept. ``steps``: what was learnt of them, None where the truth was known.
+    every step, if kept. ``steps``: what was learnt of them, None where the truth was known. ``learnt``: what
+    its predictor keeps.
     """
 
     barrier: BarrierStats
@@ -85,6 +90,7 @@ class Simulation:
     quality: PredictionQuality
     steps: StepModel | None
     loads: Loads
+    learnt: Mapping[str, Any]
 
 
 def simulate(
@@ -95,9 +101,16 @@ def simulate(
     *,
     drain: bool = True,
     keep_loads: bool = False,
+    learnt: Mapping[str, Any] | None = None,
 ) -> Simulation:
-    """Run ``workload`` to its end, or without ``drain`` to the end of its steady part."""
-    return _Run(workload, settings, choice, seed, keep_loads=keep_loads).run(drain=drain)
+    """Run ``workload`` to its end, or without ``drain`` to the end of its steady part.
+
+    ``learnt``: what the predictor had learnt before, as from its file (None: nothing).
+    """
+    run = _Run(workload, settings, choice, seed, keep_loads=keep_loads)
+    if learnt is not None:
+        run.predictor.restore(dict(learnt))
+    return run.run(drain=drain)
 
 
 class _Run:
@@ -113,17 +126,21 @@ class _Run:
         costs = settings.costs
         limits = [WorkerLimits(slots, settings.kv_capacity_tokens) for slots in settings.worker_slots]
         ledger = Ledger(Roster.of(limits))
+        self.predictor = make_predictor(choice.predictor, choice.predictor_params)
         self._model = StepModel(ledger) if choice.learns_costs else None
         self._dispatcher = Dispatcher(
             ledger,
             make_policy(choice.policy, choice.policy_params),
-            make_predictor(choice.predictor, choice.predictor_params),
+            self.predictor,
             np.random.default_rng(seed),
             _POOL,
             costs=self._model.costs if self._model else lambda: costs,
         )
         if self._model:
             self._dispatcher.happenings.tell(self._model.windows)
+        # Who binds on arrival puts nobody into an order.
+        if choice.takes_batches and self._dispatcher.policy.params.late_binding:
+            take_batches(self._dispatcher, BatchLimits())
         self._requests = workload.requests
         # Its own generator: what a policy draws must not change what the deployment does.
         self._cluster = Cluster(settings, np.random.default_rng((seed, 1)))
@@ -280,6 +297,7 @@ class _Run:
             else float(self._last_s.max() - self._arrival_s[0]),
             quality=self._dispatcher.quality.report(),
             steps=self._model,
+            learnt=self.predictor.state(),
             loads=Loads(*(np.array([row[i] for row in self._loads]) for i in range(len(Loads._fields)))),
         )
 
@@ -291,6 +309,7 @@ def pending_request(request: TraceRequest) -> PendingRequest:
         prompt_hash=request.prompt_key,
         prefix_hash=request.prefix_key,
         user=request.user,
+        batch=request.batch,
         output_tokens_true=request.output_tokens,
         prompt_is_exact=True,
     )

@@ -13,8 +13,9 @@ class TraceRequest:
 
     ``arrival_s`` counts from the workload's start. Requests with the same ``prompt_key`` send the same
     prompt text; None means a text of its own. Prompts with the same ``prefix_key`` begin alike. Its client
-    leaves once ``aborted_after_tokens`` of the output are decoded; None: it stays. ``user``: who asks, "" if
-    nobody knows. Raises InvalidInputError on counts that no engine could serve.
+    leaves once ``aborted_after_tokens`` of the output are decoded; None: it stays. ``user``: who asks, ""
+    if nobody knows. ``batch``: the closed batch that it says to be of, "" for none. Raises
+    InvalidInputError on counts that no engine could serve.
     """
 
     arrival_s: float
@@ -24,6 +25,7 @@ class TraceRequest:
     prefix_key: int | None = None
     aborted_after_tokens: int | None = None
     user: str = ""
+    batch: str = ""
 
     def __post_init__(self) -> None:
         """Check ranges here, so that every trace format reports them alike."""

@@ -1,8 +1,8 @@
-"""A policy as written in commands and scenarios: ``NAME[:key=value,…][+late|+early][+learnt][@PREDICTOR]``.
+"""A policy as written in commands and scenarios: ``NAME[:key=value,…][+…][@PREDICTOR]``.
 
-``br-0:beta_per_worker=1`` sets a parameter, ``join-shortest-queue+late`` binds late, ``br-0+learnt`` knows
-what a step costs only as a proxy learns it, ``br-h@oracle`` names the predictor. The text is also what tables
-call it.
+``br-0:beta_per_worker=1`` sets a parameter, ``br-h@oracle`` names the predictor. Between them, in this order:
+``+late`` or ``+early`` has it bind so, ``+learnt`` has it know what a step costs only as a proxy learns it,
+``+fifo`` has closed batches wait like all others. The text is also what tables call it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from brproxy.types import InvalidInputError
 from brproxy.validation import validate
 from loadgen.simulator import SimulatedPolicy
 
-_LEARNT = "+learnt"
+_FIFO, _LEARNT = "+fifo", "+learnt"
 _BINDING = {"+late": True, "+early": False}
 
 
 def parse_policy(text: str, predictor: str = "survival") -> SimulatedPolicy:
     """Return what ``text`` describes; ``predictor`` is for those that name none. Raises InvalidInputError."""
     rest, at, named_predictor = text.partition("@")
+    takes_batches = not rest.endswith(_FIFO)
+    rest = rest.removesuffix(_FIFO)
     learns_costs = rest.endswith(_LEARNT)
     rest = rest.removesuffix(_LEARNT)
     params: dict[str, Any] = {}
@@ -38,7 +40,9 @@ def parse_policy(text: str, predictor: str = "survival") -> SimulatedPolicy:
     chosen_predictor = named_predictor if at else predictor
     PREDICTORS.get(chosen_predictor)
     checked: PolicyParams = validate(policy.Params, params, f"policy {text!r}")
-    return SimulatedPolicy(name, chosen_predictor, checked, learns_costs=learns_costs)
+    return SimulatedPolicy(
+        name, chosen_predictor, checked, learns_costs=learns_costs, takes_batches=takes_batches
+    )
 
 
 def parse_policies(text: str, predictor: str = "survival") -> dict[str, SimulatedPolicy]:

@@ -13,7 +13,7 @@ from loadgen.capacity import Capacity, perfect_capacity
 from loadgen.cluster_settings import ClusterSettings
 from loadgen.emulator.settings import Transfer
 from loadgen.traces.servegen import load_servegen
-from loadgen.traces.synthetic import synthetic_workload
+from loadgen.traces.synthetic import other_epochs, synthetic_workload
 from loadgen.traces.trace_format import load_trace
 from loadgen.workload import Workload
 
@@ -23,13 +23,15 @@ class WorkloadChoice:
     """Where requests come from: a trace (a file, or a folder of clients), or a synthetic law by name.
 
     ``requests``: the first so many; None: all, of a trace. ``abort_fraction`` of them are aborted by
-    their clients, each somewhere in its output. ``prompts_only``: each ends with its first token.
+    their clients, each somewhere in its output. ``epochs``: what runs is the last of so many passes over the
+    same prompts. ``prompts_only``: each ends with its first token.
     """
 
     name: str = "short"
     trace: Path | None = None
     requests: int | None = 2000
     abort_fraction: float = 0.0
+    epochs: int = 1
     prompts_only: bool = False
 
     def load(self, rng: np.random.Generator) -> tuple[Workload, bool]:
@@ -54,6 +56,12 @@ class WorkloadChoice:
             msg = "a synthetic workload needs a number of requests: give --requests"
             raise InvalidInputError(msg)
         return synthetic_workload(self.name, self.requests, rng), False
+
+    def earlier_epochs(self, rng: np.random.Generator) -> list[Workload]:
+        """Return the epochs before, where there are any, with ``rng`` as for ``load``."""
+        if self.epochs > 1 and (self.trace is not None or self.requests is None):
+            raise InvalidInputError("epochs are of a synthetic workload; leave out the trace, or the epochs")
+        return other_epochs(self.name, self.requests or 0, rng, self.epochs - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +171,15 @@ class Scenario:
             raise InvalidInputError(msg)
         return faster(workload, self.arrivals.trace_speed), capacity
 
+    def earlier_epochs(self) -> list[Workload]:
+        """Return what ran before, from which a predictor knows the prompts; raises InvalidInputError."""
+        epochs = self.workload.earlier_epochs(np.random.default_rng(self.seed))
+        if epochs and not self.arrivals.at_once:
+            raise InvalidInputError("epochs follow each other as closed batches; set arrivals.at_once")
+        for workload in epochs:
+            self._check_room(workload)
+        return [at_once(workload) for workload in epochs]
+
     def _check_room(self, workload: Workload) -> None:
         """Refuse a request that no worker could ever hold before anything runs."""
         for number, request in enumerate(workload.requests, 1):
@@ -213,6 +230,7 @@ class Scenario:
         values: dict[str, tuple[str | float, str | float]] = {
             "at_once": (self.arrivals.at_once, False),
             "abort_fraction": (self.workload.abort_fraction, 0.0),
+            "epochs": (self.workload.epochs, 1),
             "decode_factor_under_prefill": (
                 cluster.decode_factor_under_prefill,
                 plain.decode_factor_under_prefill,

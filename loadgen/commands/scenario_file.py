@@ -30,6 +30,12 @@ class WorkloadSection(Section):
     abort_fraction: Number = Field(
         default=0.0, ge=0, le=1, description="Share of clients that leave, each somewhere in its output."
     )
+    epochs: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="Passes over the same prompts, with new samples: the last is measured (rollouts).",
+    )
 
 
 class ArrivalsSection(Section):
@@ -142,6 +148,7 @@ class ScenarioFile(Section):
                 trace,
                 self.workload.requests_per_worker * count,
                 self.workload.abort_fraction,
+                self.workload.epochs,
             ),
             Arrivals(
                 rate=self.arrivals.rate if rate is None else rate,

@@ -34,6 +34,7 @@ _FIGURES = (
     "preemptions",
     "ttft_ms_p50",
     "makespan_s",
+    "makespan_of_packed",
 )
 
 
@@ -84,12 +85,21 @@ def _run(jobs: Sequence[_Job], processes: int) -> Iterator[PolicyResult]:
 
 def _one(job: _Job) -> PolicyResult:
     workload, capacity = job.scenario.draw()
-    simulation = simulate(workload, job.scenario.cluster, job.choice, job.scenario.seed)
-    if job.scenario.transfer_s_per_token:
+    scenario = job.scenario
+    cluster, seed = scenario.cluster, scenario.seed
+    learnt = None
+    for epoch in scenario.earlier_epochs():
+        learnt = simulate(epoch, cluster, job.choice, seed, learnt=learnt).learnt
+    simulation = simulate(workload, cluster, job.choice, seed, learnt=learnt)
+    if scenario.transfer_s_per_token:
         sent_s = np.array([request.prompt_tokens for request in workload.requests])
-        sent_s = sent_s * job.scenario.transfer_s_per_token
+        sent_s = sent_s * scenario.transfer_s_per_token
         simulation = replace(simulation, ttft_s=simulation.ttft_s + sent_s)
-    return policy_result(job.label, simulation, capacity.output_tokens_per_s)
+    result = policy_result(job.label, simulation, capacity.output_tokens_per_s)
+    if not scenario.arrivals.at_once or simulation.makespan_s is None:
+        return result
+    of_packed = simulation.makespan_s / packed_makespan_s(workload, cluster)
+    return result.model_copy(update={"makespan_of_packed": of_packed})
 
 
 def policy_result(label: str, simulation: Simulation, perfect_tokens_per_s: float) -> PolicyResult:

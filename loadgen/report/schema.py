@@ -84,6 +84,9 @@ class PolicyResult(Document):
     makespan_s: float | None = Field(
         default=None, description="From the first arrival to the last answer: the figure of a closed batch."
     )
+    makespan_of_packed: float | None = Field(
+        default=None, description="The same as a multiple of what a perfect packing takes."
+    )
     ttft_ms_p50: float | None = Field(default=None, description="Time to first token, median.")
     failures: dict[str, int] = Field(default_factory=dict, description="Lost requests by kind.")
     ttft_ms: Percentiles | None = None

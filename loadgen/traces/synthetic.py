@@ -9,13 +9,15 @@ outputs; "rollouts" are the samples of a reinforcement learner's batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brproxy.registry import UnknownNameError
+from brproxy.types import InvalidInputError
 from loadgen.workload import TraceRequest, Workload
 
 IntArray = NDArray[np.int64]
@@ -106,14 +108,19 @@ class Rollouts:
 
     def draw(self, requests: int, rng: np.random.Generator) -> tuple[TraceRequest, ...]:
         """Draw ``requests`` requests that all arrive at 0; the last prompt may have fewer samples."""
+        return next(self.epochs(requests, rng))
+
+    def epochs(self, requests: int, rng: np.random.Generator) -> Iterator[tuple[TraceRequest, ...]]:
+        """Draw as ``draw``, and then the same prompts again and again, each time with new samples."""
         prompts = -(-requests // self.samples)
         prompt_tokens = lognormal(300, 0.7, 16, 4096)(rng, prompts)
         mean_output = rng.lognormal(math.log(2000) - self.between**2 / 2, self.between, prompts)
         prompt = np.arange(requests) // self.samples
-        noise = rng.lognormal(-(self.within**2) / 2, self.within, requests)
-        outputs = np.clip(np.rint(mean_output[prompt] * noise), 16, 16384).astype(np.int64)
-        columns = prompt_tokens[prompt].tolist(), outputs.tolist(), prompt.tolist()
-        return tuple(TraceRequest(0.0, p, o, key, key) for p, o, key in zip(*columns, strict=True))
+        while True:
+            noise = rng.lognormal(-(self.within**2) / 2, self.within, requests)
+            outputs = np.clip(np.rint(mean_output[prompt] * noise), 16, 16384).astype(np.int64)
+            columns = prompt_tokens[prompt].tolist(), outputs.tolist(), prompt.tolist()
+            yield tuple(TraceRequest(0.0, p, o, key, key) for p, o, key in zip(*columns, strict=True))
 
 
 SYNTHETIC = {
@@ -165,6 +172,20 @@ _DRAWN: dict[str, Mixture | RepeatedPrompts | Rollouts] = {
     "rollouts": Rollouts(),
 }
 WORKLOADS = (*SYNTHETIC, *_DRAWN)
+
+
+def other_epochs(name: str, requests: int, rng: np.random.Generator, count: int) -> list[Workload]:
+    """Draw ``count`` other epochs of what ``synthetic_workload`` draws: the same prompts, other samples.
+
+    Raises InvalidInputError for a workload without epochs.
+    """
+    if not count:
+        return []
+    law = _DRAWN.get(name)
+    if not isinstance(law, Rollouts):
+        msg = f"the workload {name!r} has no epochs; rollouts has"
+        raise InvalidInputError(msg)
+    return [Workload(name, drawn) for drawn in islice(law.epochs(requests, rng), 1, count + 1)]
 
 
 def synthetic_workload(name: str, requests: int, rng: np.random.Generator) -> Workload:

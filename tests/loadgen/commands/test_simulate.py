@@ -63,7 +63,7 @@ def test_every_shipped_scenario_is_valid(path):
     assert paper <= {*plan.policies, BEST_BASELINE}
     drawn = plan.scenario(1)
     # For each worker, so that more of them with --workers meet as much.
-    per_worker = 256 if path.stem == "rollouts" else 1500
+    per_worker = 256 if path.stem.startswith("rollouts") else 1500
     assert len(drawn.draw()[0].requests) == per_worker * drawn.cluster.workers
     assert plan_simulation(path, None, None, None, None, 0.5).scenario(1).arrivals.rate == 0.5
 
@@ -105,6 +105,7 @@ def test_a_closed_batch_is_told_by_its_makespan(tmp_path):
     document = json.loads(out.read_text(encoding="utf-8"))
     for policy in document["policies"]:
         assert policy["makespan_s"] > 0.95 * document["scenario"]["packed_makespan_s"]
+        assert policy["makespan_of_packed"] > 0.95
         assert policy["intervals"]["makespan_s"] > 0
         assert policy["idle_fraction"] > 0
         assert policy["ttft_ms_p50"] > 0
@@ -339,6 +340,9 @@ def test_a_policy_text():
     assert (params.gamma, params.horizon_steps, params.late_binding) == (0.9, 80, False)
     assert parse_policy("least-kv+late").policy_params.late_binding
     assert parse_policy("br-h", "exact-match").predictor == "exact-match"
+    in_order = parse_policy("br-0+learnt+fifo@oracle")
+    assert (in_order.takes_batches, in_order.learns_costs, in_order.predictor) == (False, True, "oracle")
+    assert parse_policy("br-0+learnt").takes_batches
     learning = parse_policy("br-0+late+learnt@oracle")
     assert (learning.policy, learning.predictor, learning.learns_costs) == ("br-0", "oracle", True)
     assert learning.policy_params.late_binding
