@@ -26,14 +26,19 @@ FloatArray = NDArray[np.float64]
 WINDOWS_MAX = 512
 """Most windows that are remembered, the last ones."""
 
-WINDOWS_A_FIT = 16
+WINDOWS_A_FIT = 8
 """Windows between two fits, and the fewest for the first."""
 
-LOOK_S, LOOK_LATER_S = 0.5, 4.0
-"""Least length of a window (seconds): the first ones tell soon, and later ones are of half an hour."""
+LOOK_S = ((31, 0.25), (WINDOWS_MAX - 1, 0.5), (WINDOWS_MAX, 4.0))
+"""Least length of a window (seconds) while there are up to so many: the first ones tell soon, and later ones
+are of half an hour."""
 
 _WINDOWS_EACH_CHUNK = 128
 """Up to so many windows each fit tries all chunks; later ones try them in turn, to cost less."""
+
+_WINDOWS_AGAIN, _AGAIN = 64, 2
+"""Up to so many windows each fit is worked out so often again, with the prompts of all of them summed up by
+what it says: the first ones were summed up before anything was known."""
 
 _BETTER = 0.95
 """What another chunk must bring the errors down to: where prefill is cheap all are alike."""
@@ -120,7 +125,8 @@ class StepModel:
 
     def is_due(self, now_s: float) -> bool:
         """Tell whether a look is wanted (``now_s`` in seconds of the ledger's clock)."""
-        return now_s - self._looked_s >= (LOOK_S if len(self._windows) < WINDOWS_MAX else LOOK_LATER_S)
+        count = len(self._windows)
+        return now_s - self._looked_s >= next(s for most, s in LOOK_S if count <= most)
 
     def look(self, at_s: float, read_s: float) -> None:
         """Look at the ledger, where all that was streamed until ``at_s`` is booked; a step ended then.
@@ -153,6 +159,21 @@ class StepModel:
 
     def _learn(self) -> None:
         """Work out the costs by the windows that are remembered."""
+        fit = self._work_out()
+        for _ in range(_AGAIN if len(self._windows) <= _WINDOWS_AGAIN else 0):
+            pace = self._pace(fit)
+            self._windows = [window.at_pace(pace) for window in self._windows]
+            fit = self._work_out()
+        self.fit, self.windows.pace = fit, self._pace(fit)
+        self._fits += 1
+        base_s, s_per_kv_token, s_per_prefill_token = fit.costs
+        chunk = self.prefill_tokens_max
+        if s_per_prefill_token < _MEASURABLE * fit.errors.s_per_prefill_token:
+            s_per_prefill_token, chunk = 0.0, self._given.prefill_tokens_max
+        self._costs = StepCosts(base_s, s_per_kv_token, s_per_prefill_token, chunk, self.slowness.told())
+
+    def _work_out(self) -> Fit:
+        """Return the costs, with the chunk and the slowness noted that explain the windows best."""
         windows = self._windows
         steps = np.array([window.steps for window in windows])
         duration_s = np.array([window.duration_s for window in windows])
@@ -160,18 +181,14 @@ class StepModel:
         kv_tokens = loads.most(self.slowness.factors)
         prefill_tokens = np.array([window.prefill_tokens for window in windows])
         by_chunk = [Counts(duration_s, steps, kv_tokens, column) for column in prefill_tokens.T]
-        self.fit = fit = self._fit(by_chunk)
-        self.windows.pace = Pace(
-            fit.costs.base_s, fit.costs.s_per_kv_token, self._s_per_prefill_token, CHUNKS[self._chunk]
-        )
+        fit = self._fit(by_chunk)
         turn = self._fits * WORKERS_A_PASS
         self.slowness = look_again(by_chunk[self._chunk], loads, fit, self.slowness, turn)
-        self._fits += 1
-        base_s, s_per_kv_token, s_per_prefill_token = fit.costs
-        chunk = self.prefill_tokens_max
-        if s_per_prefill_token < _MEASURABLE * fit.errors.s_per_prefill_token:
-            s_per_prefill_token, chunk = 0.0, self._given.prefill_tokens_max
-        self._costs = StepCosts(base_s, s_per_kv_token, s_per_prefill_token, chunk, self.slowness.told())
+        return fit
+
+    def _pace(self, fit: Fit) -> Pace:
+        costs = fit.costs
+        return Pace(costs.base_s, costs.s_per_kv_token, self._s_per_prefill_token, CHUNKS[self._chunk])
 
     def _fit(self, by_chunk: Sequence[Counts]) -> Fit:
         """Return the costs with the chunk that explains the windows best, and note which that is."""

@@ -32,7 +32,8 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 HELD_S = 8.0
-"""Until a window is told (seconds): what is prefilled in it in chunks has its first token only later."""
+"""Longest until a window is told (seconds): what is prefilled in it in chunks has its first token only later.
+It is told as soon as none is left that was bound and had not begun at its end."""
 
 STEPS_MIN = 2.0
 """Steps of a window at least: with fewer it goes on until the next look."""
@@ -52,22 +53,6 @@ _GREW_LIKE_OTHERS = (0.5, 2.0)
 read, grew by less, and one whose count was corrected by what it was off."""
 
 
-class Window(NamedTuple):
-    """Some steps in a row: ``steps`` of them in ``duration_s`` seconds.
-
-    ``before`` and ``after``: KV tokens of each of ``members`` at both ends, float64[G]. ``prefill_tokens``:
-    the sum over the steps of ``max_g P_g``, the prompt tokens of the worker that prefills most, for each of
-    ``step_chunks.CHUNKS``.
-    """
-
-    duration_s: float
-    steps: float
-    before: FloatArray
-    after: FloatArray
-    prefill_tokens: tuple[float, ...]
-    members: tuple[Member, ...]
-
-
 class Pace(NamedTuple):
     """What is known of a group's steps: their base, and what a KV token makes one longer by (seconds).
 
@@ -84,14 +69,44 @@ class Pace(NamedTuple):
         return self.base_s + self.s_per_kv_token * float(kv_tokens.max(initial=0.0))
 
 
+class Window(NamedTuple):
+    """Some steps in a row: ``steps`` of them ``between_s``, two times in seconds.
+
+    ``before`` and ``after``: KV tokens of each of ``members`` at both ends, float64[G]. ``prefill_tokens``:
+    the sum over the steps of ``max_g P_g``, the prompt tokens of the worker that prefills most, for each of
+    ``step_chunks.CHUNKS``; ``prefills`` are those that it may be of.
+    """
+
+    between_s: tuple[float, float]
+    steps: float
+    before: FloatArray
+    after: FloatArray
+    prefills: tuple[Prefill, ...]
+    prefill_tokens: tuple[float, ...]
+    members: tuple[Member, ...]
+
+    @property
+    def duration_s(self) -> float:
+        """How long the steps took together (seconds)."""
+        return self.between_s[1] - self.between_s[0]
+
+    def at_pace(self, pace: Pace) -> Window:
+        """Return the window with its prompts summed up by what is known of the group now."""
+        plain_s = pace.plain_s(self.after)
+        sums = prefill_sums(self.prefills, self.between_s, self.steps, plain_s, pace.s_per_prefill_token)
+        return self._replace(prefill_tokens=sums)
+
+
 class _Look(NamedTuple):
     """The group when a step had just ended: ids and output tokens of the requests that decode, by id.
 
-    ``kv_tokens`` are the load of the step that comes, ``kv_ran`` that of the one that has ended.
+    ``unbegun`` are the ids of those that are bound and have no token, in order. ``kv_tokens`` are the load of
+    the step that comes, ``kv_ran`` that of the one that has ended.
     """
 
     at_s: float
     ids: IntArray
+    unbegun: IntArray
     output_tokens: IntArray
     kv_tokens: FloatArray
     kv_ran: FloatArray
@@ -175,7 +190,7 @@ class StepWindows(Observer):
         counts = begun if active.sequences is None else begun & (active.sequences == 1)
         in_order = np.argsort(ids[counts])
         outputs = active.output_tokens[counts][in_order]
-        look = _Look(at_s, ids[counts][in_order], outputs, kv_tokens, kv_ran, members)
+        look = _Look(at_s, ids[counts][in_order], unbegun, outputs, kv_tokens, kv_ran, members)
         return look, np.sort(ids[begun])
 
     def _prefilled(self, entry: Entry) -> None:
@@ -184,7 +199,7 @@ class StepWindows(Observer):
 
     def _told(self, read_s: float) -> list[Window]:
         told = []
-        while self._held and self._held[0].after.at_s + HELD_S <= read_s:
+        while self._held and self._is_over(self._held[0].after, read_s):
             told.append(self._window(self._held.popleft()))
         if told:
             # Chunks come before their first token: what is before all windows is in none of them.
@@ -193,16 +208,21 @@ class StepWindows(Observer):
                 self._prefills.popleft()
         return told
 
+    def _is_over(self, end: _Look, read_s: float) -> bool:
+        """Tell whether all that was prefilled before ``end`` has shown, or has had its time."""
+        return end.at_s + HELD_S <= read_s or not _among(end.unbegun, self._unbegun).any()
+
     def _window(self, held: _Held) -> Window:
         steps, before, after = held
         between_s = before.at_s, after.at_s
-        pace = self.pace
-        plain_s = self._step_s_min if pace is None else pace.plain_s(after.kv_ran)
-        s_per_token = None if pace is None else pace.s_per_prefill_token
-        prefills = (Prefill(_first_token_s(e), e.worker, e.uncached_tokens) for e in self._prefills)
-        sums = prefill_sums(prefills, between_s, steps, plain_s, s_per_token)
-        duration_s = after.at_s - before.at_s
-        return Window(duration_s, steps, before.kv_tokens, after.kv_ran, sums, after.members)
+        prefills = tuple(
+            Prefill(first_token_s, entry.worker, entry.uncached_tokens)
+            for entry in self._prefills
+            if (first_token_s := _first_token_s(entry)) > before.at_s
+        )
+        sums = prefill_sums(prefills, between_s, steps, self._step_s_min) if self.pace is None else ()
+        window = Window(between_s, steps, before.kv_tokens, after.kv_ran, prefills, sums, after.members)
+        return window if self.pace is None else window.at_pace(self.pace)
 
 
 def _first_token_s(entry: Entry) -> float:

@@ -47,9 +47,9 @@ class Group:
 
     def told(self, at_s):
         """Return the windows until ``at_s``, when the last look is taken."""
-        self.windows.look(at_s, at_s)
-        # By a look that sees nothing new.
-        return self.windows.look(at_s, at_s + HELD_S)
+        told = self.windows.look(at_s, at_s)
+        # What was held, by a look that sees nothing new.
+        return told + self.windows.look(at_s, at_s + HELD_S)
 
 
 def window_of(group, at_s):
@@ -174,12 +174,65 @@ def test_prefills_come_to_the_window_of_their_first_token():
     group.dispatcher.end(short, Event.FINISH)
     also = group.begin(0, 200, at_s=1.75)
     group.grow([stays], 20)
-    group.windows.look(2.0, 2.0)
+    (first,) = group.windows.look(2.0, 2.0)
     group.begin(1, 5000, at_s=2.5)
     group.grow([stays, also], 20)
-    first, second = group.told(3.0)
+    second = window_of(group, 3.0)
     assert first.prefill_tokens[0] == 900
     assert second.prefill_tokens[0] == 5000
+
+
+@given(st.lists(st.sampled_from(["begins", "cancelled", "failed over"]), min_size=1, max_size=4))
+def test_a_window_is_told_once_nothing_is_left_that_was_bound_and_had_not_begun(becomes):
+    group = Group()
+    stays = group.begin(0)
+    group.windows.look(1.0, 1.0)
+    group.grow([stays], 20)
+    unbegun = [group.bind(1, 5000, at_s=1.5) for _ in becomes]
+    at_s = 2.0
+    for request_id, what in zip(unbegun, becomes, strict=True):
+        assert group.windows.look(at_s, at_s) == []
+        # Who comes later tells nothing of it.
+        group.bind(0, 5000, at_s=at_s)
+        if what == "begins":
+            group.first(request_id, at_s)
+        elif what == "cancelled":
+            group.dispatcher.end(request_id, Event.CANCEL)
+        else:
+            group.dispatcher.retry(request_id, at_s)
+        at_s += 0.5
+    assert group.windows.look(at_s, at_s)[0].between_s == (1.0, 2.0)
+
+
+def test_a_window_is_held_no_longer_than_that():
+    group = Group()
+    stays = group.begin(0)
+    group.windows.look(1.0, 1.0)
+    group.grow([stays], 20)
+    group.bind(1, 5000, at_s=1.5)
+    assert group.windows.look(2.0, 2.0) == []
+    assert group.windows.look(3.0, 1.9 + HELD_S) == []
+    assert len(group.windows.look(3.0, 2.0 + HELD_S)) == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(1, 9000), st.floats(1.01, 3.99)), max_size=6),
+    st.sampled_from([0.0, 5e-6, 40e-6]),
+)
+def test_a_window_is_summed_up_again_as_if_the_pace_had_been_known(prefills, s_per_prefill_token):
+    pace = Pace(0.03, 1e-7, (s_per_prefill_token,) * 7, chunk=None)
+    told = []
+    for known in (None, pace):
+        group = Group()
+        group.windows.pace = known
+        stays = group.begin(0)
+        group.windows.look(1.0, 1.0)
+        for worker, prompt_tokens, at_s in sorted(prefills, key=lambda prefill: prefill[2]):
+            group.dispatcher.end(group.begin(worker, prompt_tokens, at_s), Event.FINISH)
+        group.grow([stays], 20)
+        told.append(window_of(group, 2.0))
+    unknown, known = told
+    assert unknown.at_pace(pace).prefill_tokens == known.prefill_tokens
 
 
 def test_what_a_cache_had_is_not_prefilled():

@@ -200,10 +200,8 @@ async def test_streams_make_windows(start_emulator, start_proxy, client, until):
 
     tasks = [asyncio.create_task(talk(tokens)) for tokens in (40, 60, 2000, 2000)]
     try:
-        await until(lambda: len(steps.windows._held) >= 2)
+        await until(lambda: steps.count >= 2)
     finally:
         stop.set()
         await asyncio.gather(*tasks)
-    (held, *_) = steps.windows._held
-    assert held.steps >= 2
-    assert len(held.after.kv_tokens) == 2
+    assert steps.step_s > 0
