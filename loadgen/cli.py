@@ -30,6 +30,7 @@ from loadgen.commands.simulation_plan import plan_simulation
 from loadgen.commands.validate import validate
 from loadgen.emulator.settings import EmulatorSettings, Role, Transfer
 from loadgen.options import (
+    BesideSimulator,
     BootstrapPort,
     CalibratedFrom,
     CalibratedGroup,
@@ -209,6 +210,7 @@ def compare(
     trace_speed: TraceSpeed = 1.0,
     speed: Speed = 1.0,
     seed: Seed = 0,
+    beside_simulator: BesideSimulator = False,
     out: Out = None,
 ) -> None:
     """Run emulator and proxy under one policy after another, on the same arrivals.
@@ -251,7 +253,7 @@ def compare(
             seed,
             prefill,
         )
-    report = _compare(scenario, ComparisonSettings(names, speed))
+    report = _compare(scenario, ComparisonSettings(names, speed, beside_simulator))
     _write(report, out)
     Console().print(*comparison_tables(report))
     _warn(report)
@@ -262,15 +264,9 @@ def demo(
     speed: Speed = demonstration.SETTINGS.speed,
     out: Out = None,
 ) -> None:
-    """Show in three minutes what balancing KV load gives: policies side by side on an emulated deployment."""
-    scenario, settings = demonstration.SCENARIO, ComparisonSettings(demonstration.SETTINGS.policies, speed)
-    cluster = scenario.cluster
-    typer.echo(
-        f"{cluster.workers} emulated workers with {cluster.slots} slots each, "
-        f"{scenario.workload.requests} chat requests at {scenario.arrivals.rate} × capacity, "
-        f"{speed:g} × real time."
-    )
-    report = _compare(scenario, settings)
+    """Show in three minutes what balancing gives: policies side by side on an emulated deployment."""
+    typer.echo(demonstration.introduction(speed))
+    report = _compare(demonstration.SCENARIO, demonstration.settings_at(speed))
     _write(report, out)
     Console().print(*comparison_tables(report))
     typer.echo(f"{demonstration.verdict(report)}\n\n{demonstration.NEXT_STEPS}")

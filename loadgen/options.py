@@ -24,6 +24,10 @@ Chunk = Annotated[
     ),
 ]
 Speed = Annotated[float, typer.Option(help="Run so many times as fast as real time.")]
+BesideSimulator = Annotated[
+    bool,
+    typer.Option("--beside-simulator", help="Simulate the same as well, and say how far apart both are."),
+]
 Name = Annotated[str, typer.Option("--workload", help=f"Synthetic workload: {', '.join(WORKLOADS)}.")]
 TraceFile = Annotated[
     Path | None,

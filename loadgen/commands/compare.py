@@ -20,6 +20,7 @@ from brproxy.routing.policy import POLICIES
 from brproxy.types import BrproxyError
 from loadgen.capacity import Capacity
 from loadgen.client import ClientSettings, Lengths, Outcome, Replay
+from loadgen.commands.beside import must_be_simulated, simulated_result
 from loadgen.commands.emulate import READY, emulate_arguments
 from loadgen.commands.prefill_workers import (
     PrefillWorkers,
@@ -33,7 +34,13 @@ from loadgen.commands.run import policy_result
 from loadgen.commands.scenario import Scenario
 from loadgen.emulator.settings import Role
 from loadgen.report.schema import PolicyResult, Report
-from loadgen.report.statistics import client_warnings, latencies, steady_window, within
+from loadgen.report.statistics import (
+    client_warnings,
+    emulator_warnings,
+    latencies,
+    steady_window,
+    within,
+)
 from loadgen.workload import Workload
 
 _EMULATOR_READY = re.compile(READY + r" (.+)$")
@@ -47,10 +54,14 @@ class LedgerLeakError(BrproxyError):
 
 @dataclass(frozen=True, slots=True)
 class ComparisonSettings:
-    """What is compared: policies by name, on an emulator ``speed`` times as fast as real time."""
+    """What is compared: policies by name, on an emulator ``speed`` times as fast as real time.
+
+    ``beside_simulator``: the simulator's figures as well.
+    """
 
     policies: tuple[str, ...]
     speed: float = 1.0
+    beside_simulator: bool = False
 
     def __post_init__(self) -> None:
         """Refuse unknown policies before the first of them has run for a minute."""
@@ -65,6 +76,8 @@ async def compare(
     on_finished: Callable[[Outcome], None],
 ) -> Report:
     """Run every policy; ``on_policy`` gets its name and the number of requests when it begins."""
+    if settings.beside_simulator:
+        must_be_simulated(scenario)
     workload, capacity = scenario.draw()
     results = []
     for policy in settings.policies:
@@ -75,7 +88,11 @@ async def compare(
         "perfect_output_tokens_per_s": capacity.output_tokens_per_s,
         "perfect_requests_per_s": capacity.requests_per_s,
     }
-    return Report(scenario=described, policies=results)
+    simulated = [
+        simulated_result(policy, workload, capacity, scenario, settings.speed)
+        for policy in (settings.policies if settings.beside_simulator else ())
+    ]
+    return Report(scenario=described, policies=results, simulated=simulated)
 
 
 async def _one(
@@ -146,10 +163,8 @@ async def _replay(
             prefill = await running.prefill.result(session, stats, page)
     length_s = steady.to_s - steady.from_s
     tokens_per_s = stats["output_tokens"] / length_s if length_s > 0 else None
-    warnings = client_warnings(outcomes, settings.speed)
     lag_s = stats["lag_s"] + (0.0 if prefill is None else prefill.lag_s)
-    if lag_s > 0:
-        warnings.append(f"the emulator fell {lag_s:.1f} s behind: lower --speed on this machine")
+    warnings = client_warnings(outcomes, settings.speed) + emulator_warnings(lag_s, stats["late_share"])
     result = policy_result(
         policy,
         outcomes,

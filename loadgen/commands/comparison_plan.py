@@ -12,7 +12,9 @@ from brproxy.types import InvalidInputError
 from loadgen.commands.scenario import Scenario
 from loadgen.commands.scenario_file import load_scenario
 
-BESIDE_FILE = frozenset({"scenario_file", "policies", "workers", "rate", "seed", "speed", "out"})
+BESIDE_FILE = frozenset(
+    {"scenario_file", "policies", "workers", "rate", "seed", "speed", "beside_simulator", "out"}
+)
 """Options of the command that go with a scenario file; it says all else."""
 
 

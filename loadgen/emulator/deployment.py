@@ -52,7 +52,7 @@ class Deployment:
 
     Steps follow an absolute schedule: one that is delivered late does not delay the next. When the machine
     cannot keep up for long, ``lag_s`` tells how many seconds of real time were given up; figures from a run
-    with a lag are not to be trusted.
+    with a lag are not to be trusted, nor those of one whose steps end late by much of a step: ``late_share``.
     """
 
     def __init__(self, settings: ClusterSettings, speed: float) -> None:
@@ -63,6 +63,7 @@ class Deployment:
         self.prefill_tokens_total = [0] * settings.workers
         self.fetched_tokens_total = [0] * settings.workers
         self.lag_s = 0.0
+        self._late_s = self._stepped_s = 0.0
         self._generations: dict[int, tuple[int, Generation]] = {}
         self._admissions: dict[int, asyncio.Future[None]] = {}
         self._ids = count()
@@ -73,6 +74,11 @@ class Deployment:
     def now_s(self) -> float:
         """Return the emulated time in seconds."""
         return (asyncio.get_running_loop().time() - self._origin_s) * self.speed
+
+    @property
+    def late_share(self) -> float:
+        """How late steps ended by how long they took, both as sums over the steps so far; 0 before any."""
+        return self._late_s / self._stepped_s if self._stepped_s else 0.0
 
     def submit(
         self, worker: int, prompt_tokens: int, output_tokens: int, *, remote: bool = False
@@ -125,7 +131,7 @@ class Deployment:
     def reset(self) -> None:
         """Forget the statistics so far."""
         self._record = BarrierRecord()
-        self.lag_s = 0.0
+        self.lag_s = self._late_s = self._stepped_s = 0.0
 
     async def run(self) -> None:
         """Step for ever; cancel to stop."""
@@ -141,6 +147,8 @@ class Deployment:
             end_s = start_s + step.duration_s
             await asyncio.sleep(max(0.0, (end_s - self.now_s()) / self.speed))
             late_s = (self.now_s() - end_s) / self.speed
+            self._late_s += max(0.0, late_s)
+            self._stepped_s += step.duration_s / self.speed
             if late_s > LAG_S_MAX:
                 self.lag_s += late_s
                 self._origin_s += late_s

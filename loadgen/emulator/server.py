@@ -131,7 +131,12 @@ class Worker:
         except ValueError:
             return _json(error_body(400, "BadRequestError", "from_s and to_s must be seconds"), 400)
         stats = asdict(self._deployment.stats(from_s, to_s))
-        clock = {"now_s": self._deployment.now_s(), "lag_s": self._deployment.lag_s}
+        deployment = self._deployment
+        clock = {
+            "now_s": deployment.now_s(),
+            "lag_s": deployment.lag_s,
+            "late_share": deployment.late_share,
+        }
         more: dict[str, object] = {"preemptions": self._deployment.cluster.preemptions}
         if self._settings.transfer is not None:
             more["handover"] = self._legs.prefill.holdings.stats(self._deployment.now_s())

@@ -114,3 +114,6 @@ class Report(Document):
 
     scenario: dict[str, str | int | float | None]
     policies: list[PolicyResult]
+    simulated: list[PolicyResult] = Field(
+        default_factory=list, description="compare: what the simulator says of the same policies, in order."
+    )

@@ -14,6 +14,9 @@ from loadgen.report.schema import Percentiles
 LATE_S_MAX = 0.5
 """A client that sends a request later than this is itself overloaded."""
 
+LATE_SHARE_MAX = 0.25
+"""Where steps end later than this, by how long they take, what is decided after one may miss the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slo:
@@ -116,3 +119,12 @@ def client_warnings(outcomes: Iterable[Outcome], speed: float) -> list[str]:
     if late_s <= LATE_S_MAX:
         return []
     return [f"the client sent requests up to {late_s:.1f} s late: this machine is too slow for this load"]
+
+
+def emulator_warnings(lag_s: float, late_share: float) -> list[str]:
+    """Return what makes the emulator's figures doubtful; see ``emulator.deployment.Deployment``."""
+    if lag_s > 0:
+        return [f"the emulator fell {lag_s:.1f} s behind: lower --speed on this machine"]
+    if late_share > LATE_SHARE_MAX:
+        return [f"steps ended late by {late_share:.0%} of a step: lower --speed on this machine"]
+    return []

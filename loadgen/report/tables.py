@@ -17,17 +17,6 @@ BEST_BASELINE = "best-baseline"
 BALANCING_PREFIX = "br-"
 """Policies of ours; all others are baselines."""
 
-_COMPARED = (
-    "imbal.\nKV tok.",
-    "idle",
-    "output\ntok/s",
-    "of per-\nfect",
-    "TPOT\nP95 ms",
-    "TTFT\nP95 ms",
-    "lost",
-)
-
-
 _PREFILL = (
     "busiest by\nmean",
     "most held\nKV tok.",
@@ -46,6 +35,20 @@ class _Figure(NamedTuple):
     style: str
     factor: float = 1.0
 
+
+_COMPARED = (
+    _Figure("imbalance_kv_tokens", "imbal.\nKV tok.", ",.0f"),
+    _Figure("idle_fraction", "idle", ".1%"),
+    _Figure("prefill_balance", "prefill\nbalance", ".0%"),
+    _Figure("output_tokens_per_s", "output\ntok/s", ",.0f"),
+    _Figure("throughput_of_perfect", "of per-\nfect", ".1%"),
+    _Figure("tpot_ms_p95", "TPOT\nP95 ms", ",.0f"),
+    _Figure("ttft_ms_p95", "TTFT\nP95 ms", ",.0f"),
+    _Figure("lost", "lost", ",d"),
+)
+
+_AS_THEY_ARE = {"prefill_balance", "throughput_of_perfect", "lost"}
+"""Of those the ones that are no times of the baseline's: shares of what can be, and counts."""
 
 _SIMULATED = (
     _Figure("imbalance_kv_tokens", "imbal.\nKV tok.", ",.0f"),
@@ -129,37 +132,76 @@ def strongest_baseline(report: Report) -> PolicyResult | None:
 def comparison_table(report: Report) -> Table:
     """Return all policies side by side, each figure also relative to the strongest baseline's."""
     baseline = strongest_baseline(report)
-    caption = f"×: relative to {baseline.policy}, the strongest baseline" if baseline else None
-    # Eight columns have to fit into eighty characters.
+    # Eight columns have to fit into eighty characters: where prefill has one, losses are told below.
+    prefills = bool(report.scenario.get("prefill_us_per_token"))
+    shown = [figure for figure in _COMPARED if figure.name != ("lost" if prefills else "prefill_balance")]
+    caption = [] if baseline is None else [f"×: relative to {baseline.policy}, the strongest baseline"]
+    if prefills:
+        lost = [f"{result.policy} {result.lost:,}" for result in report.policies if result.lost]
+        caption.append(f"lost: {', '.join(lost) or 'nothing'}")
     table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left"
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption="; ".join(caption) or None,
+        caption_justify="left",
     )
     table.add_column("policy", no_wrap=True)
-    for column in _COMPARED:
-        table.add_column(column, justify="right", no_wrap=True)
+    for figure in shown:
+        table.add_column(figure.heading, justify="right", no_wrap=True)
     for result in report.policies:
-        table.add_row(*_comparison_row(result, baseline))
+        table.add_row(result.policy, *(_compared(result, baseline or result, figure) for figure in shown))
     return table
 
 
 def comparison_tables(report: Report) -> list[Table]:
-    """Return all policies side by side, and the prefill side by itself where it is apart."""
-    prefill = _prefill_table(report)
-    return [comparison_table(report), *([] if prefill is None else [prefill])]
+    """Return all policies side by side, the prefill side by itself where it is apart, and the simulator's."""
+    more = [_prefill_table(report), _beside_table(report)]
+    return [comparison_table(report), *(table for table in more if table is not None)]
 
 
-def _comparison_row(result: PolicyResult, baseline: PolicyResult | None) -> list[str]:
-    base = baseline or result
-    return [
-        result.policy,
-        relative(result.imbalance_kv_tokens, base.imbalance_kv_tokens, ",.0f"),
-        relative(result.idle_fraction, base.idle_fraction, ".1%"),
-        relative(result.output_tokens_per_s, base.output_tokens_per_s, ",.0f"),
-        number(result.throughput_of_perfect, ".1%"),
-        relative(result.tpot_ms_p95, base.tpot_ms_p95, ",.1f"),
-        relative(result.ttft_ms_p95, base.ttft_ms_p95, ",.0f"),
-        f"{result.lost:,}",
-    ]
+def _compared(result: PolicyResult, base: PolicyResult, figure: _Figure) -> str:
+    value = getattr(result, figure.name)
+    if figure.name in _AS_THEY_ARE:
+        return number(value, figure.style)
+    return relative(value, getattr(base, figure.name), figure.style)
+
+
+def _beside_table(report: Report) -> Table | None:
+    """Return what the simulator says beside what was measured, None where it was not asked."""
+    if not report.simulated:
+        return None
+    baseline = strongest_baseline(report)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title="beside the simulator",
+        title_justify="left",
+        caption=None if baseline is None else f"of base: output relative to {baseline.policy}'s",
+        caption_justify="left",
+    )
+    table.add_column("policy", no_wrap=True)
+    for base in ("of per-\nfect %", *([] if baseline is None else ["of\nbase %"])):
+        for column in (base, "simu-\nlated %", "apart\npoints"):
+            table.add_column(column, justify="right", no_wrap=True)
+    by_policy = {result.policy: result for result in report.simulated}
+    for result in report.policies:
+        simulated = by_policy[result.policy]
+        cells = _apart(result.throughput_of_perfect, simulated.throughput_of_perfect)
+        if baseline is not None:
+            bases = baseline.output_tokens_per_s, by_policy[baseline.policy].output_tokens_per_s
+            pairs = zip((result.output_tokens_per_s, simulated.output_tokens_per_s), bases, strict=True)
+            cells += _apart(*(value / base if value and base else None for value, base in pairs))
+        table.add_row(result.policy, *cells)
+    return table
+
+
+def _apart(measured: float | None, simulated: float | None) -> list[str]:
+    """Return two shares and how many points the first is above the second."""
+    apart = None if measured is None or simulated is None else 100 * (measured - simulated)
+    in_percent = (None if share is None else 100 * share for share in (measured, simulated))
+    return [*(number(share, ".1f") for share in in_percent), number(apart, "+.1f")]
 
 
 def _prefill_table(report: Report) -> Table | None:

@@ -11,12 +11,11 @@ from brproxy.registry import UnknownNameError
 from brproxy.types import InvalidInputError
 from loadgen.cli import main
 from loadgen.cluster_settings import ClusterSettings
-from loadgen.commands import demo
 from loadgen.commands.compare import ComparisonSettings
 from loadgen.commands.processes import ProcessError, running_process
 from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
 from loadgen.commands.scenario_file import load_scenario
-from loadgen.report.schema import PolicyResult, Report
+from loadgen.report.schema import Report
 
 SMALL = ("--workers", "3", "--slots", "4", "--speed", "20", "--requests", "40")
 
@@ -75,6 +74,21 @@ async def test_compare_prints_a_table_and_writes_the_document(tmp_path):
         assert (result.requests, result.lost) == (40, 0)
         assert 0 <= result.idle_fraction < 1
         assert result.tpot_ms_p95 > 29
+
+
+async def test_compare_beside_the_simulator(tmp_path):
+    out_file = tmp_path / "out.json"
+    code, out, err = await run(
+        *("compare", "--policies", "least-kv,br-0", "--beside-simulator", *SMALL),
+        *("--prefill-us-per-token", "20", "--prefill-tokens-max", "512", "--out", str(out_file)),
+    )
+    assert code == 0, err
+    assert "beside the simulator" in out
+    report = Report.model_validate(json.loads(out_file.read_text(encoding="utf-8")))
+    assert [result.policy for result in report.simulated] == ["least-kv", "br-0"]
+    for measured, simulated in zip(report.policies, report.simulated, strict=True):
+        assert simulated.requests == measured.requests
+        assert simulated.throughput_of_perfect > 0
 
 
 async def test_compare_with_kv_capacity_and_prefill(tmp_path):
@@ -189,6 +203,10 @@ async def test_run_counts_what_it_lost(unused_tcp_port):
             ("compare", "--prefill-workers", "1", "--prefill-kv-capacity-tokens", "9"),
             "loadgen: request 1 of 'short' grows to",
         ),
+        (
+            ("compare", "--prefill-workers", "1", "--beside-simulator"),
+            "loadgen: the simulator has no prefill workers: leave out --beside-simulator, or them",
+        ),
         (("emulate", "--deployments", "0"), "loadgen: there are 1 to 64 deployments, got 0"),
         (("compare", "--workers", "0"), "loadgen: workers and slots must be at least 1, got 0 and 64"),
         (
@@ -225,51 +243,7 @@ async def test_a_process_that_does_not_start_is_reported_with_its_last_line():
             pass
 
 
-def result(policy, imbalance, tokens_per_s, lost=0, warnings=()):
-    return PolicyResult(
-        policy=policy,
-        imbalance_kv_tokens=imbalance,
-        idle_fraction=0.1,
-        throughput_of_perfect=0.9,
-        output_tokens_per_s=tokens_per_s,
-        tpot_ms_p95=1.0,
-        ttft_ms_p95=1.0,
-        wait_ms_p99=None,
-        requests=10,
-        lost=lost,
-        warnings=list(warnings),
-    )
-
-
-@pytest.mark.parametrize(
-    ("balanced", "doubt"),
-    [
-        (result("br-0", 40.0, 1100.0), None),
-        (result("br-0", 46.0, 1100.0), "at most 0.45 × the imbalance and a higher throughput were expected"),
-        (result("br-0", 40.0, 999.0), "at most 0.45 × the imbalance and a higher throughput were expected"),
-        (result("br-0", 40.0, 1100.0, lost=2), "2 requests were lost"),
-        (result("br-0", 40.0, 1100.0, warnings=["the machine is slow"]), "the machine is slow"),
-    ],
-)
-def test_the_demo_is_honest(balanced, doubt):
-    report = Report(scenario={}, policies=[result("join-shortest-queue", 100.0, 1000.0), balanced])
-    text = demo.verdict(report)
-    assert f"{balanced.imbalance_kv_tokens / 100:.2f} × the imbalance of join-shortest-queue" in text
-    if doubt is None:
-        assert "does not show" not in text
-    else:
-        assert text.endswith(f"This run does not show what it should: {doubt}.")
-
-
-def test_a_demo_without_figures():
-    report = Report(
-        scenario={}, policies=[result("join-shortest-queue", None, 1.0), result("br-0", 1.0, 1.0)]
-    )
-    assert demo.verdict(report) == "This run was too short to say anything."
-
-
-def test_the_demos_policies_exist():
-    assert {demo.BASELINE, demo.BALANCED} <= set(demo.SETTINGS.policies)
+def test_compared_policies_exist():
     with pytest.raises(UnknownNameError):
         ComparisonSettings(("nope",))
 

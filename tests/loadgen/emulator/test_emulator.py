@@ -327,3 +327,16 @@ async def test_several_ranks_behind_one_port_by_number(ranks_are_global, start, 
 def test_workers_fill_their_ports():
     with pytest.raises(InvalidInputError, match="behind a port must be a part of all 8, got 3"):
         EmulatorSettings(ranks_per_url=3)
+
+
+async def test_an_emulation_that_cannot_keep_up_says_by_how_much_steps_are_late(start, client):
+    # Steps of 30 µs, shorter than any timer.
+    emulator = await start(1, speed=1000.0)
+    assert emulator.deployment.late_share == 0
+    body = {"model": "emulated", "prompt": [7], "max_tokens": 50}
+    async with client.post(emulator.urls[0] + "/v1/completions", json=body) as response:
+        assert response.status == 200
+    async with client.get(emulator.urls[0] + "/emulator/stats") as response:
+        assert (await response.json())["late_share"] > 1
+    await client.post(emulator.urls[0] + "/emulator/reset")
+    assert emulator.deployment.late_share == 0

@@ -10,9 +10,11 @@ from brproxy.types import InvalidInputError
 from loadgen.client import Failure, Outcome
 from loadgen.report.schema import PolicyResult, Report
 from loadgen.report.statistics import (
+    LATE_SHARE_MAX,
     Slo,
     Window,
     client_warnings,
+    emulator_warnings,
     failures,
     goodput_requests_per_s,
     latencies,
@@ -25,6 +27,7 @@ from loadgen.report.tables import (
     BEST_BASELINE,
     PublishedFigures,
     comparison_table,
+    comparison_tables,
     latency_table,
     outcome_table,
     published_table,
@@ -121,6 +124,14 @@ def test_a_late_client_says_so():
     assert warning.startswith("the client sent requests up to 1.5 s late")
 
 
+def test_an_emulator_that_is_late_says_so():
+    assert emulator_warnings(0.0, LATE_SHARE_MAX) == []
+    (warning,) = emulator_warnings(0.0, 0.4)
+    assert warning.startswith("steps ended late by 40% of a step")
+    (warning,) = emulator_warnings(2.5, 0.4)
+    assert warning.startswith("the emulator fell 2.5 s behind")
+
+
 def test_the_strongest_baseline_is_the_one_with_the_highest_throughput():
     results = [result("round-robin", 900.0), result("least-kv", 950.0), result("br-0", 1100.0)]
     assert strongest_baseline(Report(scenario={}, policies=results)).policy == "least-kv"
@@ -141,6 +152,35 @@ def test_the_comparison_fits_eighty_columns_and_names_its_baseline():
         "the strongest baseline",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize("lost", [0, 12])
+def test_where_workers_prefill_the_comparison_says_how_well_they_do_it_together(lost):
+    more = {"prefill_balance": 0.135, "lost": lost, "ttft_ms_p95": 110_848.0}
+    plain = result("join-shortest-queue", 10_000.0).model_copy(update=more)
+    report = Report(scenario={"prefill_us_per_token": 20.0}, policies=[plain])
+    text = shown(comparison_table(report))
+    assert "…" not in text
+    assert "14%" in text
+    assert ("lost: join-shortest-queue 12" if lost else "lost: nothing") in " ".join(text.split())
+
+
+def test_what_the_simulator_says_stands_beside_with_the_points_between():
+    measured = [result("join-shortest-queue", 1000.0), result("br-0", 1400.0)]
+    simulated = [result("join-shortest-queue", 900.0), result("br-0", 1305.0)]
+    simulated[1].throughput_of_perfect = 0.921
+    _, table = comparison_tables(Report(scenario={}, policies=measured, simulated=simulated))
+    text = shown(table)
+    assert "…" not in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["join-shortest-queue", "90.0", "90.0", "+0.0", "100.0", "100.0", "+0.0"] in rows
+    assert ["br-0", "90.0", "92.1", "-2.1", "140.0", "145.0", "-5.0"] in rows
+
+
+def test_what_the_simulator_says_without_a_baseline_or_figures():
+    unknown = result("br-0").model_copy(update={"throughput_of_perfect": None})
+    _, table = comparison_tables(Report(scenario={}, policies=[unknown], simulated=[unknown]))
+    assert ["br-0", "-", "-", "-"] in [line.split() for line in shown(table).splitlines()]
 
 
 def test_a_simulation_fits_eighty_columns_and_shows_what_there_is():
