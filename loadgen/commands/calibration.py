@@ -59,7 +59,7 @@ def calibrated_from(
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInputError(f"{source} cannot be read: {error}") from error
-        return Calibration(_cluster(_parsed(text, source), source, group), None)
+        return Calibration(cluster_shown(text, source, group), None)
     url = source if source.rstrip("/").endswith("/metrics") else f"{source.rstrip('/')}/metrics"
     first = _parsed(_fetch(url), url)
     began_s = time.monotonic()
@@ -68,6 +68,11 @@ def calibrated_from(
     second, took_s = _parsed(_fetch(url), url), time.monotonic() - began_s
     came = _admitted(second, url, group) - _admitted(first, url, group)
     return Calibration(cluster, came / took_s if came > 0 else None)
+
+
+def cluster_shown(page: str, source: str, group: str | None = None) -> ClusterSettings:
+    """Return the deployment that ``page``, metrics from ``source``, shows; raises as ``calibrated_from``."""
+    return _cluster(_parsed(page, source), source, group)
 
 
 def _fetch(url: str) -> str:

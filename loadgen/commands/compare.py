@@ -17,10 +17,11 @@ import aiohttp
 import orjson
 
 from brproxy.routing.policy import POLICIES
-from brproxy.types import BrproxyError
+from brproxy.types import BrproxyError, InvalidInputError
 from loadgen.capacity import Capacity
 from loadgen.client import ClientSettings, Lengths, Outcome, Replay
 from loadgen.commands.beside import must_be_simulated, simulated_result
+from loadgen.commands.calibration import cluster_shown
 from loadgen.commands.emulate import READY, emulate_arguments
 from loadgen.commands.prefill_workers import (
     PrefillWorkers,
@@ -33,7 +34,7 @@ from loadgen.commands.processes import running_process
 from loadgen.commands.run import policy_result
 from loadgen.commands.scenario import Scenario
 from loadgen.emulator.settings import Role
-from loadgen.report.schema import PolicyResult, Report
+from loadgen.report.schema import LearntCosts, PolicyResult, Report
 from loadgen.report.statistics import (
     client_warnings,
     emulator_warnings,
@@ -179,7 +180,22 @@ async def _replay(
     result.prefill_balance = stats["prefill_balance"]
     result.preemptions = stats["preemptions"]
     result.prefill = prefill
+    result.learnt = _learnt(page, settings.speed)
     return result
+
+
+def _learnt(page: str, speed: float) -> LearntCosts | None:
+    """Return what the proxy's metrics say of a step, at normal speed; None: it ran for too short a time."""
+    try:
+        cluster = cluster_shown(page, "the proxy")
+    except InvalidInputError:
+        return None
+    return LearntCosts(
+        step_base_ms=cluster.step_base_s * speed * 1e3,
+        step_ns_per_kv_token=cluster.step_s_per_kv_token * speed * 1e9,
+        prefill_us_per_token=cluster.prefill_s_per_token * speed * 1e6,
+        prefill_tokens_max=cluster.prefill_tokens_max,
+    )
 
 
 async def _check_ledger(session: aiohttp.ClientSession, proxy_url: str) -> str:

@@ -76,10 +76,25 @@ def verdict(report: Report) -> str:
         f"({name}: {_share(baseline.prefill_balance)}); "
         f"{_share(balanced.idle_fraction)} of the KV work was idle ({_share(baseline.idle_fraction)})."
     )
+    facts += f"\n{_learnt(balanced)}"
     doubts = [*_losses(report), *_shortcomings(ratio, baseline, balanced), *_warnings(report)]
     if not doubts:
         return facts
     return f"{facts}\nThis run does not show what it should: {'; '.join(doubts)}."
+
+
+def _learnt(result: PolicyResult) -> str:
+    learnt, cluster = result.learnt, SCENARIO.cluster
+    if learnt is None:
+        return "The proxy learnt nothing of what a step costs."
+    chunk = learnt.prefill_tokens_max
+    return (
+        f"A step, as the proxy learnt it (and as it is emulated): {learnt.step_base_ms:.0f} ms "
+        f"({cluster.step_base_s * 1e3:.0f}), {learnt.step_ns_per_kv_token:.0f} ns a KV token\n"
+        f"({cluster.step_s_per_kv_token * 1e9:.0f}), {learnt.prefill_us_per_token:.0f} µs a prompt token "
+        f"({cluster.prefill_s_per_token * 1e6:.0f}), "
+        f"{'whole prompts' if chunk is None else f'chunks of {chunk}'} ({cluster.prefill_tokens_max})."
+    )
 
 
 def _losses(report: Report) -> list[str]:

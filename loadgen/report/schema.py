@@ -55,6 +55,15 @@ class PrefillResult(Document):
         return max(self.prefill_tokens) * len(self.prefill_tokens) / total if total else None
 
 
+class LearntCosts(Document):
+    """What a proxy had learnt of a step's costs by the end of a run, at normal speed."""
+
+    step_base_ms: float
+    step_ns_per_kv_token: float
+    prefill_us_per_token: float
+    prefill_tokens_max: int | None = Field(description="Of a chunk; null: whole prompts, as far as is seen.")
+
+
 class PolicyResult(Document):
     """What one policy did with the scenario."""
 
@@ -105,6 +114,9 @@ class PolicyResult(Document):
     )
     prefill: PrefillResult | None = Field(
         default=None, description="The prefill side, where that is apart; all else is of the decode side."
+    )
+    learnt: LearntCosts | None = Field(
+        default=None, description="compare: what the proxy took a step to cost; null: it had learnt nothing."
     )
     warnings: list[str] = Field(default_factory=list, description="Why figures may not be trusted.")
 

@@ -108,6 +108,8 @@ async def test_compare_with_kv_capacity_and_prefill(tmp_path):
         assert 0.5 <= policy["prefill_balance"] <= 1
         assert policy["mean_kv_tokens"] > 0
         assert policy["preemptions"] == 0
+        # Seconds of streams are too few.
+        assert policy["learnt"] is None
 
 
 APART = """

@@ -1,13 +1,17 @@
 """The demonstration: what it runs, what that shows as simulated, and that it says so when it does not."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loadgen.commands import demo
 from loadgen.commands.beside import simulated_result
-from loadgen.report.schema import PolicyResult, Report
+from loadgen.commands.scenario_file import load_scenario
+from loadgen.report.schema import LearntCosts, PolicyResult, Report
 
+SCENARIOS = Path(__file__).parents[3] / "config" / "scenarios"
 BASELINES = ("round-robin", "join-shortest-queue", "least-kv")
 
 
@@ -63,6 +67,24 @@ def test_each_doubt_is_named(balanced, doubt):
     assert demo.verdict(report_of(balanced)).endswith(f"This run does not show what it should: {doubt}.")
 
 
+def test_what_the_proxy_learnt_stands_beside_what_is_emulated():
+    balanced = result("br-0", 1300.0, 0.7)
+    assert "The proxy learnt nothing of what a step costs." in demo.verdict(report_of(balanced))
+    balanced.learnt = LearntCosts(
+        step_base_ms=29.6, step_ns_per_kv_token=681.0, prefill_us_per_token=18.9, prefill_tokens_max=None
+    )
+    text = demo.verdict(report_of(balanced))
+    for words in (
+        "30 ms (30)",
+        "681 ns a KV token\n(660)",
+        "19 µs a prompt token (20)",
+        "whole prompts (2048)",
+    ):
+        assert words in text
+    balanced.learnt.prefill_tokens_max = 1024
+    assert "chunks of 1024 (2048)" in demo.verdict(report_of(balanced))
+
+
 @pytest.mark.parametrize(
     "report",
     [
@@ -80,6 +102,11 @@ def test_it_is_what_most_people_have_and_the_proxy_is_told_no_costs():
     assert cluster.prefill_tokens_max is not None
     assert set(demo.SETTINGS.policies) == {*BASELINES, demo.BALANCED}
     assert "learns" in demo.introduction(3.0)
+
+
+def test_it_is_a_scenario_that_can_be_compared_by_other_policies():
+    file = load_scenario(SCENARIOS / "aggregated-short.toml")
+    assert file.scenario(SCENARIOS, demo.SCENARIO.seed, None, None) == demo.SCENARIO
 
 
 def test_as_simulated_it_shows_what_it_should_within_three_minutes():
