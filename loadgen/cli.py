@@ -61,6 +61,7 @@ from loadgen.options import (
     TransferTime,
     Workers,
     listed,
+    to_be_written,
 )
 from loadgen.report.plots import plot_simulations
 from loadgen.report.schema import Document, Report
@@ -265,8 +266,9 @@ def demo(
     out: Out = None,
 ) -> None:
     """Show in three minutes what balancing gives: policies side by side on an emulated deployment."""
+    settings = demonstration.settings_at(speed)
     typer.echo(demonstration.introduction(speed))
-    report = _compare(demonstration.SCENARIO, demonstration.settings_at(speed))
+    report = _compare(demonstration.SCENARIO, settings)
     _write(report, out)
     Console().print(*comparison_tables(report))
     typer.echo(f"{demonstration.verdict(report)}\n\n{demonstration.NEXT_STEPS}")
@@ -298,7 +300,8 @@ def simulate(
         int | None, typer.Option(min=1, help="Simulations at once; left out: one each core.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw loads, imbalance and latencies (PNG or SVG).")
+        Path | None,
+        typer.Option(help="Draw loads, imbalance and latencies (PNG or SVG).", callback=to_be_written),
     ] = None,
     out: Out = None,
 ) -> None:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from brproxy.types import InvalidInputError
 from loadgen.emulator.settings import Role, Transfer
 from loadgen.traces.synthetic import WORKLOADS
+
+
+def to_be_written(path: Path | None) -> Path | None:
+    """Return ``path``; raises InvalidInputError, before a run of minutes, where no file could be written."""
+    if path is None:
+        return None
+    reason = None
+    if not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}"
+    elif path.is_dir():
+        reason = "it is a folder"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "that is not allowed"
+    if reason is not None:
+        raise InvalidInputError(f"{path}: cannot be written: {reason}")
+    return path
+
 
 Workers = Annotated[int, typer.Option(help="DP workers of the emulated deployment.")]
 Slots = Annotated[int, typer.Option(help="Requests that a worker runs at once.")]
@@ -44,7 +63,9 @@ Rate = Annotated[
 Cv = Annotated[float, typer.Option(help="Burstiness of arrivals: 1 Poisson, more is bursty, 0 uniform.")]
 TraceSpeed = Annotated[float, typer.Option(help="Replay a trace's own times so many times as fast.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Out = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Write the report as JSON to this file.", callback=to_be_written)
+]
 
 ScenarioPath = Annotated[
     Path | None,

@@ -33,7 +33,7 @@ from loadgen.commands.prefill_workers import (
 from loadgen.commands.processes import running_process
 from loadgen.commands.run import policy_result
 from loadgen.commands.scenario import Scenario
-from loadgen.emulator.settings import Role
+from loadgen.emulator.settings import Role, check_speed
 from loadgen.report.schema import LearntCosts, PolicyResult, Report
 from loadgen.report.statistics import (
     client_warnings,
@@ -65,7 +65,8 @@ class ComparisonSettings:
     beside_simulator: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse unknown policies before the first of them has run for a minute."""
+        """Refuse unknown policies before the first of them has run for a minute, and a speed that is none."""
+        check_speed(self.speed)
         for policy in self.policies:
             POLICIES.get(policy)
 

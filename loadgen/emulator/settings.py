@@ -8,6 +8,9 @@ from enum import StrEnum
 from brproxy.types import InvalidInputError
 from loadgen.cluster_settings import ClusterSettings
 
+SPEED_MAX = 1000.0
+"""Most times as fast as real time that a deployment is emulated."""
+
 
 class Role(StrEnum):
     """What a deployment does of a request."""
@@ -35,6 +38,12 @@ LEASE_S = {
     Transfer.SGLANG: 300.0,
 }
 """Seconds that one side waits for the other by default, as the engines do."""
+
+
+def check_speed(speed: float) -> None:
+    """Raise InvalidInputError for a speed, in times of real time, that nothing can be emulated at."""
+    if not 0 < speed <= SPEED_MAX:
+        raise InvalidInputError(f"the speed must be more than 0 and at most {SPEED_MAX:g}, got {speed}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +83,7 @@ class EmulatorSettings:
 
     def __post_init__(self) -> None:
         """Refuse a speed that is none, workers that do not fill their ports, and half a form of transfer."""
-        if not 0 < self.speed <= 1000:
-            msg = f"the speed must be more than 0 and at most 1000, got {self.speed}"
-            raise InvalidInputError(msg)
+        check_speed(self.speed)
         if self.ranks_per_url < 1 or self.cluster.workers % self.ranks_per_url:
             workers = self.cluster.workers
             msg = f"workers behind a port must be a part of all {workers}, got {self.ranks_per_url}"

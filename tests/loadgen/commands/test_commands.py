@@ -217,6 +217,20 @@ async def test_run_counts_what_it_lost(unused_tcp_port):
         ),
         (("run", "--target", "x", "--trace", "/no.csv"), "loadgen: /no.csv: cannot be read: No such file"),
         (("run", "--target", "x", "--requests", "0"), "loadgen: requests must be at least 1, got 0"),
+        (
+            ("compare", "--out", "/no/x.json"),
+            "loadgen: /no/x.json: cannot be written: there is no folder /no",
+        ),
+        (("demo", "--out", "/"), "loadgen: /: cannot be written: it is a folder"),
+        (
+            ("simulate", "--plot", "/no/x.png"),
+            "loadgen: /no/x.png: cannot be written: there is no folder /no",
+        ),
+        (("demo", "--speed", "0"), "loadgen: the speed must be more than 0 and at most 1000, got 0.0"),
+        (
+            ("compare", "--speed", "1001"),
+            "loadgen: the speed must be more than 0 and at most 1000, got 1001.0",
+        ),
         (("emulate", "--speed", "0"), "loadgen: the speed must be more than 0 and at most 1000, got 0.0"),
     ],
 )
