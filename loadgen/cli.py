@@ -13,6 +13,7 @@ from rich.console import Console
 from brproxy.command import make_command, run_command
 from brproxy.types import InvalidInputError
 from loadgen.cli_bench import bench, bench_proxy
+from loadgen.cli_results import results
 from loadgen.client import ClientSettings, Lengths
 from loadgen.cluster_settings import ClusterSettings
 from loadgen.commands import demo as demonstration
@@ -50,6 +51,7 @@ from loadgen.options import (
     RecomputedShare,
     Requests,
     RequestsPerS,
+    RequestsPerWorker,
     ScenarioPath,
     Seed,
     Slots,
@@ -288,6 +290,7 @@ def simulate(
     trace: TraceFile = None,
     workers: Annotated[int | None, typer.Option(min=1, help="DP workers, not the file's.")] = None,
     rate: Rate = None,
+    requests_per_worker: RequestsPerWorker = None,
     dispatch_steps: Annotated[
         int | None,
         typer.Option(min=0, help="Steps until what is decided takes part, not the file's; 0: at once."),
@@ -312,7 +315,9 @@ def simulate(
         raise InvalidInputError(msg)
     calibration = None if calibrated is None else calibrated_from(calibrated, group)
     plans = [
-        plan_simulation(path, policies, predictor, trace, workers, rate, dispatch_steps, calibration)
+        plan_simulation(
+            path, policies, predictor, trace, workers, rate, dispatch_steps, calibration
+        ).with_requests(requests_per_worker)
         for path in paths
     ]
     console = Console()
@@ -329,6 +334,7 @@ def simulate(
 
 app.command()(bench)
 app.command("bench-proxy")(bench_proxy)
+app.command()(results)
 app.command()(validate)
 
 

@@ -56,6 +56,10 @@ TraceFile = Annotated[
     ),
 ]
 Requests = Annotated[int | None, typer.Option(help="Requests; of a trace the first so many, by default all.")]
+RequestsPerWorker = Annotated[
+    int | None,
+    typer.Option(min=1, help="Requests for each worker, not the file's; of a trace the first so many."),
+]
 RequestsPerS = Annotated[float | None, typer.Option(help="Arrivals a second, in the deployment's time.")]
 Rate = Annotated[
     float | None, typer.Option(help="Arrivals as a share of what a perfectly balanced deployment could do.")

@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from loadgen.commands.scenario import Scenario
 from loadgen.packing import packed_makespan_s
 from loadgen.report.schema import Percentiles, PolicyResult, Report
-from loadgen.report.statistics import percentiles
+from loadgen.report.statistics import half_width_95, percentiles
 from loadgen.simulator import SimulatedPolicy, Simulation, simulate
 
 FloatArray = NDArray[np.float64]
 
-# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; beyond, the normal's will do.
-_T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _FIGURES = (
     "imbalance_kv_tokens",
     "idle_fraction",
@@ -62,17 +60,21 @@ def simulate_all(
     for job, result in zip(jobs, _run(jobs, processes or os.cpu_count() or 1), strict=True):
         results[job.label].append(result)
         on_done(job.label)
-    first = scenario(seeds[0])
+    described = describe(scenario(seeds[0]), len(seeds))
+    return Report(scenario=described, policies=[mean_of(runs) for runs in results.values()])
+
+
+def describe(first: Scenario, seeds: int) -> dict[str, str | int | float | None]:
+    """Return what is simulated as it goes into the report; ``first`` is the first seed's."""
     workload, capacity = first.draw()
     packed_s = packed_makespan_s(workload, first.cluster) if first.arrivals.at_once else None
-    described = first.describe(workload) | {
-        "seeds": len(seeds),
+    return first.describe(workload) | {
+        "seeds": seeds,
         "dispatch_steps": first.cluster.dispatch_steps,
         "perfect_output_tokens_per_s": capacity.output_tokens_per_s,
         "perfect_requests_per_s": capacity.requests_per_s,
         "packed_makespan_s": packed_s,
     }
-    return Report(scenario=described, policies=[mean_of(runs) for runs in results.values()])
 
 
 def _run(jobs: Sequence[_Job], processes: int) -> Iterator[PolicyResult]:
@@ -143,13 +145,12 @@ def mean_of(runs: Sequence[PolicyResult]) -> PolicyResult:
     intervals: dict[str, float] = {}
     by_seed: dict[str, list[float]] = {}
     for figure in _FIGURES:
-        values = np.array([value for run in runs if (value := getattr(run, figure)) is not None])
+        values = [value for run in runs if (value := getattr(run, figure)) is not None]
         if len(values) < len(runs):
             continue
-        by_seed[figure] = values.tolist()
-        means[figure] = float(values.mean())
-        t = _T_95[len(values) - 2] if len(values) - 2 < len(_T_95) else 1.96
-        intervals[figure] = float(t * values.std(ddof=1) / np.sqrt(len(values)))
+        by_seed[figure] = values
+        means[figure] = float(np.mean(values))
+        intervals[figure] = half_width_95(values)
     totals = {"requests": sum(run.requests for run in runs), "lost": sum(run.lost for run in runs)}
     spread = {"intervals": intervals, "by_seed": by_seed}
     return runs[0].model_copy(update=means | totals | spread | {"tpot_ms": None, "ttft_ms": None})

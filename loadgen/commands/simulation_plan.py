@@ -29,6 +29,21 @@ class SimulationPlan:
     seeds: int
     published: Mapping[str, PublishedFigures]
 
+    def with_requests(self, per_worker: int | None) -> SimulationPlan:
+        """Return the plan with so many requests for each worker, of a trace the first; None: as it is.
+
+        Published figures are of as many as the file says.
+        """
+        if per_worker is None:
+            return self
+        return replace(self, scenario=partial(_with_requests, self.scenario, per_worker), published={})
+
+
+def _with_requests(scenario: Callable[[int], Scenario], per_worker: int, seed: int) -> Scenario:
+    drawn = scenario(seed)
+    workload = replace(drawn.workload, requests=per_worker * drawn.cluster.workers)
+    return replace(drawn, workload=workload)
+
 
 def plan_simulation(
     path: Path | None,

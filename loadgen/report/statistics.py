@@ -17,6 +17,9 @@ LATE_S_MAX = 0.5
 LATE_SHARE_MAX = 0.25
 """Where steps end later than this, by how long they take, what is decided after one may miss the next."""
 
+# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; beyond, the normal's will do.
+_T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
 
 @dataclass(frozen=True, slots=True)
 class Slo:
@@ -63,6 +66,12 @@ def percentiles(values_s: Sequence[float]) -> Percentiles | None:
     values_ms = np.asarray(values_s, dtype=np.float64) * 1000
     p50, p95, p99 = np.percentile(values_ms, (50, 95, 99)).tolist()
     return Percentiles(mean=float(values_ms.mean()), p50=p50, p95=p95, p99=p99)
+
+
+def half_width_95(values: Sequence[float]) -> float:
+    """Return the half-width of the mean's 95 % confidence interval, of two or more values."""
+    t = _T_95[len(values) - 2] if len(values) - 2 < len(_T_95) else 1.96
+    return float(t * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def tpot_s(outcome: Outcome) -> float | None:
