@@ -9,8 +9,9 @@ import typer
 
 from brproxy.types import InvalidInputError
 from loadgen.commands.bars import Bars
+from loadgen.commands.pictures import draw_picture
 from loadgen.commands.results import Kept, command_lines, run_all, tables, without_trace
-from loadgen.commands.results_file import load_experiments
+from loadgen.commands.results_file import Experiments, load_experiments
 from loadgen.report.markdown import renewed
 
 QUICK_SEEDS, QUICK_REQUESTS_PER_WORKER = 2, 150
@@ -31,6 +32,9 @@ def results(
         Path | None,
         typer.Option(help="Markdown file to put the tables into, between their marks; left out: printed."),
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw why it matters (PNG or SVG), and run nothing else.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of every run, not the file's.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few seeds and requests, for a look.")] = False,
     kept: Annotated[bool, typer.Option("--kept", help="Run nothing: only what is kept.")] = False,
@@ -49,6 +53,9 @@ def results(
     if quick:
         chosen = chosen.shortened(QUICK_SEEDS, QUICK_REQUESTS_PER_WORKER)
     chosen = chosen.shortened(seeds, None)
+    if picture is not None:
+        _draw(chosen, picture)
+        return
     folder = Kept(out, traces)
     for line in without_trace(chosen, folder):
         typer.echo(line, err=True)
@@ -68,6 +75,15 @@ def results(
         _renew(write, made)
 
 
+def _draw(experiments: Experiments, path: Path) -> None:
+    if experiments.picture is None:
+        msg = "--picture: the file of experiments has no [picture]"
+        raise InvalidInputError(msg)
+    with Bars() as bars:
+        bars.begin("picture", len(experiments.picture.loads.policies + experiments.picture.prefill.policies))
+        draw_picture(experiments.picture, experiments.labels, path, bars.advance)
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,8 +94,12 @@ def _make_folder(folder: Path) -> None:
 
 def _renew(path: Path, made: dict[str, str]) -> None:
     try:
-        text = path.read_text(encoding="utf-8")
-        path.write_text(renewed(text, made), encoding="utf-8")
+        # Bytes, so that line ends stay as they are.
+        text = path.read_bytes().decode()
+        path.write_bytes(renewed(text, made).encode())
     except OSError as error:
         msg = f"{path}: cannot be renewed: {error.strerror}"
+        raise InvalidInputError(msg) from error
+    except UnicodeDecodeError as error:
+        msg = f"{path}: must be UTF-8 text: byte {error.start} is not"
         raise InvalidInputError(msg) from error

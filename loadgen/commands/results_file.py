@@ -37,8 +37,10 @@ class Run:
     def plan(self, traces: Path | None) -> SimulationPlan | None:
         """Return what is to be simulated; None: its trace is not in ``traces``. Raises InvalidInputError."""
         trace = self._trace(traces)
-        if self.trace and trace is None:
-            return None
+        return None if self.trace and trace is None else self.simulation(trace)
+
+    def simulation(self, trace: Path | None = None) -> SimulationPlan:
+        """Return what is to be simulated, with the requests of ``trace``; raises InvalidInputError."""
         policies = ",".join(self.policies) or None
         plan = plan_simulation(self.scenario, policies, None, trace, self.workers, self.rate)
         return plan.with_requests(self.requests_per_worker)
@@ -126,6 +128,41 @@ class TableSection(Section):
             yield "policies", "differences need a policy and others to compare it with"
 
 
+class PanelsSection(Section):
+    """What a row of the picture's panels shows, one for each policy."""
+
+    scenario: str = Field(description="Scenario file, relative to this one.")
+    policies: list[str] = Field(min_length=1)
+    workers: int = Field(ge=1)
+    requests_per_worker: int | None = Field(default=None, ge=1)
+
+    def run(self, folder: Path) -> Run:
+        """Return it as a run, of a scenario in ``folder``."""
+        return Run(
+            *("", folder / self.scenario, tuple(self.policies), self.workers),
+            requests_per_worker=self.requests_per_worker,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What the rows of the picture's panels show."""
+
+    loads: Run
+    prefill: Run
+
+
+class PictureSection(Section):
+    """The picture of why: what workers hold, and who prefills when."""
+
+    loads: PanelsSection
+    prefill: PanelsSection
+
+    def picture(self, folder: Path) -> Picture:
+        """Return it as runs, of scenarios in ``folder``."""
+        return Picture(self.loads.run(folder), self.prefill.run(folder))
+
+
 class ResultsFile(Section):
     """A whole file of experiments."""
 
@@ -133,6 +170,7 @@ class ResultsFile(Section):
     policies: dict[str, list[str]] = Field(default_factory=dict, description="Lists of them, by name.")
     run: list[RunSection] = Field(min_length=1)
     table: list[TableSection] = Field(min_length=1)
+    picture: PictureSection | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> ResultsFile:
@@ -158,13 +196,14 @@ class ResultsFile(Section):
 class Experiments:
     """What a file has, runs one by one; ``chosen`` of them are to be simulated.
 
-    ``labels`` are what tables call policies.
+    ``labels`` are what tables call policies; ``picture`` None: there is none.
     """
 
     runs: tuple[Run, ...]
     chosen: tuple[Run, ...]
     tables: tuple[TableSection, ...]
     labels: Mapping[str, str]
+    picture: Picture | None = None
 
     def only(self, names: Sequence[str]) -> Experiments:
         """Choose the tables called ``names`` with all their runs, and runs called so with their tables.
@@ -199,7 +238,9 @@ class Experiments:
             requests = requests_per_worker or run.requests_per_worker
             return replace(run, seeds=seeds or run.seeds, requests_per_worker=requests)
 
-        return replace(self, runs=tuple(map(short, self.runs)), chosen=tuple(map(short, self.chosen)))
+        runs, chosen = (tuple(map(short, some)) for some in (self.runs, self.chosen))
+        picture = self.picture and Picture(short(self.picture.loads), short(self.picture.prefill))
+        return replace(self, runs=runs, chosen=chosen, picture=picture)
 
 
 def load_experiments(path: Path) -> Experiments:
@@ -210,4 +251,6 @@ def load_experiments(path: Path) -> Experiments:
         for section in file.run
         for run in section.runs(path.parent, file.policies.get(section.policies, ()))
     )
-    return Experiments(runs, runs, tuple(file.table), file.labels)
+    panels = file.picture
+    picture = panels.picture(path.parent) if panels else None
+    return Experiments(runs, runs, tuple(file.table), file.labels, picture)

@@ -13,7 +13,6 @@ from brproxy.types import InvalidInputError
 from loadgen.report.paired import Difference, is_worse, paired_difference
 from loadgen.report.schema import PolicyResult, Report
 
-MINUS = "\N{MINUS SIGN}"
 _UNKNOWN = "-"
 _BEGIN = re.compile(r"<!-- table (\S+) -->")
 _END = "<!-- end -->"
@@ -119,7 +118,7 @@ def differences_rows(
     rows = []
     for report in reports:
         by_policy = {result.policy: result for result in report.policies}
-        cells, worse = [], []
+        cells, worse, compared = [], [], 0
         for name in figures:
             found = {
                 other: paired_difference(by_policy[first], by_policy[other], name)
@@ -127,13 +126,14 @@ def differences_rows(
                 if {first, other} <= by_policy.keys()
             }
             cells.append(" / ".join(_difference_text(found.get(other)) for other in others))
+            compared += sum(difference is not None for difference in found.values())
             short = FIGURES[name].heading.partition(",")[0]
             worse += [
                 f"{short} ({labels.get(other, other)})"
                 for other, difference in found.items()
                 if difference is not None and is_worse(difference, name)
             ]
-        rows.append([*_key_cells(report, keys), *cells, ", ".join(worse) or "no"])
+        rows.append([*_key_cells(report, keys), *cells, ", ".join(worse) or ("no" if compared else _UNKNOWN)])
     return rows
 
 
@@ -151,7 +151,7 @@ def _difference_text(difference: Difference | None) -> str:
     if difference is None:
         return _UNKNOWN
     spread = "" if difference.half_width is None else f" ± {difference.half_width:.1f}"
-    return f"{difference.percent:+.1f}{spread}".replace("-", MINUS)
+    return f"{difference.percent:+.1f}{spread}"
 
 
 def _key_cells(report: Report, keys: Sequence[str]) -> list[str]:

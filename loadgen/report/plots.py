@@ -5,7 +5,7 @@ Needs the ``plots`` extra (matplotlib).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,14 @@ _COLUMN_INCHES, _ROW_INCHES = 4.2, 2.9
 
 def plot_simulations(scenario: Scenario, policies: Mapping[str, SimulatedPolicy], path: Path) -> None:
     """Simulate ``policies`` once and draw them, a column each; raises InvalidInputError."""
-    plt = _pyplot()
-    figure = draw_simulations(plt, scenario, policies)
+    plt = pyplot("--plot")
+    save(plt, draw_simulations(plt, scenario, policies), path, 110)
+
+
+def save(plt: Any, figure: Any, path: Path, dots_per_inch: int) -> None:
+    """Write a figure and let it go; raises InvalidInputError."""
     try:
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=dots_per_inch)
     except (OSError, ValueError) as error:
         msg = f"{path}: cannot be drawn: {error}"
         raise InvalidInputError(msg) from error
@@ -65,11 +69,12 @@ def draw_simulations(plt: Any, scenario: Scenario, policies: Mapping[str, Simula
     return figure
 
 
-def _pyplot() -> Any:
+def pyplot(option: str) -> Any:
+    """Return what draws, without a screen, for an ``option`` of the command; raises InvalidInputError."""
     try:
         import matplotlib as mpl  # noqa: PLC0415
     except ImportError as error:
-        msg = "--plot needs matplotlib: pip install 'brproxy[plots]'"
+        msg = f"{option} needs matplotlib: pip install 'brproxy[plots]'"
         raise InvalidInputError(msg) from error
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
@@ -80,7 +85,7 @@ def _pyplot() -> Any:
 def _draw_loads(axes: Any, label: str, simulation: Simulation) -> None:
     """Draw every worker's load over the steady part, the envelope, and what is lost between mean and it."""
     start_s, loads = simulation.loads.start_s, simulation.loads.kv_tokens
-    inside = _steady(simulation)
+    inside = steady_steps(simulation)
     shown = inside[:: max(1, len(inside) // _STEPS_DRAWN)]
     colour = {} if loads.shape[1] <= _COLOURED_MAX else {"color": "tab:blue", "alpha": 0.35}
     times_s, shown_loads = start_s[shown], loads[shown] / 1e3
@@ -106,10 +111,8 @@ def _draw_imbalance(axes: Any, simulation: Simulation) -> None:
 
 def _draw_prefill(figure: Any, row: Any, simulations: list[Simulation]) -> None:
     """Draw what each worker prefills in some steps in the middle: stripes where they do it together."""
-    parts = [_prefill_in_the_middle(simulation) for simulation in simulations]
-    some = np.concatenate([part[part > 0] for part in parts])
-    # One giant must not make all others invisible.
-    highest = float(np.percentile(some, 95)) if len(some) else 1.0
+    parts = [prefill_in_the_middle(simulation, _STEPS_OF_PREFILL) for simulation in simulations]
+    highest = usual_prefill(parts)
     image = None
     for axes, part, simulation in zip(row, parts, simulations, strict=True):
         image = axes.imshow(
@@ -123,14 +126,20 @@ def _draw_prefill(figure: Any, row: Any, simulations: list[Simulation]) -> None:
     figure.colorbar(image, ax=list(row), label="prefilled (tokens)", pad=0.01)
 
 
-def _prefill_in_the_middle(simulation: Simulation) -> IntArray:
-    """Return the prompt tokens of some steps, int64[S, G]."""
-    inside = _steady(simulation)
-    first = max(0, len(inside) // 2 - _STEPS_OF_PREFILL // 2)
-    return simulation.loads.prefill_tokens[inside[first : first + _STEPS_OF_PREFILL]]
+def usual_prefill(parts: Sequence[IntArray]) -> float:
+    """Return the prompt tokens that are drawn darkest: one giant must not make all others invisible."""
+    some = np.concatenate([part[part > 0] for part in parts])
+    return float(np.percentile(some, 95)) if len(some) else 1.0
 
 
-def _steady(simulation: Simulation) -> IntArray:
+def prefill_in_the_middle(simulation: Simulation, steps: int) -> IntArray:
+    """Return the prompt tokens of some ``steps``, int64[S, G]."""
+    inside = steady_steps(simulation)
+    first = max(0, len(inside) // 2 - steps // 2)
+    return simulation.loads.prefill_tokens[inside[first : first + steps]]
+
+
+def steady_steps(simulation: Simulation) -> IntArray:
     """Return which steps begin in the steady part, by number."""
     start_s = simulation.loads.start_s
     return np.flatnonzero((start_s >= simulation.steady_s[0]) & (start_s < simulation.steady_s[1]))

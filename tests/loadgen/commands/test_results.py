@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from brproxy.types import InvalidInputError
 from brproxy.validation import ConfigError
 from loadgen.cli import app
-from loadgen.commands import results
+from loadgen.commands import pictures, results
 from loadgen.commands.results_file import load_experiments
+from loadgen.report.markdown import markdown_table, marked
 
 ROOT = Path(__file__).parents[3]
 EXPERIMENTS = ROOT / "config" / "results.toml"
@@ -227,10 +228,10 @@ def test_a_look(folder):
 
 def test_tables_go_between_their_marks(folder):
     page = folder / "page.md"
-    page.write_text("# A\n\n<!-- table small -->\nold\n<!-- end -->\nb", encoding="utf-8")
+    page.write_bytes(b"# A\r\n\n<!-- table small -->\nold\n<!-- end -->\nb")
     assert invoke(folder, "--only", "small", "--write", page).exit_code == 0
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith("# A\n\n<!-- table small -->\n| policy | idle, % | TPOT P95, ms |\n")
+    text = page.read_bytes().decode()
+    assert text.startswith("# A\r\n\n<!-- table small -->\n| policy | idle, % | TPOT P95, ms |\n")
     assert text.endswith("seeds: 2.\n<!-- end -->\nb")
     assert "old" not in text
     assert str(invoke(folder, "--kept", "--write", folder).exception).endswith(
@@ -287,3 +288,89 @@ def test_the_shipped_experiments():
             assert plan.policies
             assert plan.scenario(1).cluster.workers == (run.workers or plan.scenario(1).cluster.workers)
     assert all(any(table.has(run.name) for table in experiments.tables) for run in experiments.runs)
+
+
+def policies_of(experiments, table):
+    """Return the policies of a table's runs, in order."""
+    plans = [run.plan(None) for run in experiments.runs if table.has(run.name)]
+    return [*dict.fromkeys(policy for plan in plans if plan is not None for policy in plan.policies)]
+
+
+def test_results_have_the_tables_that_would_be_written():
+    experiments = load_experiments(EXPERIMENTS)
+    places = marked((ROOT / "brproxy" / "RESULTS.md").read_text(encoding="utf-8"))
+    assert sorted(places) == sorted(table.name for table in experiments.tables)
+    for table in experiments.tables:
+        headings = results.header(table, policies_of(experiments, table), experiments.labels)
+        assert places[table.name].startswith("\n" + markdown_table(headings, [])), table.name
+        assert f"`loadgen results --only {table.name}`: " in places[table.name]
+
+
+PICTURES = ROOT / "brproxy" / "pictures"
+
+
+def test_the_shipped_picture_is_small_and_shown():
+    assert [path.name for path in PICTURES.iterdir()] == ["why.png"]
+    assert (PICTURES / "why.png").stat().st_size < 150_000
+    assert "](brproxy/pictures/why.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+PICTURE = """
+[picture.loads]
+scenario = "small.toml"
+policies = ["join-shortest-queue", "least-kv", "br-0:aim=1", "br-0"]
+workers = 4
+[picture.prefill]
+scenario = "prefilling.toml"
+policies = ["br-0:prefill_wait_s_max=0", "br-0"]
+workers = 3
+requests_per_worker = 60
+"""
+
+
+@pytest.fixture
+def pictured(folder):
+    prefilling = SCENARIO + "prefill_us_per_token = 20\nprefill_tokens_max = 512\n"
+    (folder / "prefilling.toml").write_text(prefilling, encoding="utf-8")
+    (folder / "results.toml").write_text(FILE + PICTURE, encoding="utf-8")
+    return folder
+
+
+def test_the_picture_is_drawn(pictured):
+    pytest.importorskip("matplotlib")
+    for name in ("why.png", "why.svg"):
+        result = invoke(pictured, "--picture", pictured / name)
+        assert result.exit_code == 0, result.output
+        assert (pictured / name).stat().st_size > 10_000
+        assert not (pictured / "kept").exists()
+
+
+def test_every_text_of_the_picture_can_be_read(pictured, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    shown = {}
+    monkeypatch.setattr(pictures, "save", lambda plt, figure, path, dots: shown.update(figure=figure))
+    assert invoke(pictured, "--picture", pictured / "why.svg").exit_code == 0
+    figure = shown["figure"]
+    figure.canvas.draw()
+    assert figure.get_facecolor() == (1, 1, 1, 1), "a page may be dark"
+    texts = [
+        text
+        for axes in figure.axes
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label)
+        if text.get_text()
+    ]
+    texts += [part._suptitle for part in figure.subfigs]
+    titles = [text.get_text() for text in texts]
+    assert any(title.startswith("ours\n") and title.endswith("of perfect") for title in titles)
+    assert sum("balanced" in title for title in titles) == 2
+    boxes = [text.get_window_extent() for text in texts]
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, texts[i]
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, texts[i]
+        assert not any(box.overlaps(other) for other in boxes[:i]), texts[i]
+    pyplot.close(figure)
+
+
+def test_a_file_without_a_picture(folder):
+    error = invoke(folder, "--picture", folder / "why.png").exception
+    assert str(error) == "--picture: the file of experiments has no [picture]"
