@@ -12,6 +12,7 @@ from brproxy.validation import ConfigError
 from loadgen.cli import app
 from loadgen.commands import pictures, results
 from loadgen.commands.results_file import load_experiments
+from loadgen.commands.simulation_plan import plan_simulation
 from loadgen.report.markdown import markdown_table, marked
 
 ROOT = Path(__file__).parents[3]
@@ -288,6 +289,15 @@ def test_the_shipped_experiments():
             assert plan.policies
             assert plan.scenario(1).cluster.workers == (run.workers or plan.scenario(1).cluster.workers)
     assert all(any(table.has(run.name) for table in experiments.tables) for run in experiments.runs)
+
+
+def test_published_figures_are_of_as_many_requests_as_the_file_says():
+    plan = plan_simulation(ROOT / "config" / "scenarios" / "proprietary.toml", *(None,) * 5)
+    assert plan.with_requests(None) is plan
+    fewer = plan.with_requests(3)
+    assert plan.published
+    assert not fewer.published
+    assert len(fewer.scenario(1).draw()[0].requests) == 3 * 8
 
 
 def policies_of(experiments, table):
