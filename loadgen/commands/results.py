@@ -33,7 +33,7 @@ _MEASURED = {"seeds", "perfect_output_tokens_per_s", "perfect_requests_per_s", "
 """What a report says of its scenario that does not make it another one."""
 
 _LISTED_MAX = 8
-"""Of more runs than that a table's source says only between which numbers they are."""
+"""Of more runs than that a table's source tells no single one, only between which numbers they are, or how many."""
 
 
 class Kept:
@@ -213,7 +213,10 @@ def _source(table: TableSection, runs: Sequence[Run], reports: Mapping[Run, Repo
     if table.layout == "runs":
         text += f" In each cell: {' / '.join(FIGURES[name].heading for name in table.figures)}."
     lacking = [run.name for run in runs if run not in reports]
-    return text + (f" Not there: {', '.join(lacking)}." if lacking else "")
+    if not lacking:
+        return text
+    many = f"{len(lacking)} of {len(runs)} runs"
+    return f"{text} Not there: {', '.join(lacking) if len(lacking) <= _LISTED_MAX else many}."
 
 
 def _each(reports: Iterable[Report], key: str) -> str:

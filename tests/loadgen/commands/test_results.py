@@ -193,6 +193,15 @@ def test_only_what_is_kept(folder, simulated):
     assert "small.toml; 80 requests" not in result.output
 
 
+def test_many_runs_are_counted(folder):
+    text = FILE.replace("rates = [0.5, 1.1]", "rates = [0.5, 0.6, 0.7, 0.8, 0.9, 1.1]")
+    (folder / "results.toml").write_text(text, encoding="utf-8")
+    for name in ("load-g1-1.1", "load-g3-1.1"):
+        invoke(folder, "--only", name, "--seeds", 1)
+    result = invoke(folder, "--kept", "--only", "against")
+    assert "small.toml; 30 / 90 requests a seed, seeds: 1. Not there: 11 of 13 runs." in result.output
+
+
 def test_a_trace_that_is_not_there_is_left_out_and_said_so(folder):
     result = invoke(folder, "--only", "against", "--traces", folder / "nowhere")
     assert result.exit_code == 0
