@@ -33,7 +33,7 @@ _MEASURED = {"seeds", "perfect_output_tokens_per_s", "perfect_requests_per_s", "
 """What a report says of its scenario that does not make it another one."""
 
 _LISTED_MAX = 8
-"""Of more runs than that a table's source tells no single one, only between which numbers they are, or how many."""
+"""More runs than that are told by how many they are, and their numbers by the least and the most."""
 
 
 class Kept:
