@@ -54,7 +54,7 @@ ALLOWED = {
     "learning": {"happenings", "lifecycle", "prediction"},
     "turnover": {"ledger"},
     "growth": {"faults", "ledger", "lifecycle", "prediction", "routing"},
-    "foresight": {"types", "faults", "ledger", "routing", "prediction", "turnover"},
+    "foresight": {"types", "step_costs", "faults", "ledger", "routing", "prediction", "turnover"},
     "rounds": {"types", "dispatcher", "lifecycle"},
     "sessions": {"types", "happenings", "ledger", "lifecycle", "roster", "routing"},
     "dispatcher": BASE
