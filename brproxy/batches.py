@@ -20,7 +20,7 @@ expected those go first of which fewest have begun: a prompt tells most by its f
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from itertools import islice
@@ -34,13 +34,13 @@ from brproxy.lifecycle import Entry, Event
 from brproxy.prediction.predictor import (
     CERTAIN_OUTPUTS,
     NOTHING_KNOWN,
-    AnyPredictor,
     Expectation,
     FloatArray,
     IntArray,
 )
 from brproxy.roster import Member
 from brproxy.types import PendingRequest, RequestId
+from brproxy.waiting import Growth
 
 _UNKNOWN_OUTPUTS = 1.0
 """κ where nothing is known of a prompt."""
@@ -157,10 +157,13 @@ class _Batch:
 class Batches(Observer):
     """The batches of one group, told what happens to its requests: a discipline for those that wait."""
 
-    def __init__(self, ledger: Ledger, predictor: AnyPredictor, limits: BatchLimits) -> None:
+    def __init__(self, dispatcher: Dispatcher, limits: BatchLimits) -> None:
         self.limits = limits
-        self._ledger = ledger
-        self._predictor = predictor
+        self._costs = dispatcher.costs
+        self._ledger = dispatcher.ledger
+        self._predictor = dispatcher.predictor
+        self._faults = dispatcher.faults
+        self._mean_tokens = 1.0
         # The one that a request came to last is at the end.
         self._batches: OrderedDict[str, _Batch] = OrderedDict()
         self._prompts = 0
@@ -174,6 +177,30 @@ class Batches(Observer):
     def in_turn(self, entries: Iterable[Entry], slots_free: int) -> Iterable[Entry | None]:
         """Return who gets the place of each of ``entries``, see ``waiting.Discipline``."""
         return self._turns(entries, slots_free) if self._known else entries
+
+    def growth(self, waiting: Sequence[Entry]) -> Growth | None:
+        """Return what is expected to come, see ``waiting.Foreseer``; None if not all are of one batch.
+
+        Nor where prefill holds up decoding: there prompts go in step first of all. What has become longer
+        than expected is taken to go on for half as long again. Of what runs besides nobody knows.
+        """
+        known = [self._known.get(entry.id) for entry in waiting]
+        batch = known[0][0] if known[0] else None
+        costs = self._costs()
+        prefills = costs is not None and costs.s_per_prefill_token > 0
+        if batch is None or prefills or any(each is None or each[0] is not batch for each in known):
+            return None
+        expected = self._expected_tokens(batch).tolist()
+        of_workers = [0.0] * len(self._ledger.requests)
+        running = batch.running.values()
+        streamed = self._ledger.streamed([entry for entry, _ in running]).tolist()
+        for (entry, number), tokens in zip(running, streamed, strict=True):
+            more = expected[number] - tokens
+            of_workers[entry.worker] += (more if more > 0 else tokens / 2) * entry.sequences
+        numbers = [each[1] for each in known if each]
+        more_of = [expected[n] * entry.sequences for n, entry in zip(numbers, waiting, strict=True)]
+        present = self._ledger.roster.present
+        return Growth(more_of, of_workers if present is None else [of_workers[g] for g in present])
 
     def arrived(self, entry: Entry) -> None:
         """See Observer.arrived."""
@@ -226,9 +253,16 @@ class Batches(Observer):
             batch, _ = known
             turn = turns.get(id(batch))
             if turn is None:
-                expected = batch.expected_tokens(self._ledger, self._predictor.mean_output_tokens)
-                turn = turns[id(batch)] = islice(batch.in_turn(expected), slots_free + _BEYOND)
+                in_turn = batch.in_turn(self._expected_tokens(batch))
+                turn = turns[id(batch)] = islice(in_turn, slots_free + _BEYOND)
             yield next(turn, None)
+
+    def _expected_tokens(self, batch: _Batch) -> FloatArray:
+        try:
+            self._mean_tokens = self._predictor.mean_output_tokens
+        except Exception as error:  # noqa: BLE001 - the last one will do
+            self._faults.note("predictor", error)
+        return batch.expected_tokens(self._ledger, self._mean_tokens)
 
     def _find(self, name: str, now_s: float) -> _Batch | None:
         """Return the batch of that name, to which a request comes; None if there is no room for another."""
@@ -270,7 +304,8 @@ class Batches(Observer):
 
 def take_batches(dispatcher: Dispatcher, limits: BatchLimits) -> Batches:
     """Have those that wait in a group go by their batches from now on."""
-    batches = Batches(dispatcher.ledger, dispatcher.predictor, limits)
+    batches = Batches(dispatcher, limits)
     dispatcher.happenings.tell(batches)
     dispatcher.waiting.order_by(batches.in_turn)
+    dispatcher.foreseer = batches.growth
     return batches

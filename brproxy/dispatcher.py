@@ -24,17 +24,7 @@ from brproxy.growth import GrowthRoom
 from brproxy.happenings import Happenings
 from brproxy.learning import Learner
 from brproxy.ledger import Ledger
-from brproxy.lifecycle import (
-    AFTER,
-    NOBODY,
-    TERMINAL,
-    Entry,
-    Event,
-    LifecycleError,
-    State,
-    bounded,
-    entry_of,
-)
+from brproxy.lifecycle import AFTER, NOBODY, TERMINAL, Entry, Event, LifecycleError, State, bounded, entry_of
 from brproxy.prediction.predictor import AnyPredictor, Prospect
 from brproxy.prediction.quality import QualityMonitor
 from brproxy.roster import Change, Member
@@ -42,13 +32,8 @@ from brproxy.routing.policy import AnyPolicy, least
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, IntArray, RoundState, RoutingError, checked
 from brproxy.sessions import SessionLimits, Sessions
 from brproxy.step_costs import StepCosts
-from brproxy.types import (
-    TOKENS_MAX,
-    PendingRequest,
-    RequestId,
-    WorkerIndex,
-)
-from brproxy.waiting import PoolFullError, PromptTooLongError, WaitingRoom
+from brproxy.types import TOKENS_MAX, PendingRequest, RequestId, WorkerIndex
+from brproxy.waiting import Foreseer, Growth, PoolFullError, PromptTooLongError, WaitingRoom
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +57,10 @@ class Dispatcher:
 
     ``waiting`` are those that wait, ``ledger`` has those that are bound, ``happenings`` tells what happens to
     both, and ``faults`` counts what went wrong. ``sessions`` remembers who served whom, None: nobody does.
-    ``costs`` says what a step costs as far as it is known by now. Of the last round, ``admitted`` is what it
-    bound, also if it raised, and ``undecidable`` are the requests that it could not decide and that no other
-    will: they still wait, and the caller ends them.
+    ``costs`` says what a step costs as far as it is known by now, ``foreseer`` how long those of a closed
+    batch will be (None: nobody does). Of the last round, ``admitted`` is what it bound, also if it raised,
+    and ``undecidable`` are the requests that it could not decide and that no other will: they still wait, and
+    the caller ends them.
     """
 
     def __init__(
@@ -108,6 +94,7 @@ class Dispatcher:
         self.costs = costs
         # When a round first left slots free although requests waited; None: nobody is held.
         self._held_since_s: float | None = None
+        self.foreseer: Foreseer | None = None
         self._foresight = Foresight(ledger, policy, predictor, self.quality, self.faults, rng)
         self._growth = GrowthRoom(ledger, predictor, self.faults)
         self._policy_is_broken = False
@@ -192,7 +179,11 @@ class Dispatcher:
         seen = list(islice(waiting.in_turn(sum(state.slots_free)), self._worth_seeing(state)))
         if seen:
             self._growth.leave(state, seen, self.limits.kv_growth_share)
-            self._route(seen[: self._worth_seeing(state)], state, now_s)
+            growth = self.foreseer(seen) if self.foreseer else None
+            if growth is None:
+                self._route(seen[: self._worth_seeing(state)], state, now_s)
+            else:
+                self._place(seen, state, now_s, growth)
         return self.admitted
 
     def place_at_once(self, entry: Entry, now_s: float, routable: Sequence[bool]) -> None:
@@ -271,19 +262,27 @@ class Dispatcher:
         slots_free = sum(state.slots_free)
         return slots_free + self.policy.lookahead_requests(self.costs()) if slots_free else 0
 
-    def _place(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> None:
-        """Decide on requests one by one, as on most arrivals, when there is one; the same as ``_route``."""
+    def _place(
+        self, waiting: Sequence[Entry], state: RoundState, now_s: float, growth: Growth | None = None
+    ) -> None:
+        """Decide on requests one by one, as on most arrivals, when there is one; the same as ``_route``.
+
+        With ``growth`` each goes, as far as the policy follows loads, where least is expected in the end.
+        """
         discounts, _ = self._foresight.discounts()
         # Policies take integers for numbers, and most look no steps ahead.
         load: list[float] = state.kv_tokens  # type: ignore[assignment]
-        if len(discounts) > 1:
+        if growth is not None:
+            load = [tokens + more for tokens, more in zip(load, growth.of_workers, strict=True)]
+        elif len(discounts) > 1:
             load = self._foresight.discounted_load(state, discounts)
+        weight = 1.0 if growth or load is state.kv_tokens else float(discounts.sum())
         costs = self.costs()
         slowness = None if costs is None else costs.slowness
         if slowness is not None:
             load = [tokens * slow for tokens, slow in zip(load, slowness, strict=True)]
-        for entry in waiting:
-            place = self._choose(entry, state, load)
+        for position, entry in enumerate(waiting):
+            place = self._choose(entry, state, load, weight)
             if place == NOT_ADMITTED:
                 if entry.id in self.undecidable:
                     continue
@@ -292,15 +291,15 @@ class Dispatcher:
             if len(waiting) > 1:
                 state.admit(place, entry.prompt_tokens, entry.sequences)
                 if load is not state.kv_tokens:
-                    weight = float(discounts.sum()) * (1.0 if slowness is None else slowness[place])
-                    load[place] += entry.prompt_tokens * weight
+                    tokens = entry.prompt_tokens + (growth.of_waiting[position] if growth else 0.0)
+                    load[place] += tokens * weight * (1.0 if slowness is None else slowness[place])
 
-    def _choose(self, entry: Entry, state: RoundState, load: list[float]) -> int:
+    def _choose(self, entry: Entry, state: RoundState, load: list[float], weight: float) -> int:
         """Return the worker of one request or NOT_ADMITTED; one that cannot be decided is noted as such."""
         if not self._policy_is_broken:
             try:
                 if entry.cached_tokens:
-                    worker = self._place_near(entry, state, load)
+                    worker = self._place_near(entry, state, load, weight)
                 else:
                     worker = self.policy.place(state, entry.prompt_tokens, load, self._rng)
                 # Asked by a call only what is no worker: each request comes by here.
@@ -317,12 +316,11 @@ class Dispatcher:
         eligible = state.eligible(entry.prompt_tokens)
         return min(eligible, key=state.kv_tokens.__getitem__, default=NOT_ADMITTED)
 
-    def _place_near(self, entry: Entry, state: RoundState, load: list[float]) -> int:
+    def _place_near(self, entry: Entry, state: RoundState, load: list[float], weight: float) -> int:
         """As the policy's ``place``, for a request of which a worker has the beginning."""
         home = None if self.sessions is None else self.sessions.home(entry)
         if home is None:
             return self.policy.place(state, entry.prompt_tokens, load, self._rng)
-        weight = 1.0 if load is state.kv_tokens else float(self._foresight.discounts()[0].sum())
         return self.policy.place_near(state, entry.prompt_tokens, load, self._rng, home, weight)
 
     def _at(self, place: int) -> WorkerIndex:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
+from typing import NamedTuple
 
 from brproxy.lifecycle import Entry
 from brproxy.routing.view import SLOTS_UNLIMITED
@@ -30,6 +31,17 @@ class PoolFullError(BrproxyError):
 
 class PromptTooLongError(InvalidInputError):
     """The prompt exceeds the KV capacity of every worker: waiting would never help."""
+
+
+class Growth(NamedTuple):
+    """What is expected to come in the end: of each that waits, and of all that each worker runs (tokens)."""
+
+    of_waiting: Sequence[float]
+    of_workers: Sequence[float]
+
+
+Foreseer = Callable[[Sequence[Entry]], Growth | None]
+"""Returns what those that wait, and workers by place, will grow by; None where that is not what counts."""
 
 
 class WaitingRoom:

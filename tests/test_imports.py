@@ -61,7 +61,8 @@ ALLOWED = {
     | STATES
     | {"ledger", "happenings", "learning", "foresight", "growth", "sessions", "routing", "prediction"}
     | {"step_costs"},
-    "batches": {"types", "dispatcher", "happenings", "ledger", "lifecycle", "prediction", "roster"},
+    "batches": {"types", "dispatcher", "happenings", "ledger", "lifecycle", "prediction", "roster"}
+    | {"waiting"},
     "fleet": BASE | {"dispatcher", "roster", "step_costs", "step_model"},
     "balancer": BASE
     | {

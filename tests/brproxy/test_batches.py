@@ -14,6 +14,7 @@ from brproxy.lifecycle import NO_WORKER, Event
 from brproxy.prediction.predictor import make_predictor
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
+from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, WorkerIndex
 from brproxy.waiting import WaitingRoom
 
@@ -186,6 +187,58 @@ def test_a_length_that_is_known_is_that_request_s_alone():
     for tokens in (30, 500, 20):
         told.enter(rollout(key=tokens, output_tokens_max=tokens, runs_to_max=True), 0.0)
     assert in_turn(told) == [1, 0, 2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 900), st.integers(1, 3000)), min_size=1, max_size=30),
+    st.sampled_from(["br-0", "br-h"]),
+    st.lists(st.sampled_from([1.0, 1.5]), min_size=2, max_size=2),
+    st.booleans(),
+)
+def test_a_batch_is_dealt_so_that_workers_end_alike(asked, policy, slowness, has_gone):
+    """Beside a loop: the longest first, each to the worker with the least load once all is decoded."""
+    dispatcher, _ = a_group(policy, "oracle", slots=40)
+    dispatcher.costs = lambda: StepCosts(0.03, 1e-7, 0.0, slowness=tuple(slowness))
+    if has_gone:
+        # Places and indices differ then.
+        roster = dispatcher.roster
+        roster.add("2", WorkerLimits(40, None))
+        roster.remove("0", 0)
+    workers = [member.index for member in dispatcher.roster.members]
+    length = {}
+    for prompt, tokens in asked:
+        request = PendingRequest(prompt, batch="b", output_tokens_true=tokens)
+        length[dispatcher.enter(request, 0.0).id] = tokens
+    load = dict.fromkeys(workers, 0.0)
+    slow = dict(zip(workers, slowness, strict=True))
+    admitted = dispatcher.decide(0.0, dispatcher.roster.routable())
+    if len(asked) > 1:
+        assert [length[entry.id] for entry in admitted] == sorted(length.values(), reverse=True)
+        for entry in admitted:
+            assert load[entry.worker] == pytest.approx(min(load.values()), rel=1e-9)
+            load[entry.worker] += (entry.prompt_tokens + length[entry.id]) * slow[entry.worker]
+    assert len(admitted) == len(asked)
+
+
+def test_what_runs_is_expected_to_go_on():
+    dispatcher, batches = a_group("least-kv", "oracle")
+    for worker, (tokens, streamed) in enumerate([(500, 100), (60, 60)]):
+        entry = dispatcher.enter(rollout(output_tokens_true=tokens), 0.0)
+        dispatcher.bind(entry.id, WorkerIndex(worker), 0.0)
+        dispatcher.ledger.grow(entry.id, streamed)
+    waiting = [dispatcher.enter(rollout(output_tokens_true=40, sequences=2), 0.0)]
+    # What is as long as it was expected to get goes on for half as long again.
+    assert batches.growth(waiting) == ([80.0], [400.0, 30.0])
+    other = dispatcher.enter(rollout("other"), 0.0)
+    assert batches.growth([*waiting, other]) is None
+    assert batches.growth([dispatcher.enter(rollout(""), 0.0)]) is None
+
+
+def test_where_prompts_go_in_step_they_are_not_dealt():
+    dispatcher, batches = a_group()
+    batches._costs = lambda: StepCosts(0.03, 1e-7, 2e-5)
+    assert batches.growth([dispatcher.enter(rollout(), 0.0)]) is None
 
 
 @settings(max_examples=60, deadline=None)
