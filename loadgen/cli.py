@@ -284,7 +284,9 @@ def simulate(
     ] = None,
     policies: Annotated[
         str | None,
-        typer.Option(help="NAME[:key=value,…][+late|+early][+learnt][@PREDICTOR], separated by commas."),
+        typer.Option(
+            help="NAME[:key=value,…][+late|+early][+learnt][+fifo][@PREDICTOR], with commas between."
+        ),
     ] = None,
     predictor: Annotated[str | None, typer.Option(help="For policies that name none.")] = None,
     trace: TraceFile = None,
