@@ -12,9 +12,9 @@ with T tokens in the d siblings that have ended, x_i in those that run, and a pr
 The prior is what the predictor had learnt of that very prompt when its first sibling came, in an earlier
 epoch, say; of a prompt that it does not know it is the batch's own mean, with κ = 1. (Of lengths without
 memory all tokens of those that run would count, see Epstein and Sobel 1953, "Life testing". But until an
-output is as long as expected it tells little: with only what is beyond, the last answer came 1 to 4 % sooner
-in simulation, and no later than with the true laws of lengths as a prior.) Of prompts of which as much is
-expected those go first of which fewest have begun: a prompt tells most by its first samples.
+output is as long as expected it tells little. The architecture's decisions have what either gives.) Of
+prompts of which as much is expected those go first of which fewest have begun: a prompt tells most by its
+first samples.
 """
 
 from __future__ import annotations
