@@ -26,6 +26,7 @@ from brproxy.ledger import Ledger
 from brproxy.open_files import requests_for_open_files
 from brproxy.plans import by_group
 from brproxy.prediction.predictor import AnyPredictor, make_predictor
+from brproxy.prefill_pace import PrefillPace
 from brproxy.proxy.body_room import BodyRoom
 from brproxy.proxy.cors import Cors
 from brproxy.proxy.departures import Departures
@@ -119,6 +120,8 @@ def build_group(config: Config, name: str, workers: Sequence[Worker], seed: np.r
         # What is said of prefill is of those that do it.
         given = replace(given, s_per_prefill_token=None, prefill_tokens_max=None)
     steps = StepModel(ledger, given)
+    # Nobody decodes there, which costs of steps are learnt from.
+    pace = PrefillPace(given) if prefills else None
     dispatcher = Dispatcher(
         ledger,
         policy_of(config, prefills=prefills),
@@ -128,8 +131,10 @@ def build_group(config: Config, name: str, workers: Sequence[Worker], seed: np.r
         name,
         # Where prefill is apart, what a decode worker has cached spares none.
         session_limits(config) if all(worker.role == "both" for worker in workers) else None,
-        steps.costs,
+        steps.costs if pace is None else pace.costs,
     )
+    if pace is not None:
+        dispatcher.happenings.tell(pace)
     dispatcher.happenings.tell(steps.windows)
     if config.batches.header and not prefills:
         take_batches(dispatcher, batch_limits(config))

@@ -95,6 +95,8 @@ class Dispatcher:
         # When a round first left slots free although requests waited; None: nobody is held.
         self._held_since_s: float | None = None
         self.foreseer: Foreseer | None = None
+        # When the last request was bound.
+        self._bound_s = float("-inf")
         self._foresight = Foresight(ledger, policy, predictor, self.quality, self.faults, rng)
         self._growth = GrowthRoom(ledger, predictor, self.faults)
         self._policy_is_broken = False
@@ -140,9 +142,6 @@ class Dispatcher:
             entry.avoid = avoid
         if self.sessions is not None and request.session_keys:
             self.sessions.recall(entry, now_s)
-        if not self.waiting.count:
-            # Who was held has left.
-            self._held_since_s = None
         self.waiting.enter(entry)
         self.happenings.arrived(entry)
         return entry
@@ -339,7 +338,7 @@ class Dispatcher:
         self._is_bound(entry, now_s)
 
     def _is_bound(self, entry: Entry, now_s: float) -> None:
-        self._held_since_s = None
+        self._held_since_s, self._bound_s = None, now_s
         self.waiting.leave(entry)
         self.happenings.bound(entry, now_s - entry.waiting_since_s)
 
@@ -363,28 +362,23 @@ class Dispatcher:
             self._held_since_s = now_s
 
     def _holds(self, state: RoundState, now_s: float) -> bool:
-        """Tell whether the policy lets all that wait on, and note since when."""
+        """Tell whether the policy lets all that wait on."""
         try:
-            holds = self.policy.holds(state, self.costs(), self._held_s(now_s), self.limits.wait_s_max)
+            return self.policy.holds(state, self.costs(), now_s - self._bound_s, self.limits.wait_s_max)
         except Exception as error:  # noqa: BLE001 - whatever a policy raises, the round goes on
             self.faults.note("policy", error)
             return False
-        if holds and self._held_since_s is None:
-            self._held_since_s = now_s
-        return holds
-
-    def _held_s(self, now_s: float) -> float:
-        return 0.0 if self._held_since_s is None else now_s - self._held_since_s
 
     def _decision(self, waiting: Sequence[Entry], state: RoundState, now_s: float) -> IntArray:
         """Return the worker of each of ``waiting``, as the policy says; raises whatever it does."""
         wait_s_max = self.limits.wait_s_max
         waited = self.waiting.waited(waiting, now_s, wait_s_max, self.policy.WAITED_FROM)
+        held_s = 0.0 if self._held_since_s is None else now_s - self._held_since_s
         view = ClusterView.of(
             state,
             [entry.prompt_tokens for entry in waiting],
             [entry.passed_over for entry in waiting],
-            self._foresight.outlook(state, self.costs(), waited, self._held_s(now_s), wait_s_max),
+            self._foresight.outlook(state, self.costs(), waited, held_s, wait_s_max),
             [entry.sequences for entry in waiting] if self.waiting.plural else None,
             None if self.sessions is None else self.sessions.homes(waiting),
         )

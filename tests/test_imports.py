@@ -19,6 +19,7 @@ CORE = (
     | STATES
     | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "sessions", "dispatcher"}
     | {"batches", "growth", "turnover", "rounds", "fleet", "regression", "estimate", "prompt_counts"}
+    | {"prefill_pace"}
     | STEPS
 )
 ALLOWED = {
@@ -40,6 +41,7 @@ ALLOWED = {
     "step_chunks": {"types"},
     "step_windows": {"types", "happenings", "ledger", "lifecycle", "roster", "step_chunks"},
     "step_model": {"ledger", "roster"} | STEPS - {"step_model"},
+    "prefill_pace": {"happenings", "lifecycle", "step_costs", "step_model"},
     "routing": BASE | {"step_costs"},
     "prediction": BASE,
     "engines": BASE,
@@ -163,6 +165,7 @@ PURE = (
     "learning",
     "growth",
     "turnover",
+    "prefill_pace",
     "foresight",
     "sessions",
     "findings",

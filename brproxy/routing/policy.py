@@ -66,10 +66,10 @@ class RoutingPolicy(ABC, Generic[P]):
         """
         return 0
 
-    def holds(self, state: RoundState, costs: StepCosts | None, held_s: float, wait_s_max: float) -> bool:
+    def holds(self, state: RoundState, costs: StepCosts | None, bound_s: float, wait_s_max: float) -> bool:
         """Tell whether all that wait are to wait on, whoever they are; asked before each round over them.
 
-        They have been held for ``held_s``, and are sent away after ``wait_s_max`` (seconds).
+        The last was bound ``bound_s`` ago; who waits is sent away after ``wait_s_max`` (seconds).
         """
         return False
 

@@ -133,15 +133,3 @@ def test_who_is_alone_goes_at_once_and_who_comes_later_waits_for_the_step():
     dispatcher.ledger.first_token(first, 0.2)
     assert len(dispatcher.decide(0.2, routable(dispatcher))) == 4
     assert dispatcher.ledger.prefill_tokens == (40, 40)
-
-
-def test_who_was_held_and_has_left_counts_no_more():
-    dispatcher = dispatcher_of(slots=(9, 9))
-    dispatcher.decide_by(make_policy("prefill-in-step"))
-    dispatcher.arrive(PendingRequest(100), 0.0)
-    dispatcher.decide(0.0, routable(dispatcher))
-    left = dispatcher.arrive(PendingRequest(100), 1.0)
-    dispatcher.decide(1.0, routable(dispatcher))
-    dispatcher.end(left, Event.CANCEL)
-    dispatcher.arrive(PendingRequest(100), 6.5)
-    assert dispatcher.decide(6.5, routable(dispatcher)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +16,10 @@ from brproxy.step_costs import StepCosts
 
 _BASE_TOKENS = 512.0
 """What a step without prompts costs where nobody says it (prompt tokens)."""
+
+_AHEAD, _AHEAD_S_MAX = 0.2, 0.1
+"""The next step is sent when this share of the one that runs is left, or so many seconds: then all of it is
+there when that ends, and not only what comes first."""
 
 _URGENT_S = 0.5
 """A request is twice as urgent once it has waited for as long as a mean prompt takes; that where nobody says
@@ -56,11 +61,16 @@ class PrefillInStepPolicy(FewestPromptTokensPolicy[PrefillInStepParams]):
         """See RoutingPolicy.lookahead_requests."""
         return self.params.window
 
-    def holds(self, state: RoundState, costs: StepCosts | None, held_s: float, wait_s_max: float) -> bool:
+    def holds(self, state: RoundState, costs: StepCosts | None, bound_s: float, wait_s_max: float) -> bool:
         """See RoutingPolicy.holds."""
-        return (
-            any(state.prefill_tokens) and held_s < self._wait_s_max(wait_s_max) and not _is_in_chunks(costs)
-        )
+        most = max(state.prefill_tokens, default=0)
+        if not most or _is_in_chunks(costs):
+            return False
+        until_s = self._wait_s_max(wait_s_max)
+        if costs is not None and costs.s_per_prefill_token > 0:
+            step_s = costs.base_s + costs.s_per_prefill_token * most
+            until_s = min(until_s, step_s - min(_AHEAD * step_s, _AHEAD_S_MAX))
+        return bound_s < until_s
 
     def route(self, view: ClusterView, rng: np.random.Generator) -> IntArray:
         """See RoutingPolicy.route."""
@@ -88,7 +98,8 @@ class PrefillInStepPolicy(FewestPromptTokensPolicy[PrefillInStepParams]):
         requests = by_size[suits]
         sequences = view.each_sequences()
         decision[requests] = spread(
-            RoundState.of(view),
+            # What runs is over when they begin.
+            replace(RoundState.of(view), prefill_tokens=[0] * view.workers),
             view.prompt_tokens[requests].tolist(),
             [sequences[i] for i in requests.tolist()],
             is_due[suits].tolist(),

@@ -100,24 +100,30 @@ def test_who_has_waited_too_long_goes_with_the_next_step_where_there_is_room(pro
         assert all(i in due for i, g in enumerate(decision) if g != NOT_ADMITTED)
 
 
-def held(prefill_tokens, costs=None, held_s=0.0, limit_s=60.0, **params):
+def held(prefill_tokens, costs=None, bound_s=0.0, limit_s=60.0, **params):
     view = make_view([0] * len(prefill_tokens), [5], [1] * len(prefill_tokens))
     state = replace(RoundState.of(view), prefill_tokens=list(prefill_tokens))
     return make_policy("prefill-in-step", POLICIES.get("prefill-in-step").Params(**params)).holds(
-        state, costs, held_s, limit_s
+        state, costs, bound_s, limit_s
     )
 
 
 def test_prompts_wait_while_others_are_prefilled_whole_and_never_for_long():
     assert held([0, 7])
-    assert held([0, 7], COSTS)
+    assert not held([0, 0], COSTS)
     assert not held([0, 0])
     assert not held([0, 7], CHUNKS)
-    assert not held([0, 7], held_s=5.0)
+    assert not held([0, 7], bound_s=5.0)
     assert not held([0, 7], wait_s_max=0.0)
+    # By the time that the step takes, as far as that is known: a little before it ends.
+    step_s = COSTS.base_s + 400 * COSTS.s_per_prefill_token
+    assert held([0, 400], COSTS, bound_s=0.79 * step_s)
+    assert not held([0, 400], COSTS, bound_s=0.81 * step_s)
+    assert held([0, 40_000], COSTS, bound_s=1.92)
+    assert not held([0, 40_000], COSTS, bound_s=1.94)
     # Nor for so long that they would be sent away.
-    assert held([0, 7], held_s=0.39, limit_s=1.0)
-    assert not held([0, 7], held_s=0.4, limit_s=1.0)
+    assert held([0, 7], bound_s=0.39, limit_s=1.0)
+    assert not held([0, 7], bound_s=0.4, limit_s=1.0)
 
 
 @given(prompts=st.lists(st.integers(0, 5000), max_size=9), tokens=st.lists(st.integers(0, 9), min_size=1))
