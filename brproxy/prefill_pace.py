@@ -14,11 +14,8 @@ from typing import NamedTuple
 
 from brproxy.happenings import Observer
 from brproxy.lifecycle import Entry, State
-from brproxy.step_costs import StepCosts
+from brproxy.step_costs import BASE_TOKENS, StepCosts
 from brproxy.step_model import GivenCosts
-
-BASE_TOKENS = 512.0
-"""What a step without prompts costs where nobody says it (prompt tokens)."""
 
 WAVES_MAX = 64
 """Waves that are remembered, the last ones."""

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+BASE_TOKENS = 512.0
+"""What a step without prompts costs workers that only prefill, where nobody says it (prompt tokens)."""
+
 
 class StepCosts(NamedTuple):
     """The cost of a step: seconds, and seconds a token.

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brproxy.lifecycle import Event
-from brproxy.prefill_pace import BASE_TOKENS, WAVES_MAX, WAVES_MIN, PrefillPace
+from brproxy.prefill_pace import WAVES_MAX, WAVES_MIN, PrefillPace
+from brproxy.step_costs import BASE_TOKENS
 from brproxy.step_model import GivenCosts
 from brproxy.types import PendingRequest, WorkerIndex
 from tests.brproxy.test_dispatcher import dispatcher_of

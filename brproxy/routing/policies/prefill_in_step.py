@@ -12,10 +12,7 @@ from brproxy.routing.in_step import next_step, spread
 from brproxy.routing.policies.least_prefill import FewestPromptTokensPolicy, LeastPrefillParams
 from brproxy.routing.policy import register_policy
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, IntArray, RoundState
-from brproxy.step_costs import StepCosts
-
-_BASE_TOKENS = 512.0
-"""What a step without prompts costs where nobody says it (prompt tokens)."""
+from brproxy.step_costs import BASE_TOKENS, StepCosts
 
 _AHEAD, _AHEAD_S_MAX = 0.2, 0.1
 """The next step is sent when this share of the one that runs is left, or so many seconds: then all of it is
@@ -116,7 +113,7 @@ def _is_in_chunks(costs: StepCosts | None) -> bool:
 
 def _base_tokens(costs: StepCosts | None) -> float:
     if costs is None or costs.s_per_prefill_token <= 0:
-        return _BASE_TOKENS
+        return BASE_TOKENS
     return costs.base_s / costs.s_per_prefill_token
 
 
