@@ -80,7 +80,8 @@ def verdict(report: Report) -> str:
     doubts = [*_losses(report), *_shortcomings(ratio, baseline, balanced), *_warnings(report)]
     if not doubts:
         return facts
-    return f"{facts}\nThis run does not show what it should: {'; '.join(doubts)}."
+    lines = "".join(f"\n  - {doubt}" for doubt in doubts)
+    return f"{facts}\nThis run does not show what it should:{lines}"
 
 
 def _learnt(result: PolicyResult) -> str:
