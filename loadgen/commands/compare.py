@@ -180,6 +180,7 @@ async def _replay(
     result.mean_kv_tokens = stats["mean_kv_tokens"]
     result.prefill_balance = stats["prefill_balance"]
     result.preemptions = stats["preemptions"]
+    result.late_share = stats["late_share"]
     result.prefill = prefill
     result.learnt = _learnt(page, settings.speed)
     return result

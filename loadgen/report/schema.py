@@ -118,6 +118,9 @@ class PolicyResult(Document):
     learnt: LearntCosts | None = Field(
         default=None, description="compare: what the proxy took a step to cost; null: it had learnt nothing."
     )
+    late_share: float | None = Field(
+        default=None, description="compare: how late emulated steps ended, by how long they took."
+    )
     warnings: list[str] = Field(default_factory=list, description="Why figures may not be trusted.")
 
 

@@ -110,6 +110,7 @@ async def test_compare_with_kv_capacity_and_prefill(tmp_path):
         assert policy["preemptions"] == 0
         # Seconds of streams are too few.
         assert policy["learnt"] is None
+        assert policy["late_share"] >= 0
 
 
 APART = """
