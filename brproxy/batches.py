@@ -20,9 +20,9 @@ first samples.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heapreplace
+from heapq import heappop, heappush, heapreplace
 from itertools import islice
 
 import numpy as np
@@ -36,7 +36,6 @@ from brproxy.prediction.predictor import (
     NOTHING_KNOWN,
     Expectation,
     FloatArray,
-    IntArray,
 )
 from brproxy.roster import Member
 from brproxy.types import PendingRequest, RequestId
@@ -44,9 +43,6 @@ from brproxy.waiting import Growth
 
 _UNKNOWN_OUTPUTS = 1.0
 """κ where nothing is known of a prompt."""
-
-_AT_ONCE = 256
-"""Prompts that are put in order at once, and those of which as much is expected: a round looks at few."""
 
 _BEYOND = 16
 """Requests of a batch, beyond those there are slots for, that a round may choose from.
@@ -80,7 +76,7 @@ class _Batch:
 
     def __init__(self) -> None:
         self.last_s = 0.0
-        self.count = 0
+        self.count = self.placed = 0
         self.numbers: dict[int, int] = {}
         self.waiting: dict[int, dict[RequestId, Entry]] = {}
         self.running: dict[RequestId, tuple[Entry, int]] = {}
@@ -101,10 +97,18 @@ class _Batch:
         self.count += 1
         return number
 
+    def place(self, entry: Entry, number: int) -> None:
+        """Have a request wait in a place."""
+        self.waiting.setdefault(number, {})[entry.id] = entry
+        self.placed += 1
+
     def leave(self, request_id: RequestId, number: int) -> None:
-        """Take a request from those that wait, if it does."""
+        """Take a request from those that wait in a place, if it does."""
         siblings = self.waiting.get(number, {})
-        if siblings.pop(request_id, None) and not siblings:
+        if siblings.pop(request_id, None) is None:
+            return
+        self.placed -= 1
+        if not siblings:
             del self.waiting[number]
 
     def expected_tokens(self, ledger: Ledger, mean_tokens: float) -> FloatArray:
@@ -125,32 +129,36 @@ class _Batch:
         return expected
 
     def in_turn(self, expected_tokens: FloatArray) -> Iterator[Entry]:
-        """Yield those that wait: the longest expected first, the oldest sibling first."""
-        numbers = np.fromiter(self.waiting, dtype=np.int64)
-        while len(numbers):
-            expected = expected_tokens[numbers]
-            last = max(len(numbers) - _AT_ONCE, 0)
-            now = expected >= np.partition(expected, last)[last]
-            yield from self._in_order(expected_tokens, numbers[now])
-            numbers = numbers[~now]
+        """Yield those that wait: the longest expected first, of equals those of which fewest have begun.
 
-    def _in_order(self, expected_tokens: FloatArray, numbers: IntArray) -> Iterator[Entry]:
-        siblings = {number: iter(self.waiting[number].values()) for number in numbers.tolist()}
-        keys = zip(
-            (-expected_tokens[numbers]).tolist(),
-            self.rows[numbers, _BEGUN].tolist(),
-            numbers.tolist(),
-            strict=True,
-        )
-        heap = list(keys)
-        heapify(heap)
-        while heap:
-            longest, begun, number = heap[0]
-            entry = next(siblings[number], None)
-            if entry is None:
-                heappop(heap)
-                continue
-            heapreplace(heap, (longest, begun + 1.0, number))
+        Lazily: a round looks at few, and there may be thousands of prompts.
+        """
+        numbers = np.fromiter(self.waiting, dtype=np.int64, count=len(self.waiting))
+        longest, begun = -expected_tokens[numbers], self.rows[numbers, _BEGUN]
+        order = np.lexsort((numbers, begun, longest))
+        siblings: dict[int, Iterator[Entry]] = {}
+        # Those of which one has had its turn are behind their equals.
+        again: list[tuple[float, float, int]] = []
+        for position in order:
+            turn = float(longest[position]), float(begun[position]), int(numbers[position])
+            while again and again[0] < turn:
+                yield from self._next(again, siblings)
+            heappush(again, turn)
+        while again:
+            yield from self._next(again, siblings)
+
+    def _next(
+        self, again: list[tuple[float, float, int]], siblings: dict[int, Iterator[Entry]]
+    ) -> Iterator[Entry]:
+        """Yield the oldest of the first prompt of ``again``, which has its next turn behind its equals."""
+        longest, begun, number = again[0]
+        if number not in siblings:
+            siblings[number] = iter(self.waiting[number].values())
+        entry = next(siblings[number], None)
+        if entry is None:
+            heappop(again)
+        else:
+            heapreplace(again, (longest, begun + 1.0, number))
             yield entry
 
 
@@ -174,7 +182,7 @@ class Batches(Observer):
         """Return how many batches are known."""
         return len(self._batches)
 
-    def in_turn(self, entries: Iterable[Entry], slots_free: int) -> Iterable[Entry | None]:
+    def in_turn(self, entries: Collection[Entry], slots_free: int) -> Iterable[Entry | None]:
         """Return who gets the place of each of ``entries``, see ``waiting.Discipline``."""
         return self._turns(entries, slots_free) if self._known else entries
 
@@ -190,15 +198,15 @@ class Batches(Observer):
         prefills = costs is not None and costs.s_per_prefill_token > 0
         if batch is None or prefills or any(each is None or each[0] is not batch for each in known):
             return None
-        expected = self._expected_tokens(batch).tolist()
-        of_workers = [0.0] * len(self._ledger.requests)
-        running = batch.running.values()
-        streamed = self._ledger.streamed([entry for entry, _ in running]).tolist()
-        for (entry, number), tokens in zip(running, streamed, strict=True):
-            more = expected[number] - tokens
-            of_workers[entry.worker] += (more if more > 0 else tokens / 2) * entry.sequences
+        expected = self._expected_tokens(batch)
+        running = [entry for entry, _ in batch.running.values()]
+        streamed = self._ledger.streamed(running)
+        more = expected[[number for _, number in batch.running.values()] or slice(0)] - streamed
+        more = np.where(more > 0, more, streamed / 2) * [entry.sequences for entry in running]
+        workers = np.array([entry.worker for entry in running], dtype=np.int64)
+        of_workers = np.bincount(workers, more, len(self._ledger.requests)).tolist()
         numbers = [each[1] for each in known if each]
-        more_of = [expected[n] * entry.sequences for n, entry in zip(numbers, waiting, strict=True)]
+        more_of = (expected[numbers] * [entry.sequences for entry in waiting]).tolist()
         present = self._ledger.roster.present
         return Growth(more_of, of_workers if present is None else [of_workers[g] for g in present])
 
@@ -213,7 +221,7 @@ class Batches(Observer):
         self._known[entry.id] = batch, number
         # Who may not go everywhere has no place, and only teaches the others.
         if not entry.avoid:
-            batch.waiting.setdefault(number, {})[entry.id] = entry
+            batch.place(entry, number)
 
     def bound(self, entry: Entry, waited_s: float) -> None:
         """See Observer.bound."""
@@ -243,19 +251,26 @@ class Batches(Observer):
             batch.rows[number, _ENDED] += 1
             batch.rows[number, _TOKENS] += entry.output_tokens / max(1, entry.sequences)
 
-    def _turns(self, entries: Iterable[Entry], slots_free: int) -> Iterator[Entry | None]:
+    def _turns(self, entries: Collection[Entry], slots_free: int) -> Iterator[Entry | None]:
+        shown = slots_free + _BEYOND
+        hidden = sum(max(batch.placed - shown, 0) for batch in self._batches.values())
+        left = len(entries) - hidden
         turns: dict[int, Iterator[Entry]] = {}
         for entry in entries:
+            if not left:
+                # Behind are only those that are hidden, and there may be many.
+                return
+            chosen: Entry | None = entry
             known = self._known.get(entry.id)
-            if known is None:
-                yield entry
-                continue
-            batch, _ = known
-            turn = turns.get(id(batch))
-            if turn is None:
-                in_turn = batch.in_turn(self._expected_tokens(batch))
-                turn = turns[id(batch)] = islice(in_turn, slots_free + _BEYOND)
-            yield next(turn, None)
+            if known is not None:
+                batch, _ = known
+                turn = turns.get(id(batch))
+                if turn is None:
+                    in_turn = batch.in_turn(self._expected_tokens(batch))
+                    turn = turns[id(batch)] = islice(in_turn, shown)
+                chosen = next(turn, None)
+            left -= chosen is not None
+            yield chosen
 
     def _expected_tokens(self, batch: _Batch) -> FloatArray:
         try:

@@ -9,7 +9,7 @@ How long each has waited has nothing to do with the order: expiry goes by age al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from brproxy.lifecycle import Entry
 from brproxy.routing.view import SLOTS_UNLIMITED
 from brproxy.types import BrproxyError, InvalidInputError, RequestId, WorkerIndex
 
-Discipline = Callable[[Iterable[Entry], int], Iterable[Entry | None]]
+Discipline = Callable[[Collection[Entry], int], Iterable[Entry | None]]
 """Returns who gets each place: the same requests in the order of their turn, given those who have them now.
 
 None: a round that has so many slots free (the second argument) need not see this place. Of those that it sees

@@ -159,9 +159,11 @@ def test_the_longest_expected_goes_first(begun, waiting):
 
 
 def test_a_round_sees_few_more_of_a_batch_than_there_are_slots():
-    dispatcher, _ = a_group()
+    dispatcher, batches = a_group()
     for number in range(100):
         dispatcher.enter(rollout(key=number), 0.0)
+    # Nor does it go through the rest, where nobody is behind them.
+    assert len(list(batches.in_turn(dispatcher.waiting._places.values(), 3))) == 3 + _BEYOND
     others = ids(dispatcher.enter(rollout("", 0), 0.0) for _ in range(5))
     assert in_turn(dispatcher, 3) == [*range(3 + _BEYOND), *others]
 
