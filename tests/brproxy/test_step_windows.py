@@ -247,17 +247,19 @@ def test_what_a_cache_had_is_not_prefilled():
     assert window_of(group, 2.0).prefill_tokens[0] == 400
 
 
-def test_what_was_cached_may_be_said_later():
+def test_what_was_cached_may_be_said_until_the_window_is_told():
     group = Group(workers=1)
     stays = group.begin(0)
     group.windows.look(1.0, 1.0)
     request_id = group.begin(0, 1000, at_s=1.5)
+    waits = group.bind(0, 500, at_s=1.9)
     group.grow([stays], 20)
-    group.windows.look(2.0, 2.0)
+    assert group.windows.look(2.0, 2.0) == []
     group.ledger.correct_cached(request_id, 600)
     group.dispatcher.end(request_id, Event.FINISH)
     group.grow([stays], 20)
-    first, _ = group.told(3.0)
+    group.first(waits, 2.5)
+    first = group.windows.look(3.0, 3.0)[0]
     assert first.prefill_tokens[0] == 400
 
 

@@ -63,7 +63,8 @@ def test_every_shipped_scenario_is_valid(path):
     assert paper <= {*plan.policies, BEST_BASELINE}
     drawn = plan.scenario(1)
     # For each worker, so that more of them with --workers meet as much.
-    per_worker = 256 if path.stem.startswith("rollouts") else 1500
+    fewer = {"rollouts": 256, "rollouts-again": 256, "aggregated-short": 200}
+    per_worker = fewer.get(path.stem, 1500)
     assert len(drawn.draw()[0].requests) == per_worker * drawn.cluster.workers
     assert plan_simulation(path, None, None, None, None, 0.5).scenario(1).arrivals.rate == 0.5
 
