@@ -38,6 +38,7 @@ FIGURES = {
     "ttft_ms_p95": Figure("TTFT P95, s", ".2f", 1e-3),
     "wait_ms_p99": Figure("waiting P99, s", ".0f", 1e-3),
     "makespan_s": Figure("makespan, s", ".0f"),
+    "makespan_of_packed": Figure("of a perfect packing", ".3f"),
     "preemptions": Figure("preemptions", ",.0f"),
 }
 
