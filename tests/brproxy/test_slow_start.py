@@ -136,6 +136,9 @@ def test_no_policy_floods_it_and_all_is_admitted_in_time(policy, together):
             dispatcher.decide(101.0, mask)
     dispatcher.decide(101.0, mask)
     assert 1 <= ledger.requests[3] <= 7, "a tenth of its slots"
+    if policy == "prefill-in-step":
+        # It has them wait for what is prefilled now, for a while.
+        dispatcher.decide(106.5, mask)
     assert dispatcher.waiting.count == 0, "the others have room"
     for _ in range(100):
         dispatcher.enter(PendingRequest(100), 111.0)

@@ -14,5 +14,6 @@ requests = st.builds(PendingRequest, **dict.fromkeys((field.name for field in fi
 
 @given(requests)
 def test_a_prefill_is_its_request_but_for_the_output_and_what_is_learnt(request):
-    asked = replace(request, output_tokens_max=1, runs_to_max=True, prompt_hash=None, prefix_hash=None)
+    learnt = {"prompt_hash": None, "prefix_hash": None, "batch": ""}
+    asked = replace(request, output_tokens_max=1, runs_to_max=True, **learnt)
     assert prefill_of(request) == asked
