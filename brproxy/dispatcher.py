@@ -275,7 +275,7 @@ class Dispatcher:
             load = [tokens + more for tokens, more in zip(load, growth.of_workers, strict=True)]
         elif len(discounts) > 1:
             load = self._foresight.discounted_load(state, discounts)
-        weight = 1.0 if growth or load is state.kv_tokens else float(discounts.sum())
+        weight = 1.0 if growth or load is state.kv_tokens else self._foresight.discount_sum
         costs = self.costs()
         slowness = None if costs is None else costs.slowness
         if slowness is not None:

@@ -53,6 +53,8 @@ class Foresight:
         self._turnover = Turnover(ledger)
         self._discounts_for: tuple[float, int, int] | None = None
         self._discounts_now = _NO_LOOKAHEAD
+        # What a KV token weighs in a discounted load, kept: each request that comes alone needs it.
+        self.discount_sum = 1.0
         self._turnover_steps = 1.0
 
     def look_by(self, policy: AnyPolicy) -> None:
@@ -74,10 +76,12 @@ class Foresight:
                 turnover_steps = turnover.steps(mean_output_tokens)
                 part = "policy"
                 discounts = self._policy.discounts(turnover_steps, self._predictor.LOOKAHEAD_TURNOVERS)
-                if discounts.ndim != 1 or not len(discounts) or not math.isfinite(discounts.sum()):
+                discount_sum = float(discounts.sum())
+                if discounts.ndim != 1 or not len(discounts) or not math.isfinite(discount_sum):
                     msg = f"discounts are no finite vector: {discounts}"
                     raise RoutingError(msg)  # noqa: TRY301 - as if the policy had raised it
                 self._discounts_now, self._turnover_steps = discounts, turnover_steps
+                self.discount_sum = discount_sum
                 self._discounts_for = (*found[:2], turnover.version)
         except Exception as error:  # noqa: BLE001 - the last ones will do
             self._faults.note(part, error)
