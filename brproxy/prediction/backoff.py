@@ -28,6 +28,7 @@ from brproxy.prediction.predictor import (
     Expectation,
     FloatArray,
     IntArray,
+    Predictor,
 )
 from brproxy.prediction.predictors.survival import SurvivalParams, SurvivalPredictor
 from brproxy.types import PendingRequest
@@ -87,6 +88,14 @@ class BackoffPredictor(SurvivalPredictor):
     def survival_at(self, active: ActiveRequests, steps: IntArray) -> FloatArray:
         """See Predictor.survival_at."""
         return self._narrowed(active, steps, super().survival_at(active, steps))
+
+    def discounted_load(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
+        """See Predictor.discounted_load. Only who has a key that is known needs a curve of its own."""
+        known = active.curve != 0
+        if not known.any():
+            return super().discounted_load(active, workers, discounts)
+        load = Predictor.discounted_load(self, active.only(known), workers, discounts)
+        return load + super().discounted_load(active.only(~known), workers, discounts)
 
     def _narrowed(self, active: ActiveRequests, steps: IntArray, survival: FloatArray) -> FloatArray:
         """Return ``survival`` (float64[N, K], of all traffic) as the levels know it better."""

@@ -111,7 +111,13 @@ class LengthWindow:
         return self.alive_with(_NOBODY, 0.0, 1.0)
 
     def alive_with(
-        self, running: IntArray, weight: float, tail_tokens: float, assumed_tokens: float = inf
+        self,
+        running: IntArray,
+        weight: float,
+        tail_tokens: float,
+        assumed_tokens: float = inf,
+        *,
+        cut_is_end: bool = False,
     ) -> FloatArray:
         """Return the curve where outputs of ``running`` tokens (int64[R]) go on, each counting ``weight``.
 
@@ -119,19 +125,22 @@ class LengthWindow:
         the number of outputs: an output counts for the ages that it was seen at, and says nothing of those
         beyond. Beyond the longest that was seen the curve falls exponentially, by a mean of ``tail_tokens``.
         Since few ends do not tell, that is no more than the longest that was seen, or ``assumed_tokens``.
+
+        With ``cut_is_end`` it is the curve of how long requests stay, however they leave.
         """
         left = np.array(self._left, dtype=np.float64)
-        if not self.cut and not len(running):
+        ended = left.copy() if cut_is_end else np.array(self._ended, dtype=np.float64)
+        if (cut_is_end or not self.cut) and not len(running):
             alive: FloatArray = len(self.lengths) - np.cumsum(left[:-1])
             return alive
         position = self._grid.positions(running)
         left += weight * np.bincount(position + (self._grid.points[position] < running), minlength=len(left))
         at_risk = np.cumsum(left[::-1])[::-1]
-        hazard = np.array(self._ended, dtype=np.float64) / np.maximum(at_risk, _RISK_MIN)
+        hazard = ended / np.maximum(at_risk, _RISK_MIN)
         alive = at_risk[0] * np.cumprod(1.0 - np.minimum(hazard, 1.0))[:-1]
         last = min(int(np.flatnonzero(left)[-1]), len(alive) - 1)
         longest = self._grid.points[last]
-        tail_tokens = min(tail_tokens, max(float(longest), assumed_tokens))
+        tail_tokens = min(max(tail_tokens, 1.0), max(float(longest), assumed_tokens))
         alive[last:] *= np.exp((longest - self._grid.points[last:]) / tail_tokens)
         alive[-1] = 0.0
         return alive

@@ -20,7 +20,7 @@ from brproxy.prediction.predictor import (
     truncate,
 )
 from brproxy.prediction.projection import project_certain
-from brproxy.types import PendingRequest
+from brproxy.types import TOKENS_MAX, PendingRequest
 
 _GENERATIONS = 4.0
 """Once so many times what runs has ended, and is forgotten, what ends is as long as what comes: most of what
@@ -95,6 +95,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         self._far: tuple[IntArray, NDArray[np.float32]] = (np.empty(0, dtype=np.int64), self._table)
         self._discounts: FloatArray = np.empty(0)
         self._discounted: tuple[FloatArray, FloatArray] = (np.empty(0), np.empty(0))
+        self._until: tuple[FloatArray, FloatArray, FloatArray] = (self._discounts, *self._discounted)
 
     @property
     def mean_output_tokens(self) -> float:
@@ -141,12 +142,23 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         return load if by_age.all() else load + super().load_at(active.only(~by_age), workers, steps)
 
     def discounted_load(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
-        """See Predictor.discounted_load. Summing over the horizon first leaves two numbers for each age."""
-        by_age = ~active.certain & self._told_by_age(active, len(discounts) - 1)
-        if by_age.all():
-            return self._discounted_by_age(active, workers, discounts)
-        others = super().discounted_load(active.only(~by_age), workers, discounts)
-        return others + self._discounted_by_age(active.only(by_age), workers, discounts)
+        """See Predictor.discounted_load. Summing over the steps first leaves two numbers for each request."""
+        if self.params.projection != "expected":
+            return super().discounted_load(active, workers, discounts)
+        position = self._grid.positions(active.output_tokens)
+        remaining = active.length_max - active.output_tokens
+        if remaining.min(initial=TOKENS_MAX) >= len(discounts) and not active.certain.any():
+            of_kv, of_growth = self._discounted_curves(discounts)
+            at = position
+        else:
+            of_kv, of_growth = self._discounted_until(discounts, int(position.max()))
+            position[active.certain] = -1
+            at = (position + 1) * len(discounts) + np.minimum(np.maximum(remaining, 1), len(discounts)) - 1
+        growth = of_growth[at]
+        if active.sequences is not None:
+            growth *= active.sequences
+        growth += of_kv[at] * active.kv_tokens
+        return np.bincount(active.worker, growth, minlength=workers).astype(np.float64, copy=False)
 
     def _told_by_age(self, active: ActiveRequests, horizon_steps: int) -> BoolArray:
         """Return bool[N]: those of uncertain length of which the curve of their age says everything."""
@@ -174,15 +186,6 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         others = self.project_each(active.only(~by_age), workers, horizon_steps)
         return others + self._by_age(active.only(by_age), workers, self._curves(horizon_steps), steps)
 
-    def _discounted_by_age(self, active: ActiveRequests, workers: int, discounts: FloatArray) -> FloatArray:
-        of_kv, of_growth = self._discounted_curves(discounts)
-        position = self._grid.positions(active.output_tokens)
-        growth = of_growth[position]
-        if active.sequences is not None:
-            growth = growth * active.sequences
-        each = of_kv[position] * active.kv_tokens + growth
-        return np.bincount(active.worker, each, minlength=workers).astype(np.float64, copy=False)
-
     def _by_age(
         self, active: ActiveRequests, workers: int, curves: NDArray[np.float32], steps: IntArray
     ) -> FloatArray:
@@ -204,12 +207,15 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         weight = self._weight(len(running))
         if not weight:
             running = running[:0]
-        self._remembered = seen = len(window) + weight * len(running)
+        self._remembered = len(window) + weight * len(running)
         tokens = window.length_sum + weight * float(running.sum())
-        tail_tokens = max(1.0, tokens / max(len(window) - window.cut, 1))
-        self._alive = window.alive_with(running, weight, tail_tokens, self.params.prior_output_tokens)
-        is_known = len(window) == seen and not window.cut
-        self._mean = max(1.0, (tokens if is_known else self._grid.sum(self._alive)) / seen)
+        prior, ends = self.params.prior_output_tokens, max(len(window) - window.cut, 1)
+        self._alive = staying = window.alive_with(running, weight, tokens / ends, prior)
+        if window.cut and len(running):
+            staying = window.alive_with(running, weight, tokens / len(window), prior, cut_is_end=True)
+        # Without any that run the lengths themselves tell, to the token.
+        total = self._grid.sum(staying) if len(running) else tokens
+        self._mean = max(1.0, total / self._remembered)
         self._stale = True
         self._far = (np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.float32))
 
@@ -249,6 +255,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
             self._table /= alive[:, None] + np.float32(1.0)
             self._stale = False
             self._discounts = np.empty(0)
+            self._until = (self._discounts, *self._discounted)
         return self._table
 
     def _discounted_curves(self, discounts: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -259,3 +266,22 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
             of_kv, of_growth = (curves @ weights.astype(np.float32)).T.astype(np.float64)
             self._discounts, self._discounted = discounts, (of_kv, of_growth)
         return self._discounted
+
+    def _discounted_until(self, discounts: FloatArray, position: int) -> tuple[FloatArray, FloatArray]:
+        """Return the sums of ``_discounted_curves`` over the steps up to each one, for who has to end there.
+
+        float64[(1 + B) * (H + 1)], row by row: the first is of those that run until then for certain, the
+        others of each age, up to that at ``position`` at least.
+        """
+        _, of_kv, _ = self._until
+        steps = len(discounts)
+        if self._until[0] is not discounts or len(of_kv) < (position + 2) * steps:
+            # Twice as far as asked for, because who runs gets older; most traffic never gets to the last age.
+            curves = self._curves(steps - 1)[: 2 * position + 2]
+            sums = np.empty((2, len(curves) + 1, steps))
+            sums[:, 0] = discounts
+            np.multiply(curves, discounts, out=sums[0, 1:])
+            np.multiply(sums[0], np.arange(steps), out=sums[1])
+            np.cumsum(sums, axis=2, out=sums)
+            self._until = (discounts, sums[0].ravel(), sums[1].ravel())
+        return self._until[1:]

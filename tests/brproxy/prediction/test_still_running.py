@@ -88,3 +88,28 @@ def test_in_steady_traffic_outputs_look_no_longer_than_they_are(seed, slots):
         if step > 8 * mean:
             told.append(predictor.mean_output_tokens)
     assert np.mean(told) == pytest.approx(mean, rel=0.07)
+
+
+@given(
+    seed=st.integers(0, 99),
+    limit=st.sampled_from([1, 16, 60]),
+    running=st.sampled_from([0, 40, 400]),
+    name=st.sampled_from(["survival", "hierarchical"]),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_mean_is_of_how_long_requests_stay_also_where_limits_cut_them(seed, limit, running, name):
+    rng = np.random.default_rng(seed)
+    stays = np.minimum(rng.geometric(1 / 100, 3000), limit)
+    predictor = make_predictor(name)
+    # Steady traffic: of each that runs some part is over.
+    ages = (np.minimum(rng.geometric(1 / 100, running), limit) * rng.random(running)).astype(np.int64)
+    predictor.watch(lambda: of_ages(ages))
+    for stay in stays.tolist():
+        predictor.observe(PendingRequest(1, output_tokens_max=limit), stay, ended=stay < limit)
+    # Who takes those that were cut for what they would have become is off by up to a hundredfold.
+    assert predictor.mean_output_tokens == pytest.approx(stays.mean(), rel=0.3)
+    # The curve is of what outputs would be: who comes as far as the limit has not been seen to end.
+    expected = (1 - 1 / 100) ** (limit - 1)
+    assert predictor.survival_at(of_ages([0]), np.array([limit - 1]))[0, 0] == pytest.approx(
+        expected, abs=0.1
+    )
