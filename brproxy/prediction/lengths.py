@@ -39,6 +39,11 @@ class LengthGrid:
         self._points = points
         self.points: IntArray = np.array(points, dtype=np.int64)
         self.position: IntArray = np.searchsorted(self.points, np.arange(length_max + 1), side="right") - 1
+        # Between two points a curve falls evenly: half of each fall is before the middle of the gap.
+        gaps = np.diff(self.points)
+        self._sum_weights: FloatArray = np.zeros(len(points))
+        self._sum_weights[:-1] += (gaps + 1) / 2
+        self._sum_weights[1:] += (gaps - 1) / 2
 
     def positions(self, lengths: IntArray) -> IntArray:
         """Return the grid positions of ``lengths`` (any shape, >= 0); the last for longer ones."""
@@ -50,8 +55,7 @@ class LengthGrid:
 
     def sum(self, alive: FloatArray) -> float:
         """Return the sum of the lengths whose curve (float64[B]) this is, as if even between two points."""
-        gaps, fallen = np.diff(self.points), -np.diff(alive)
-        return float((alive[:-1] * gaps - fallen * (gaps - 1) / 2).sum())
+        return float(alive @ self._sum_weights)
 
     def ahead(self, alive: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
         """Return float32[B, steps]: a curve (float32[B]) at each grid point and at the lengths after it."""
@@ -79,6 +83,60 @@ def as_told(known: int) -> tuple[int, bool]:
     return (known, True) if known >= 0 else (-1 - known, False)
 
 
+class LengthCounts:
+    """What a LengthWindow has at one moment, from which a curve can be made later.
+
+    At p: ``left`` is how many lengths have p grid points below them, ``ended`` how many of those ended there.
+    """
+
+    __slots__ = ("_ended", "_grid", "_left")
+
+    def __init__(self, grid: LengthGrid, left: array[int], ended: array[int]) -> None:
+        self._grid = grid
+        self._left = left
+        self._ended = ended
+
+    def alive(
+        self,
+        running: IntArray = _NOBODY,
+        weight: float = 0.0,
+        tail_tokens: float = 1.0,
+        assumed_tokens: float = inf,
+    ) -> FloatArray:
+        """Return the curve where outputs of ``running`` tokens (int64[R]) go on, each counting ``weight``.
+
+        It is the Kaplan-Meier estimate (1958, "Nonparametric estimation from incomplete observations") times
+        the number of outputs: an output counts for the ages that it was seen at, and says nothing of those
+        beyond. Beyond the longest that was seen the curve falls exponentially, by a mean of ``tail_tokens``.
+        Since few ends do not tell, that is no more than the longest that was seen, or ``assumed_tokens``.
+        """
+        left = np.array(self._left, dtype=np.float64)
+        if self._ended is self._left and not len(running):
+            alive: FloatArray = left.sum() - left[:-1].cumsum()
+            return alive
+        ended = left.copy() if self._ended is self._left else np.array(self._ended, dtype=np.float64)
+        if len(running):
+            points, position = self._grid.points, self._grid.positions(running)
+            position += points[position] < running
+            left += weight * np.bincount(position, minlength=len(left))
+        at_risk = left[::-1].cumsum()[::-1]
+        last = min(int(np.count_nonzero(at_risk)), len(left) - 1) - 1
+        alive = np.zeros(len(left) - 1)
+        hazard = ended[: last + 1] / np.maximum(at_risk[: last + 1], _RISK_MIN)
+        np.subtract(1.0, hazard, out=hazard)
+        np.maximum(hazard, 0.0, out=hazard)
+        hazard.cumprod(out=alive[: last + 1])
+        alive[: last + 1] *= at_risk[0]
+        if alive[last] > 0.0:
+            # Not all of the longest ended there.
+            beyond = self._grid.points[last:]
+            longest = float(beyond[0])
+            tail_tokens = min(max(tail_tokens, 1.0), max(longest, assumed_tokens))
+            alive[last:] = alive[last] * np.exp((longest - beyond) / tail_tokens)
+            alive[-1] = 0.0
+        return alive
+
+
 class LengthWindow:
     """The last ``window`` lengths, and the curve that they make on the grid.
 
@@ -91,8 +149,8 @@ class LengthWindow:
         self._window = window
         self._length_sum = 0
         self.cut = 0
-        # At p: how many of the lengths have p grid points below them, and of those that ended. One number
-        # changes with each length, where the curve would change up to there; it is asked for less often.
+        # As LengthCounts has them: one number changes with each length, where the curve would change up to
+        # there; it is asked for less often.
         self._left = array("q", bytes(8 * (len(grid) + 1)))
         self._ended = array("q", bytes(8 * (len(grid) + 1)))
         self.lengths: deque[int] = deque()
@@ -108,42 +166,12 @@ class LengthWindow:
     @property
     def alive(self) -> FloatArray:
         """The curve, float64[B]: how many of the remembered outputs are longer than each grid point."""
-        return self.alive_with(_NOBODY, 0.0, 1.0)
+        return self.counts().alive()
 
-    def alive_with(
-        self,
-        running: IntArray,
-        weight: float,
-        tail_tokens: float,
-        assumed_tokens: float = inf,
-        *,
-        cut_is_end: bool = False,
-    ) -> FloatArray:
-        """Return the curve where outputs of ``running`` tokens (int64[R]) go on, each counting ``weight``.
-
-        It is the Kaplan-Meier estimate (1958, "Nonparametric estimation from incomplete observations") times
-        the number of outputs: an output counts for the ages that it was seen at, and says nothing of those
-        beyond. Beyond the longest that was seen the curve falls exponentially, by a mean of ``tail_tokens``.
-        Since few ends do not tell, that is no more than the longest that was seen, or ``assumed_tokens``.
-
-        With ``cut_is_end`` it is the curve of how long requests stay, however they leave.
-        """
-        left = np.array(self._left, dtype=np.float64)
-        ended = left.copy() if cut_is_end else np.array(self._ended, dtype=np.float64)
-        if (cut_is_end or not self.cut) and not len(running):
-            alive: FloatArray = len(self.lengths) - np.cumsum(left[:-1])
-            return alive
-        position = self._grid.positions(running)
-        left += weight * np.bincount(position + (self._grid.points[position] < running), minlength=len(left))
-        at_risk = np.cumsum(left[::-1])[::-1]
-        hazard = ended / np.maximum(at_risk, _RISK_MIN)
-        alive = at_risk[0] * np.cumprod(1.0 - np.minimum(hazard, 1.0))[:-1]
-        last = min(int(np.flatnonzero(left)[-1]), len(alive) - 1)
-        longest = self._grid.points[last]
-        tail_tokens = min(max(tail_tokens, 1.0), max(float(longest), assumed_tokens))
-        alive[last:] *= np.exp((longest - self._grid.points[last:]) / tail_tokens)
-        alive[-1] = 0.0
-        return alive
+    def counts(self, *, cut_is_end: bool = False) -> LengthCounts:
+        """Return what makes the curve of outputs, or with ``cut_is_end`` that of how long requests stay."""
+        left = self._left[:]
+        return LengthCounts(self._grid, left, self._ended[:] if self.cut and not cut_is_end else left)
 
     def add(self, length: int, *, ended: bool = True) -> None:
         """Remember one more length (>= 0), and forget the oldest beyond the window."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -26,6 +28,13 @@ _GENERATIONS = 4.0
 """Once so many times what runs has ended, and is forgotten, what ends is as long as what comes: most of what
 came with the first has ended by then. Who goes on counting what runs takes outputs for longer than they are.
 """
+
+_RUNNING_SHARE_MIN = 1 / 16
+"""What runs is not looked at where it is less than this of what is remembered: it can tell little, and costs
+as much as if it were more.
+"""
+
+_NOTHING_FAR: tuple[IntArray, NDArray[np.float32]] = (np.empty(0, np.int64), np.empty((0, 0), np.float32))
 
 _REFRESH_SHARE = 64
 """Curves and mean are made anew when one in so many of the remembered lengths is new."""
@@ -87,12 +96,13 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         self._unseen = 0
         self._seen = 0
         self._mean = params.prior_output_tokens
-        self._alive = self._window.alive
+        self._curve_of: Callable[[], FloatArray] = self._window.counts().alive
+        self._alive_known: FloatArray | None = None
         self._remembered = 0.0
         # Single precision: a forecast of a million tokens is good to one, and takes half the time.
         self._table: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         self._stale = True
-        self._far: tuple[IntArray, NDArray[np.float32]] = (np.empty(0, dtype=np.int64), self._table)
+        self._far = _NOTHING_FAR
         self._discounts: FloatArray = np.empty(0)
         self._discounted: tuple[FloatArray, FloatArray] = (np.empty(0), np.empty(0))
         self._until: tuple[FloatArray, FloatArray, FloatArray] = (self._discounts, *self._discounted)
@@ -201,7 +211,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
 
     def _refresh(self) -> None:
         """Let what has been observed take effect."""
-        window = self._window
+        window, prior = self._window, self.params.prior_output_tokens
         self._unseen = 0
         running = self._still_running()
         weight = self._weight(len(running))
@@ -209,19 +219,34 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
             running = running[:0]
         self._remembered = len(window) + weight * len(running)
         tokens = window.length_sum + weight * float(running.sum())
-        prior, ends = self.params.prior_output_tokens, max(len(window) - window.cut, 1)
-        self._alive = staying = window.alive_with(running, weight, tokens / ends, prior)
-        if window.cut and len(running):
-            staying = window.alive_with(running, weight, tokens / len(window), prior, cut_is_end=True)
+        ends = max(len(window) - window.cut, 1)
+        self._curve_of = partial(window.counts().alive, running, weight, tokens / ends, prior)
+        self._alive_known = None
         # Without any that run the lengths themselves tell, to the token.
-        total = self._grid.sum(staying) if len(running) else tokens
+        total = tokens
+        if len(running):
+            counts = window.counts(cut_is_end=True)
+            staying = counts.alive(running, weight, tokens / max(len(window), 1), prior)
+            total = self._grid.sum(staying)
+            if not window.cut:
+                self._alive_known = staying
         self._mean = max(1.0, total / self._remembered)
         self._stale = True
-        self._far = (np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.float32))
+        self._far = _NOTHING_FAR
+
+    @property
+    def _alive(self) -> FloatArray:
+        """The curve of outputs as it was when all was last made anew: not every lookahead needs it."""
+        if self._alive_known is None:
+            self._alive_known = self._curve_of()
+        return self._alive_known
 
     def _weight(self, running: int) -> float:
         """Return what each of so many that run counts as beside one that has ended."""
-        forgotten = self._seen - len(self._window)
+        remembered = len(self._window)
+        if running < _RUNNING_SHARE_MIN * remembered:
+            return 0.0
+        forgotten = self._seen - remembered
         return max(0.0, 1.0 - forgotten / (_GENERATIONS * max(running, 1)))
 
     def _still_running(self) -> IntArray:

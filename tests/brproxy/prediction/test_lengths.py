@@ -132,7 +132,7 @@ def test_a_curve_is_the_kaplan_meier_estimate(known, running, weight, size):
     for length, ended in known:
         window.add(length, ended=ended)
     kept = known[-size:]
-    alive = window.alive_with(np.array(running, dtype=np.int64), weight, 20.0)
+    alive = window.counts().alive(np.array(running, dtype=np.int64), weight, 20.0)
     most = len(kept) + weight * len(running)
     seen = max([length for length, _ in kept] + running)
     for age in range(61):
