@@ -28,7 +28,7 @@ from itertools import islice
 import numpy as np
 
 from brproxy.dispatcher import Dispatcher
-from brproxy.happenings import Observer
+from brproxy.happenings import Happenings, Observer
 from brproxy.ledger import Ledger
 from brproxy.lifecycle import Entry, Event
 from brproxy.prediction.predictor import (
@@ -317,10 +317,25 @@ class Batches(Observer):
         return number
 
 
+class _FirstOfAll(Observer):
+    """Has ``batches`` told of what happens from the first request of any batch on: mostly there is none."""
+
+    def __init__(self, batches: Batches, happenings: Happenings) -> None:
+        self._batches = batches
+        self._happenings = happenings
+        self._has_come = False
+
+    def arrived(self, entry: Entry) -> None:
+        """See Observer.arrived. Those that are told from now on are told of this one as well."""
+        if entry.request.batch and not self._has_come:
+            self._has_come = True
+            self._happenings.tell(self._batches)
+
+
 def take_batches(dispatcher: Dispatcher, limits: BatchLimits) -> Batches:
     """Have those that wait in a group go by their batches from now on."""
     batches = Batches(dispatcher, limits)
-    dispatcher.happenings.tell(batches)
+    dispatcher.happenings.tell(_FirstOfAll(batches, dispatcher.happenings))
     dispatcher.waiting.order_by(batches.in_turn)
     dispatcher.foreseer = batches.growth
     return batches

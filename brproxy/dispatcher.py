@@ -78,7 +78,7 @@ class Dispatcher:
         self.waiting = WaitingRoom()
         self.policy = policy
         self.predictor = predictor
-        predictor.watch(ledger.active)
+        predictor.watch(ledger.active, lambda: ledger.bound)
         self.limits = limits
         self.quality = QualityMonitor()
         self.faults = Faults(group)
@@ -157,12 +157,12 @@ class Dispatcher:
         self.admitted = []
         self.undecidable.clear()
         self._policy_is_broken = False
-        if not any(routable):
+        if True not in routable:
             return self.admitted
         alone = waiting.alone()
         if alone is not None:
             state = self._state([alone], routable, now_s)
-            if not self._holds(state, now_s):
+            if not (self.policy.HOLDS and self._holds(state, now_s)):
                 self._place([alone], state, now_s)
             return self.admitted
         for entry in waiting.first():
@@ -173,7 +173,7 @@ class Dispatcher:
         if not waiting.count:
             return self.admitted
         state = self._state([], routable, now_s)
-        if self._holds(state, now_s):
+        if self.policy.HOLDS and self._holds(state, now_s):
             return self.admitted
         seen = list(islice(waiting.in_turn(sum(state.slots_free)), self._worth_seeing(state)))
         if seen:
@@ -251,7 +251,8 @@ class Dispatcher:
         """Return the workers as a round over ``waiting`` finds them, with room left for growth."""
         late_binding = self.policy.params.late_binding
         state = self.ledger.state(routable, late_binding=late_binding, now_s=now_s)
-        self._growth.leave(state, waiting, self.limits.kv_growth_share)
+        if self.ledger.kv_is_limited:
+            self._growth.leave(state, waiting, self.limits.kv_growth_share)
         return state
 
     def _worth_seeing(self, state: RoundState) -> int:
@@ -286,7 +287,8 @@ class Dispatcher:
                 if entry.id in self.undecidable:
                     continue
                 break
-            self._bind(entry, self._at(place), now_s)
+            present = self.roster.present
+            self._bind(entry, WorkerIndex(place if present is None else present[place]), now_s)
             if len(waiting) > 1:
                 state.admit(place, entry.prompt_tokens, entry.sequences)
                 if load is not state.kv_tokens:
@@ -322,11 +324,6 @@ class Dispatcher:
             return self.policy.place(state, entry.prompt_tokens, load, self._rng)
         return self.policy.place_near(state, entry.prompt_tokens, load, self._rng, home, weight)
 
-    def _at(self, place: int) -> WorkerIndex:
-        """Return the index of the member at ``place``."""
-        present = self.roster.present
-        return WorkerIndex(place if present is None else present[place])
-
     def _bind(self, entry: Entry, worker: WorkerIndex, now_s: float) -> None:
         try:
             prospect = self.predictor.prospect(entry.request)
@@ -356,8 +353,9 @@ class Dispatcher:
             return
         if admitted:
             self.waiting.pass_over(waiting, admitted)
+            present = self.roster.present
             for i, place in zip(admitted, chosen, strict=True):
-                self._bind(waiting[i], self._at(place), now_s)
+                self._bind(waiting[i], WorkerIndex(place if present is None else present[place]), now_s)
         elif self._held_since_s is None:
             self._held_since_s = now_s
 

@@ -23,8 +23,8 @@ _WEIGHT_MAX = 1024
 _EXPECTED = 0.01
 """An estimate that is so little off, relative to the report, was as good as any."""
 
-_EXPECTED_PER_LESSON = 8
-"""Reports of what was expected for one that is learnt from: learning costs ten times what asking does."""
+_EXPECTED_PER_LESSON = 32
+"""Reports of what was expected for one that is learnt from: learning costs forty times what asking does."""
 
 _USERS_MAX = 4096
 """Users of all models whose factors are remembered."""

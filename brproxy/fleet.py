@@ -115,8 +115,6 @@ def least_pressed(groups: Sequence[Group]) -> Group:
     A token takes a step there, and a request waits for as many of its own lifetimes as the group is fuller
     than full.
     """
-    if len(groups) == 1:
-        return groups[0]
     costs = [group.dispatcher.costs() for group in groups]
     fullness = [group.fullness for group in groups]
     steps_s = [0.0 if each is None else group.step_s(each) for group, each in zip(groups, costs, strict=True)]
@@ -192,4 +190,4 @@ class Fleet:
             known = ", ".join(sorted(filter(None, self._of_model)))
             msg = f"The model `{model}` does not exist. Models served here: {known}."
             raise UnknownModelError(msg)
-        return least_pressed(serving)
+        return serving[0] if len(serving) == 1 else least_pressed(serving)

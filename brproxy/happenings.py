@@ -48,7 +48,10 @@ class Happenings:
         self._decided: list[Callable[[float, int], None]] = []
 
     def tell(self, observer: Observer) -> None:
-        """Tell ``observer`` from now on what it overrides: what nobody wants to know costs nothing."""
+        """Tell ``observer`` from now on what it overrides: what nobody wants to know costs nothing.
+
+        Whom an observer adds while it is told of something is told of that, too.
+        """
         kind = type(observer)
         if kind.arrived is not Observer.arrived:
             self._arrived.append(observer.arrived)

@@ -16,15 +16,16 @@ Decisions see both together; the books themselves are never corrected by it.
 
 from __future__ import annotations
 
+import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import add, sub
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brproxy.lifecycle import AFTER, NO_ROW, NO_WORKER, TERMINAL, Entry, Event, LifecycleError, State, bounded
-from brproxy.prediction.predictor import LENGTH_UNLIMITED, ActiveRequests, Prospect
+from brproxy.prediction.predictor import LENGTH_UNLIMITED, NO_PROSPECT, ActiveRequests, Prospect
 from brproxy.roster import Change, Member, MemberState, Roster, WorkerLimits
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
 from brproxy.slow_start import SlowStart
@@ -35,11 +36,13 @@ BoolArray = NDArray[np.bool_]
 # As plain names: looking a member of an enumeration up costs more than comparing it.
 _BIND, _FIRST_TOKEN, _PREFILL = Event.BIND, Event.FIRST_TOKEN, State.PREFILL
 
-_NO_PROSPECT = Prospect()
 
 _ID, _WORKER, _KV_TOKENS, _OUTPUT_TOKENS, _SEQUENCES, _CURVE, _LENGTH_MAX, _CERTAIN = range(8)
 """What a row holds, by position."""
 _WIDTH = 8
+
+_PACKED = struct.Struct(f"{_WIDTH}q").pack
+"""Eight integers as bytes: half of what an array of them takes to make."""
 
 _NOTHING = WorkerLimits(0, 0)
 """What a member that has gone holds."""
@@ -66,6 +69,12 @@ class Ledger:
         self._kv_tokens: list[int] = []
         self._requests: list[int] = []
         self._sequences: list[int] = []
+        # Kept and not worked out: each request asks for them. Fewer than zero where more is bound than fits;
+        # whether that may be so anywhere is kept as well.
+        self._slots_free: list[int] = []
+        self._is_overfull = False
+        # Whether any worker that is there has a KV capacity.
+        self.kv_is_limited = False
         # What no cache has of prompts that are booked and not prefilled, as far as first tokens tell.
         self._prefill_tokens: list[int] = []
         self._offset: list[int] = []
@@ -73,6 +82,8 @@ class Ledger:
         # Rows whose sequences are not one, sums apart: mostly there are none.
         self._unusual_rows = 0
         self._entries: dict[RequestId, Entry] = {}
+        # The entry of a request that is bound, or None. No method of its own: each request asks for it.
+        self.find: Callable[[RequestId], Entry | None] = self._entries.get
         self._rows: list[Entry] = []
         # A row for each bound request, one behind the other: coming and going, which each request does, is
         # then two calls, where a column for each number would be sixteen.
@@ -134,6 +145,11 @@ class Ledger:
         return tuple(self._sequences)
 
     @property
+    def sequences_total(self) -> int:
+        """Sequences of all workers together."""
+        return sum(self._sequences)
+
+    @property
     def slots_total(self) -> int:
         """Slots of all workers that are there together."""
         return self._slots_total
@@ -145,10 +161,6 @@ class Ledger:
         except KeyError:
             msg = f"request {request_id} is not bound: it waits, has ended or never arrived"
             raise LifecycleError(msg) from None
-
-    def find(self, request_id: RequestId) -> Entry | None:
-        """Return the request's entry if it is bound."""
-        return self._entries.get(request_id)
 
     def active(self) -> ActiveRequests:
         """Return the bound requests as arrays (copies); workers are by place, which is their index mostly."""
@@ -192,17 +204,22 @@ class Ledger:
         """
         kv_tokens = self.load() if self.has_offset else self._kv_tokens.copy()
         if late_binding:
-            slots_free = list(map(sub, self._slots, self._sequences))
-            kv_free = list(map(sub, self._kv_capacity, kv_tokens))
-            # Rare: early binding, several sequences in the last slot, or an estimate that was corrected.
-            if min(slots_free) < 0:
+            slots_free, kv_free = self._slots_free.copy(), self._kv_capacity
+            # Rare: early binding, or several sequences in the last slot.
+            if self._is_overfull:
                 slots_free = [max(slots, 0) for slots in slots_free]
-            if min(kv_free) < 0:
-                kv_free = [max(tokens, 0) for tokens in kv_free]
+                self._is_overfull = min(self._slots_free) < 0
+            if self.kv_is_limited:
+                kv_free = list(map(sub, kv_free, kv_tokens))
+                # Rare: an estimate that was corrected.
+                if min(kv_free) < 0:
+                    kv_free = [max(tokens, 0) for tokens in kv_free]
+            else:
+                kv_free = kv_free.copy()
         else:
             slots_free = [SLOTS_UNLIMITED] * len(routable)
             kv_free = [KV_UNLIMITED_TOKENS] * len(routable)
-        if not all(routable):
+        if False in routable:
             slots_free = [slots if ok else 0 for slots, ok in zip(slots_free, routable, strict=True)]
         if self._slow_start.since_s:
             self._slow_start.ramp(slots_free, self._slots, self._sequences, routable, now_s)
@@ -239,21 +256,27 @@ class Ledger:
         """
         if not 0 <= worker < len(self._is_here) or not self._is_here[worker]:
             self.roster.member(worker)
-        curve, length_max, certain = prospect or _NO_PROSPECT
+        curve, length_max, certain = prospect or NO_PROSPECT
         # Asked by a call only where something is odd: each request comes by here.
         if not (0 <= curve <= _CURVE_MAX and 0 <= length_max <= LENGTH_UNLIMITED):
             curve, length_max = bounded(curve, _CURVE_MAX), bounded(length_max, LENGTH_UNLIMITED)
         prompt_tokens, sequences = entry.prompt_tokens, entry.sequences
         state = AFTER[entry.state][_BIND]
-        row = array("q", (entry.id, worker, prompt_tokens, 0, sequences, curve, length_max, bool(certain)))
+        try:
+            row = _PACKED(entry.id, worker, prompt_tokens, 0, sequences, curve, length_max, bool(certain))
+        except struct.error as error:
+            raise TypeError(str(error)) from None
         # From here on nothing can fail: what is no integer has just raised.
         entry.state, entry.worker, entry.bound_s, entry.row = state, worker, now_s, len(self._rows)
         self._entries[entry.id] = entry
         self._rows.append(entry)
-        self._cells += row
+        self._cells.frombytes(row)
         self._kv_tokens[worker] += prompt_tokens
         self._requests[worker] += 1
         self._sequences[worker] += sequences
+        self._slots_free[worker] = slots_free = self._slots_free[worker] - sequences
+        if slots_free < 0:
+            self._is_overfull = True
         entry.prefill_tokens = entry.uncached_tokens if entry.cached_tokens else prompt_tokens
         self._prefill_tokens[worker] += entry.prefill_tokens
         if sequences != 1:
@@ -270,6 +293,7 @@ class Ledger:
         """Note that a request runs no more: it keeps its KV and takes no slot until it ends."""
         entry = self._entries.get(request_id) or self.entry(request_id)
         self._sequences[entry.worker] -= entry.sequences
+        self._slots_free[entry.worker] += entry.sequences
         self._unusual_rows += entry.sequences == 1
         self._cells[entry.row * _WIDTH + _SEQUENCES] = entry.sequences = 0
 
@@ -352,6 +376,7 @@ class Ledger:
         self._kv_tokens[worker] -= cells[first + _KV_TOKENS]
         self._requests[worker] -= 1
         self._sequences[worker] -= entry.sequences
+        self._slots_free[worker] += entry.sequences
         if entry.first_token_s is None:
             self._prefill_tokens[worker] -= entry.prefill_tokens
         if entry.sequences != 1:
@@ -373,7 +398,7 @@ class Ledger:
         """Keep a column for each member that is there."""
         if change is Change.ADDED and member.index == len(self._slots):
             booked = self._kv_tokens, self._requests, self._sequences, self._prefill_tokens
-            for column in (self._slots, self._kv_capacity, self._offset, *booked):
+            for column in (self._slots, self._slots_free, self._kv_capacity, self._offset, *booked):
                 column.append(0)
             self._is_here.append(True)
         if change in {Change.ADDED, Change.GONE, Change.LIMITS}:
@@ -382,7 +407,11 @@ class Ledger:
                 self._is_here[member.index] = change is Change.ADDED
                 self.set_offset(member.index, 0)
             self._slots[member.index] = limits.slots
+            self._slots_free[member.index] = limits.slots - self._sequences[member.index]
+            self._is_overfull = True
             self._kv_capacity[member.index] = _kv_capacity(limits)
+            there = zip(self._kv_capacity, self._is_here, strict=True)
+            self.kv_is_limited = any(here and tokens < KV_UNLIMITED_TOKENS for tokens, here in there)
         members = self.roster.members
         self._slots_total = sum(m.limits.slots for m in members)
         takers = [m for m in members if m.state is MemberState.ACTIVE] or members

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from brproxy.ledger import Ledger
 
-_ROUNDS = 128
-"""Rounds that the average is over, once there have been so many."""
+_LOOKS = 32
+"""Looks that the average is over, once there have been so many."""
+
+_ROUNDS_A_LOOK = 4
+"""Rounds for one of which what runs is looked at: each request has one, and one more tells little."""
 
 _MOVED = 1.25
 """The level takes the average up at once where one of the two is more than so many times the other."""
@@ -28,17 +31,22 @@ class Turnover:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._rounds = 0
+        self._looks = 0
+        self._rounds_to_look = 1
         self._average = 0.0
         self._level = 0.0
         self.version = 0
 
     def look(self) -> None:
-        """Look at what runs, as a round finds it."""
-        running = sum(self._ledger.sequences)
-        if self._rounds < _ROUNDS:
-            self._rounds += 1
-        self._average += (running - self._average) / self._rounds
+        """Look at what runs, as a round finds it; called in each of them."""
+        self._rounds_to_look -= 1
+        if self._rounds_to_look:
+            return
+        self._rounds_to_look = _ROUNDS_A_LOOK
+        running = self._ledger.sequences_total
+        if self._looks < _LOOKS:
+            self._looks += 1
+        self._average += (running - self._average) / self._looks
         if self._average > self._level * _MOVED or self._level > self._average * _MOVED:
             self.settle()
 

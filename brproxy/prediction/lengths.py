@@ -6,10 +6,10 @@ lengths; a length between two points belongs to the lower one.
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
 from collections import deque
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from math import inf
 
 import numpy as np
@@ -37,6 +37,9 @@ class LengthGrid:
             points.append(min(length_max, max(points[-1] + 1, int(points[-1] * _RATIO))))
         self.length_max = length_max
         self._points = points
+        # The number of grid points below a length: at those, an output that long is still alive. No method of
+        # its own: each request asks for it.
+        self.points_below: Callable[[int], int] = partial(bisect_left, points)
         self.points: IntArray = np.array(points, dtype=np.int64)
         self.position: IntArray = np.searchsorted(self.points, np.arange(length_max + 1), side="right") - 1
         # Between two points a curve falls evenly: half of each fall is before the middle of the gap.
@@ -48,10 +51,6 @@ class LengthGrid:
     def positions(self, lengths: IntArray) -> IntArray:
         """Return the grid positions of ``lengths`` (any shape, >= 0); the last for longer ones."""
         return self.position.take(lengths, mode="clip")
-
-    def points_below(self, length: int) -> int:
-        """Return the number of grid points below ``length``: at those, an output that long is still alive."""
-        return bisect_left(self._points, length)
 
     def sum(self, alive: FloatArray) -> float:
         """Return the sum of the lengths whose curve (float64[B]) this is, as if even between two points."""
@@ -91,7 +90,7 @@ class LengthCounts:
 
     __slots__ = ("_ended", "_grid", "_left")
 
-    def __init__(self, grid: LengthGrid, left: array[int], ended: array[int]) -> None:
+    def __init__(self, grid: LengthGrid, left: list[int], ended: list[int]) -> None:
         self._grid = grid
         self._left = left
         self._ended = ended
@@ -151,8 +150,8 @@ class LengthWindow:
         self.cut = 0
         # As LengthCounts has them: one number changes with each length, where the curve would change up to
         # there; it is asked for less often.
-        self._left = array("q", bytes(8 * (len(grid) + 1)))
-        self._ended = array("q", bytes(8 * (len(grid) + 1)))
+        self._left = [0] * (len(grid) + 1)
+        self._ended = [0] * (len(grid) + 1)
         self.lengths: deque[int] = deque()
 
     def __len__(self) -> int:
@@ -170,8 +169,8 @@ class LengthWindow:
 
     def counts(self, *, cut_is_end: bool = False) -> LengthCounts:
         """Return what makes the curve of outputs, or with ``cut_is_end`` that of how long requests stay."""
-        left = self._left[:]
-        return LengthCounts(self._grid, left, self._ended[:] if self.cut and not cut_is_end else left)
+        left = self._left.copy()
+        return LengthCounts(self._grid, left, self._ended.copy() if self.cut and not cut_is_end else left)
 
     def add(self, length: int, *, ended: bool = True) -> None:
         """Remember one more length (>= 0), and forget the oldest beyond the window."""
@@ -183,7 +182,9 @@ class LengthWindow:
         self._count(known, 1)
 
     def _count(self, known: int, change: int) -> None:
-        length, ended = as_told(known)
+        # As as_told has it, without the call: each request that ends comes by here, mostly twice.
+        ended = known >= 0
+        length = known if ended else -1 - known
         below = self._grid.points_below(length)
         self._left[below] += change
         self._length_sum += change * length

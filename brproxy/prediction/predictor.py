@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from brproxy.prediction.projection import project_certain, project_curves
 from brproxy.registry import Registry, make_configurable
-from brproxy.types import PendingRequest
+from brproxy.types import TOKENS_MAX, PendingRequest
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -47,6 +47,9 @@ class Prospect(NamedTuple):
     curve: int = 0
     length_max: int = LENGTH_UNLIMITED
     certain: bool = False
+
+
+NO_PROSPECT = Prospect()
 
 
 class Expectation(NamedTuple):
@@ -95,6 +98,10 @@ class ActiveRequests:
         )
 
 
+def _many() -> int:
+    return TOKENS_MAX
+
+
 class Predictor(ABC, Generic[P]):
     """Forecasts load from the lengths of the outputs it has seen end, or run for as long as they did."""
 
@@ -109,10 +116,14 @@ class Predictor(ABC, Generic[P]):
     def __init__(self, params: P) -> None:
         self.params = params
         self._running: Callable[[], ActiveRequests] | None = None
+        self._how_many: Callable[[], int] = _many
 
-    def watch(self, running: Callable[[], ActiveRequests]) -> None:
-        """Learn from now on also from what ``running`` returns: requests that have not ended yet."""
-        self._running = running
+    def watch(self, running: Callable[[], ActiveRequests], how_many: Callable[[], int] = _many) -> None:
+        """Learn from now on also from what ``running`` returns: requests that have not ended yet.
+
+        ``how_many`` of them there are it tells sooner; where they are few nobody asks who they are.
+        """
+        self._running, self._how_many = running, how_many
 
     @property
     @abstractmethod
@@ -139,9 +150,10 @@ class Predictor(ABC, Generic[P]):
 
     def prospect(self, request: PendingRequest) -> Prospect:
         """Return what is known of a request that is about to be bound."""
-        if request.output_tokens_max is None:
-            return Prospect(self._curve(request))
-        return Prospect(self._curve(request), request.output_tokens_max, certain=request.runs_to_max)
+        curve, limit = self._curve(request) if self.USES_KEYS else 0, request.output_tokens_max
+        if limit is None:
+            return Prospect(curve) if curve else NO_PROSPECT
+        return Prospect(curve, limit, request.runs_to_max)
 
     def expectation(self, request: PendingRequest) -> Expectation:
         """Return how long the output of a request that has not begun is expected to get."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from brproxy.fleet import Fleet, Group
@@ -28,6 +28,8 @@ class Groups(Mapping[str, "GroupService"]):
         self._fleet = fleet
         self._services: dict[Group, GroupService] = {each.group: each for each in services}
         self._followers: list[Follower] = []
+        # What a group works with. No method of its own: each request asks for it.
+        self.of: Callable[[Group], GroupService] = self._services.__getitem__
 
     def __getitem__(self, name: str) -> GroupService:
         """Return the group called ``name``; raises KeyError."""
@@ -40,10 +42,6 @@ class Groups(Mapping[str, "GroupService"]):
     def __len__(self) -> int:
         """Return how many groups there are."""
         return len(self._services)
-
-    def of(self, group: Group) -> GroupService:
-        """Return what ``group`` works with."""
-        return self._services[group]
 
     def each(self) -> list[GroupService]:
         """Return all groups, those that leave included."""

@@ -124,7 +124,7 @@ def _lines(fields: Fields, request_id: bytes, client: Client, hop: Hop) -> bytes
     if REQUEST_ID in known:
         lines = fields.lines + of_hops
     else:
-        lines = b"%bX-Request-Id: %b\r\n%b" % (fields.lines, request_id, of_hops)
+        lines = b"".join((fields.lines, b"X-Request-Id: ", request_id, b"\r\n", of_hops))
     protocol = known.get(b"upgrade")
     if protocol is not None:
         client.names_upgrade(protocol)

@@ -59,7 +59,7 @@ class Client:
     def __init__(self, request: web.BaseRequest, drain_s: float) -> None:
         self._request = request
         self._drain_s = drain_s
-        self._protocol = cast(ClientProtocol, request.protocol)
+        self._protocol: ClientProtocol = request.protocol  # type: ignore[assignment] # this server's own
         transport = request.transport
         if transport is None:
             msg = "the client left before its request was looked at"

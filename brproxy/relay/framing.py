@@ -8,6 +8,7 @@ framing change (RFC 9112, section 6).
 from __future__ import annotations
 
 from enum import Enum, auto
+from functools import lru_cache
 
 from brproxy.relay.response import ResponseHead
 
@@ -45,12 +46,17 @@ def response_head(
     if framing is CHUNKED:
         more += b"Transfer-Encoding: chunked\r\n"
     elif framing is not UNTIL_CLOSE and head.length is not None:
-        more += b"Content-Length: %b\r\n" % head.length
+        more += b"Content-Length: " + head.length + b"\r\n"
     if not keep_alive:
         more += b"Connection: close\r\n"
     elif http10:
         more += b"Connection: keep-alive\r\n"
-    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (head.status, head.reason, head.lines, more)
+    return b"".join((_status_line(head.status, head.reason), head.lines, more, b"\r\n"))
+
+
+@lru_cache(maxsize=64)
+def _status_line(status: int, reason: bytes) -> bytes:
+    return b"HTTP/1.1 %d %b\r\n" % (status, reason)
 
 
 def interim_head(head: ResponseHead) -> bytes:

@@ -47,4 +47,4 @@ UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
 def request_head(method: str, target: str, host: bytes, lines: bytes) -> bytes:
     """Return the head; ``host`` is the worker's host and port, ``lines`` are all other fields."""
     start = f"{method} {target} HTTP/1.1\r\nHost: ".encode("utf-8", "surrogateescape")
-    return b"%b%b\r\n%b\r\n" % (start, host, lines)
+    return b"".join((start, host, b"\r\n", lines, b"\r\n"))

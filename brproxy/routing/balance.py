@@ -44,7 +44,7 @@ from pydantic import Field
 from brproxy.routing.aim import growth_tokens, level
 from brproxy.routing.fscore import FScore
 from brproxy.routing.overdue import MAKE_ROOM_FROM, OVERDUE_FROM, how_overdue
-from brproxy.routing.policy import PolicyParams, RoutingPolicy, tie_limit
+from brproxy.routing.policy import TIE, PolicyParams, RoutingPolicy, tie_limit
 from brproxy.routing.prefill import PrefillTerms
 from brproxy.routing.subsets import SUBSET_SIZE_MAX, set_members, set_sums
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, Home, IntArray, RoundState
@@ -370,7 +370,8 @@ class BalancePolicy(RoutingPolicy[B]):
             if slots <= 0 or kv_free[worker] < prompt_tokens or load > limit:
                 continue
             if load < better:
-                limit = tie_limit(load)
+                # As tie_limit has it, without the call.
+                limit = load + TIE * load if load > 1.0 else load + TIE
                 better, most, equals = load - (limit - load), slots, [worker]
             elif slots > most:
                 most, equals = slots, [worker]

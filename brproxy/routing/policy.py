@@ -19,7 +19,7 @@ from brproxy.routing.fscore import discounts_for
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, Home, IntArray, RoundState
 from brproxy.step_costs import StepCosts
 
-_TIE = 1e-9
+TIE = 1e-9
 """Discounted loads that differ by less than this share are equal: they are sums of floats."""
 
 
@@ -47,6 +47,13 @@ class RoutingPolicy(ABC, Generic[P]):
 
     WAITED_FROM: ClassVar[float] = math.inf
     """The share of the pool's limit in time from which on it matters to ``route`` how long one has waited."""
+
+    HOLDS: ClassVar[bool] = False
+    """Whether it has a ``holds`` of its own: most rounds are of one request, and need not ask."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.HOLDS = cls.holds is not RoutingPolicy.holds
 
     def __init__(self, params: P) -> None:
         self.params = params
@@ -174,7 +181,7 @@ class OneByOnePolicy(RoutingPolicy[P]):
 
 def tie_limit(least: float) -> float:
     """Return the largest discounted load that equals ``least``."""
-    return least + _TIE * max(1.0, least)
+    return least + TIE * max(1.0, least)
 
 
 def least(workers: Sequence[int], keys: Sequence[int], rng: np.random.Generator) -> int:

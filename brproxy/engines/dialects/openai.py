@@ -40,6 +40,9 @@ _ID_BEFORE_BYTE = 4096
 _ABORT = "abort"
 _META_KEY = b'"meta_info"'
 _CACHED_KEYS = ("cache_read_input_tokens", "cache_creation_input_tokens")
+_DETAILS_KEYS = ("prompt_tokens_details", "input_tokens_details")
+_CACHED_KEYS_OF_ALL = ("cached_tokens", "cache_read_input_tokens")
+_CACHED = frozenset({*_DETAILS_KEYS, *_CACHED_KEYS_OF_ALL})
 _ERROR_BYTES_MAX = 1 << 16
 _ERROR_KEYS = frozenset({"error", "type"})
 """An event that is an error, or holds one, has one of these."""
@@ -142,8 +145,16 @@ class OpenAIDialect(Dialect):
         if _META_KEY in body:
             return _meta_usage(body)
         start = body.rfind(_USAGE_KEY)
-        found = _USAGE.match(body, start) if start >= 0 else None
-        usage = None if found is None else _parse(found[1])
+        if start < 0:
+            return None
+        # Nearly every report holds no other object: its end is found at a tenth of what the pattern takes.
+        opens = start + len(_USAGE_KEY) + 1
+        end = body.find(b"}", opens) + 1
+        if body.startswith(b":{", opens - 1) and body.find(b"{", opens + 1, end) < 0:
+            usage = _parse(body[opens:end])
+        else:
+            found = _USAGE.match(body, start)
+            usage = None if found is None else _parse(found[1])
         return None if usage is None else _usage(usage)
 
     def read_answer_id(self, body: bytes) -> str:
@@ -242,7 +253,8 @@ def _usage(usage: dict[str, Any]) -> Usage:
         and 0 <= prompt_tokens <= TOKENS_MAX
         and 0 <= completion_tokens <= TOKENS_MAX
     ):
-        return Usage(prompt_tokens, completion_tokens, _cached_tokens(usage))
+        cached_tokens = None if _CACHED.isdisjoint(usage) else _cached_tokens(usage)
+        return Usage(prompt_tokens, completion_tokens, cached_tokens)
     prompt_tokens = first_count(usage, ("prompt_tokens",))
     if prompt_tokens is None:
         prompt_tokens = first_count(usage, ("input_tokens",))
@@ -256,11 +268,12 @@ def _usage(usage: dict[str, Any]) -> Usage:
 
 def _cached_tokens(usage: dict[str, Any]) -> int | None:
     """Return how much of the prompt was cached: in an object of details, or at the top."""
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    first, second = _DETAILS_KEYS
+    details = usage.get(first) or usage.get(second)
     if isinstance(details, dict):
         return first_count(details, ("cached_tokens",))
     # SGLang's own API, and Anthropic's.
-    return first_count(usage, ("cached_tokens", "cache_read_input_tokens"))
+    return first_count(usage, _CACHED_KEYS_OF_ALL)
 
 
 def _meta_usage(body: bytes) -> Usage | None:

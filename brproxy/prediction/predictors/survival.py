@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import ceil
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -94,6 +95,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         self._grid = length_grid(params.output_tokens_max)
         self._window = LengthWindow(self._grid, params.window)
         self._unseen = 0
+        self._due = 1
         self._seen = 0
         self._mean = params.prior_output_tokens
         self._curve_of: Callable[[], FloatArray] = self._window.counts().alive
@@ -117,7 +119,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         self._window.add(output_tokens, ended=ended)
         self._seen += 1
         self._unseen += 1
-        if self._unseen * _REFRESH_SHARE >= len(self._window):
+        if self._unseen >= self._due:
             self._refresh()
 
     def state(self) -> dict[str, Any]:
@@ -213,6 +215,9 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
         """Let what has been observed take effect."""
         window, prior = self._window, self.params.prior_output_tokens
         self._unseen = 0
+        # So many that of all that are remembered by then one in _REFRESH_SHARE is new.
+        growing, full = len(window) / (_REFRESH_SHARE - 1), self.params.window / _REFRESH_SHARE
+        self._due = max(1, ceil(min(growing, full)))
         running = self._still_running()
         weight = self._weight(len(running))
         if not weight:
@@ -251,7 +256,7 @@ class SurvivalPredictor(Predictor[SurvivalParams]):
 
     def _still_running(self) -> IntArray:
         """Return how many tokens each request that runs has streamed, int64[R]."""
-        if self._running is None:
+        if self._running is None or self._how_many() < _RUNNING_SHARE_MIN * len(self._window):
             return np.empty(0, dtype=np.int64)
         active = self._running()
         # What generates nothing, or no more, tells nothing.

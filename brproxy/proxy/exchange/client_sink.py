@@ -80,7 +80,7 @@ class ClientSink:
         if framing is UNTIL_CLOSE:
             client.keep_alive = False
             self.ends_by_close = True
-        more = b"" if REQUEST_ID in head.known else b"X-Request-Id: %b\r\n" % self.request_id
+        more = b"" if REQUEST_ID in head.known else b"X-Request-Id: " + self.request_id + b"\r\n"
         client.begin()
         self.has_head = True
         self._unsent = response_head(
