@@ -328,6 +328,8 @@ class Ledger:
     def correct_prompt(self, request_id: RequestId, prompt_tokens: int) -> None:
         """Replace the prompt estimate by what the worker reports, at least 0 and at most TOKENS_MAX."""
         entry = self._entries.get(request_id) or self.entry(request_id)
+        if prompt_tokens == entry.prompt_tokens:
+            return
         change = bounded(prompt_tokens, TOKENS_MAX) - entry.prompt_tokens
         entry.prompt_tokens += change
         self._cells[entry.row * _WIDTH + _KV_TOKENS] += change

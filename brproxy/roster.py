@@ -154,7 +154,8 @@ class Roster:
         self._members: list[Member] = []
         self._observers: list[Observer] = []
         self._routable: tuple[bool, ...] = ()
-        self._out: frozenset[Member] = frozenset()
+        # Whom checks, or what they say of themselves, keep from being chosen; as ``is_out`` says.
+        self.out: frozenset[Member] = frozenset()
         self.version = 0
         self.present: list[int] | None = None
         self.place: NDArray[np.int64] | None = None
@@ -207,7 +208,7 @@ class Roster:
 
     def is_out(self, member: Member) -> bool:
         """Tell whether checks, or what it says of itself, keep a member from being chosen."""
-        return member in self._out
+        return member in self.out
 
     def has_others(self, than: Collection[WorkerIndex]) -> bool:
         """Tell whether a member may be chosen that is none of ``than``."""
@@ -357,14 +358,14 @@ class Roster:
             said = "all may be chosen" if panics else "they may not be chosen"
             log.warning("%d of %d workers are unhealthy: %s", len(failing), len(active), said)
         out = [member for member in unhealthy if member.health.is_accused or not panics]
-        before, self._out = self._out, frozenset(out)
-        self._routable = tuple(m.is_routable or (m in failing and m not in self._out) for m in self._members)
+        before, self.out = self.out, frozenset(out)
+        self._routable = tuple(m.is_routable or (m in failing and m not in self.out) for m in self._members)
         return [member for member in out if member not in before]
 
     def _tell_out(self, members: Collection[Member]) -> None:
         for member in members:
             # Who was told of the change may have changed more.
-            if member in self._out:
+            if member in self.out:
                 self._tell(member, Change.OUT)
 
     def _tell(self, member: Member, change: Change) -> None:

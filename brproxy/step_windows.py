@@ -142,7 +142,7 @@ class StepWindows(Observer):
     def ended(self, entry: Entry, event: Event, waited_s: float | None) -> None:
         """See Observer.ended: one that has begun since the last look was prefilled since."""
         if entry.first_token_s is not None and entry.first_token_s > self._read_s:
-            self._prefilled(entry)
+            self._prefills.append(entry)
 
     def look(self, at_s: float, read_s: float) -> list[Window]:
         """Look at the ledger, where all that was streamed until ``at_s`` is booked; a step ended then.

@@ -159,7 +159,9 @@ class Account:
         if usage.cached_tokens is not None:
             self._lease.correct_cached(usage.cached_tokens)
         if usage.completion_tokens is not None:
-            self._book()
+            # Booked together with what the report corrects.
+            events, self._unbooked_events = self._unbooked_events, 0
+            tokens = self._counter.count(events)
             # What streams after the last report is no part of it.
             self._chunks_reported = self._counter.chunks
-            self._lease.tokens(self._counter.settle(usage.completion_tokens))
+            self._lease.tokens(tokens + self._counter.settle(usage.completion_tokens))

@@ -149,7 +149,7 @@ class Attempts:
                 connection = await endpoint.connect()
             except WorkerFailedError as error:
                 return self._not_connected(endpoint, error)
-        if group.group.roster.is_out(member) and self.may_move(_UNREACHABLE):
+        if member in group.roster.out and self.may_move(_UNREACHABLE):
             # Since it was chosen: whoever tells what is with it did not know of this request yet.
             connection.abandon()
             return self._after(_UNREACHABLE, WorkerFailedError(f"it is unhealthy: {member.health.reason}"))

@@ -131,6 +131,8 @@ class Handlers:
         prompt_tokens = facts.prompt_tokens
         if prompt_tokens is None:
             prompt_tokens = self._service.estimator.prompt_tokens(facts.model, facts.user, facts.prompt_text)
+        session = facts.session
+        # By position, in the order of its fields: this is done for each request.
         return PendingRequest(
             prompt_tokens,
             facts.model,
@@ -139,11 +141,13 @@ class Handlers:
             facts.prompt_hash,
             facts.prefix_hash,
             facts.user,
-            prompt_is_exact=facts.prompt_is_exact,
-            sequences=facts.sequences,
-            session_keys=facts.session.keys,
-            goes_on=facts.session.goes_on,
-            batch=batch,
+            None,
+            facts.prompt_is_exact,
+            facts.sequences,
+            session.keys,
+            session.goes_on,
+            0,
+            batch,
         )
 
     def _failure(self, error: BrproxyError) -> ProxyError:

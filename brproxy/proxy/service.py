@@ -46,6 +46,7 @@ class GroupService:
         self, group: Group, driver: GroupDriver, dialect: Dialect, connect: Callable[[Member], Endpoint]
     ) -> None:
         self.group = group
+        self.roster = group.roster
         self.driver = driver
         self.dialect = dialect
         self.handover: Handover | None = None

@@ -39,20 +39,17 @@ class Histogram:
         self._counts = np.zeros(len(bounds) + 1, dtype=np.int64)
         self._sum = 0.0
         self._unsorted: list[float] = []
-
-    def observe(self, value: float) -> None:
-        """Take in one value."""
-        self._unsorted.append(value)
-        if len(self._unsorted) >= _UNSORTED_MAX:
-            self._sort()
+        # Takes in one value. No method of its own: each request has several.
+        self.observe: Callable[[float], None] = self._unsorted.append
 
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         """Put everything so far into ``family`` under ``labels``."""
-        self._sort()
+        self.sort()
         cumulative = np.cumsum(self._counts).tolist()
         family.add_metric(labels, list(zip(self._labels, cumulative, strict=True)), self._sum)
 
-    def _sort(self) -> None:
+    def sort(self) -> None:
+        """Count what has been taken in, which grows until then."""
         bucket = np.searchsorted(self._bounds, self._unsorted, side="left")
         self._counts += np.bincount(bucket, minlength=len(self._counts))
         self._sum += sum(self._unsorted)
@@ -74,6 +71,7 @@ class GroupMetrics(Observer):
         self.wait_s = Histogram(_WAIT_S)
         self.ttft_s = Histogram(_WAIT_S)
         self.round_s = Histogram(_ROUND_S)
+        self._ended = 0
         group.roster.observe(self._member_changed)
         group.dispatcher.happenings.tell(self)
 
@@ -94,6 +92,12 @@ class GroupMetrics(Observer):
             self.wait_s.observe(waited_s)
         if entry.first_token_s is not None:
             self.ttft_s.observe(entry.first_token_s - entry.arrived_s)
+        # Of each there are about as many as requests that end.
+        self._ended += 1
+        if self._ended == _UNSORTED_MAX:
+            self._ended = 0
+            for histogram in (self.wait_s, self.ttft_s, self.round_s):
+                histogram.sort()
 
     def decided(self, duration_s: float, admitted: int) -> None:
         """See Observer.decided."""

@@ -25,6 +25,13 @@ from brproxy.types import SEQUENCES_MAX, TOKENS_MAX
 _DONE = b"[DONE]"
 _DONE_FACTS = EventFacts(done=True)
 _SILENT = EventFacts()
+# What choices say, by whether they have tokens, finish, and abort: to make it takes as long as to find out.
+_OF_CHOICES = {
+    (has_tokens, finishes, aborts): EventFacts(has_tokens=has_tokens, finishes=finishes, aborts=aborts)
+    for has_tokens in (False, True)
+    for finishes in (False, True)
+    for aborts in (False, True)
+}
 _ASKING_FOR_USAGE = b'"stream_options":{"include_usage":true}'
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
 _USAGE_KEY = b'"usage"'
@@ -106,13 +113,15 @@ class OpenAIDialect(Dialect):
                 reason = choice.get("finish_reason") if type(choice) is dict else None
                 finishes = finishes or reason is not None
                 aborts = aborts or reason == _ABORT
+            if usage is None:
+                return _OF_CHOICES[has_tokens, finishes, aborts]
             return EventFacts(
                 has_tokens=has_tokens,
                 usage=usage,
-                usage_only=not choices and usage is not None,
+                usage_only=not choices,
                 finishes=finishes,
                 aborts=aborts,
-                sequence=_sequence(choices[0]) if usage is not None and choices else None,
+                sequence=_sequence(choices[0]) if choices else None,
             )
         meta = document.get("meta_info")
         if isinstance(meta, dict):
