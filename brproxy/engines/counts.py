@@ -15,8 +15,10 @@ def first_count(holder: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
         if value is None:
             continue
         if type(value) is int:
-            if value >= 0:
-                return min(value, TOKENS_MAX)
+            if 0 <= value <= TOKENS_MAX:
+                return value
+            if value > 0:
+                return TOKENS_MAX
         # Integers beyond 64 bits come as floats, and engines take 7.0 for 7.
         elif type(value) is float and value >= 0 and value.is_integer():
             return int(min(value, TOKENS_MAX))

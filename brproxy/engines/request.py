@@ -74,15 +74,19 @@ def read_request(
         prompt_hash, prefix_hash = prompt_hashes(document)
     stream = document.get("stream") is True
     model = _text(document.get("model"), MODEL_CHARS_MAX)
+    if kind.work is _GENERATES:
+        sequences = size.prompts * choices
+        if sequences > 1:
+            sequences = min(sequences, SEQUENCES_MAX)
+    else:
+        sequences = int(kind.work is _SCHEDULED)
     # By position, in the order of RequestFacts: names would cost as much as the tuple.
     return RequestFacts(
         model,
         stream,
         min(tokens, TOKENS_MAX) if is_exact else None,
         text,
-        min(size.prompts * choices, SEQUENCES_MAX)
-        if kind.work is _GENERATES
-        else int(kind.work is _SCHEDULED),
+        sequences,
         output_tokens_max,
         runs_to_max,
         prompt_hash,

@@ -151,11 +151,9 @@ class OpenAIDialect(Dialect):
         Reads the last usage object only: the rest of a reply may be megabytes of embeddings. Text inside JSON
         cannot hold its unescaped name. SGLang's own API counts each sequence for itself.
         """
-        if _META_KEY in body:
-            return _meta_usage(body)
         start = body.rfind(_USAGE_KEY)
         if start < 0:
-            return None
+            return _meta_usage(body) if _META_KEY in body else None
         # Nearly every report holds no other object: its end is found at a tenth of what the pattern takes.
         opens = start + len(_USAGE_KEY) + 1
         end = body.find(b"}", opens) + 1
