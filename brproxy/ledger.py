@@ -6,8 +6,7 @@ its load at all times, and an idle group's load is exactly zero. Whatever number
 its bounds first (``bounded``), so that no sum can leave 64 bits, and a booking that is refused has changed
 nothing.
 
-Bound requests live in parallel arrays without holes (ending one moves the last into its row), so that
-forecasting over thousands of them is array arithmetic, while booking a token stays a few integer additions.
+Bound requests live in rows (``bound_rows.py``), and booking a token is a few integer additions.
 What is kept for each worker is kept under the index that the roster gives it.
 
 Beside what is booked stands each worker's offset: what its engine holds besides, as far as it tells.
@@ -17,17 +16,17 @@ Decisions see both together; the books themselves are never corrected by it.
 from __future__ import annotations
 
 import struct
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import add, sub
 
 import numpy as np
 from numpy.typing import NDArray
 
+from brproxy.bound_rows import KV_TOKENS, OUTPUT_TOKENS, SEQUENCES, WIDTH, WORKER, BoundRows
 from brproxy.lifecycle import AFTER, NO_ROW, NO_WORKER, TERMINAL, Entry, Event, LifecycleError, State, bounded
-from brproxy.prediction.predictor import LENGTH_UNLIMITED, NO_PROSPECT, ActiveRequests, Prospect
+from brproxy.prediction.predictor import LENGTH_UNLIMITED, NO_PROSPECT, Prospect
 from brproxy.roster import Change, Member, MemberState, Roster, WorkerLimits
-from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, IntArray, RoundState
+from brproxy.routing.view import KV_UNLIMITED_TOKENS, SLOTS_UNLIMITED, RoundState
 from brproxy.slow_start import SlowStart
 from brproxy.types import TOKENS_MAX, RequestId, WorkerIndex
 
@@ -36,12 +35,7 @@ BoolArray = NDArray[np.bool_]
 # As plain names: looking a member of an enumeration up costs more than comparing it.
 _BIND, _FIRST_TOKEN, _PREFILL = Event.BIND, Event.FIRST_TOKEN, State.PREFILL
 
-
-_ID, _WORKER, _KV_TOKENS, _OUTPUT_TOKENS, _SEQUENCES, _CURVE, _LENGTH_MAX, _CERTAIN = range(8)
-"""What a row holds, by position."""
-_WIDTH = 8
-
-_PACKED = struct.Struct(f"{_WIDTH}q").pack
+_PACKED = struct.Struct(f"{WIDTH}q").pack
 """Eight integers as bytes: half of what an array of them takes to make."""
 
 _NOTHING = WorkerLimits(0, 0)
@@ -51,7 +45,7 @@ _CURVE_MAX = (1 << 63) - 1
 """Predictors pack what they like into the number of a curve; a column has 64 bits."""
 
 
-class Ledger:
+class Ledger(BoundRows):
     """Sticky bindings and KV tokens of the workers of one barrier group.
 
     ``kv_tokens`` and ``requests`` are by index of the member; a gap has none. ``kv_capacity_tokens_max`` is
@@ -60,7 +54,7 @@ class Ledger:
     """
 
     def __init__(self, roster: Roster, slow_start_s: float = 0.0) -> None:
-        self.roster = roster
+        super().__init__(roster)
         self._slots: list[int] = []
         self._kv_capacity: list[int] = []
         self._slots_total = 0
@@ -79,15 +73,6 @@ class Ledger:
         self._prefill_tokens: list[int] = []
         self._offset: list[int] = []
         self.has_offset = False
-        # Rows whose sequences are not one, sums apart: mostly there are none.
-        self._unusual_rows = 0
-        self._entries: dict[RequestId, Entry] = {}
-        # The entry of a request that is bound, or None. No method of its own: each request asks for it.
-        self.find: Callable[[RequestId], Entry | None] = self._entries.get
-        self._rows: list[Entry] = []
-        # A row for each bound request, one behind the other: coming and going, which each request does, is
-        # then two calls, where a column for each number would be sixteen.
-        self._cells = array("q")
         for member in roster.members:
             self._member_changed(member, Change.ADDED)
         roster.observe(self._member_changed)
@@ -98,11 +83,6 @@ class Ledger:
         return f"<Ledger bound={self.bound} kv_tokens={self._kv_tokens} requests={self._requests}>"
 
     # What is there.
-
-    @property
-    def bound(self) -> int:
-        """Requests bound to a worker."""
-        return len(self._rows)
 
     @property
     def kv_tokens(self) -> tuple[int, ...]:
@@ -128,10 +108,10 @@ class Ledger:
     def begun(self) -> list[int]:
         """Return what is booked on each worker for requests that have streamed a token (KV tokens)."""
         table = self._table()
-        has_begun = table[:, _OUTPUT_TOKENS] > 0
+        has_begun = table[:, OUTPUT_TOKENS] > 0
         columns = len(self._kv_tokens)
         # Added up as floats, which are exact as far as any load goes.
-        sums = np.bincount(table[has_begun, _WORKER], table[has_begun, _KV_TOKENS], columns)
+        sums = np.bincount(table[has_begun, WORKER], table[has_begun, KV_TOKENS], columns)
         return [int(kv_tokens) for kv_tokens in sums.tolist()]
 
     @property
@@ -153,47 +133,6 @@ class Ledger:
     def slots_total(self) -> int:
         """Slots of all workers that are there together."""
         return self._slots_total
-
-    def entry(self, request_id: RequestId) -> Entry:
-        """Return a bound request's entry; raises LifecycleError for any other."""
-        try:
-            return self._entries[request_id]
-        except KeyError:
-            msg = f"request {request_id} is not bound: it waits, has ended or never arrived"
-            raise LifecycleError(msg) from None
-
-    def active(self) -> ActiveRequests:
-        """Return the bound requests as arrays (copies); workers are by place, which is their index mostly."""
-        # Transposed, so that each column is in one piece.
-        columns = self._table().T.copy()
-        worker, output_tokens, sequences = columns[_WORKER], columns[_OUTPUT_TOKENS], None
-        if self._unusual_rows:
-            sequences = columns[_SEQUENCES]
-            output_tokens //= np.maximum(sequences, 1)
-        place = self.roster.place
-        return ActiveRequests(
-            worker=worker if place is None else place[worker],
-            kv_tokens=columns[_KV_TOKENS],
-            output_tokens=output_tokens,
-            curve=columns[_CURVE],
-            length_max=columns[_LENGTH_MAX],
-            certain=columns[_CERTAIN].astype(bool),
-            sequences=sequences,
-        )
-
-    def row_sequences(self, row: int) -> int:
-        """Return the sequences of the request in ``row``, in the order of ``active``."""
-        return self._cells[row * _WIDTH + _SEQUENCES]
-
-    def row_ids(self) -> IntArray:
-        """Return the ids of the bound requests in the order of ``active`` and ``grow_rows``, int64[N]."""
-        return self._table()[:, _ID].copy()
-
-    def streamed(self, entries: Sequence[Entry]) -> IntArray:
-        """Return how many tokens each sequence of bound requests has streamed, int64[N]."""
-        rows = self._table()[[entry.row for entry in entries]]
-        streamed: IntArray = rows[:, _OUTPUT_TOKENS] // np.maximum(rows[:, _SEQUENCES], 1)
-        return streamed
 
     def state(self, routable: Sequence[bool], *, late_binding: bool, now_s: float = 0.0) -> RoundState:
         """Return the workers as a decision round at ``now_s`` finds them (copies), by place.
@@ -295,7 +234,7 @@ class Ledger:
         self._sequences[entry.worker] -= entry.sequences
         self._slots_free[entry.worker] += entry.sequences
         self._unusual_rows += entry.sequences == 1
-        self._cells[entry.row * _WIDTH + _SEQUENCES] = entry.sequences = 0
+        self._cells[entry.row * WIDTH + SEQUENCES] = entry.sequences = 0
 
     def grow(self, request_id: RequestId, tokens: int) -> None:
         """Book ``tokens`` more streamed tokens; fewer than zero takes back, never below no output.
@@ -303,14 +242,14 @@ class Ledger:
         The output is never more than TOKENS_MAX.
         """
         entry, cells = self._entries.get(request_id) or self.entry(request_id), self._cells
-        first = entry.row * _WIDTH
-        before = cells[first + _OUTPUT_TOKENS]
+        first = entry.row * WIDTH
+        before = cells[first + OUTPUT_TOKENS]
         after_it = before + tokens
         if not 0 <= after_it <= TOKENS_MAX:
             after_it = bounded(after_it, TOKENS_MAX)
         change = after_it - before
-        cells[first + _OUTPUT_TOKENS] = after_it
-        cells[first + _KV_TOKENS] += change
+        cells[first + OUTPUT_TOKENS] = after_it
+        cells[first + KV_TOKENS] += change
         self._kv_tokens[entry.worker] += change
 
     def grow_rows(self, rows: BoolArray) -> None:
@@ -319,9 +258,9 @@ class Ledger:
         For a simulator, in which a step is one instant: the same as ``grow`` one by one.
         """
         table = self._table()
-        for column in (_OUTPUT_TOKENS, _KV_TOKENS):
+        for column in (OUTPUT_TOKENS, KV_TOKENS):
             table[rows, column] += 1
-        workers = table[rows, _WORKER]
+        workers = table[rows, WORKER]
         grown = np.bincount(workers, minlength=len(self._kv_tokens))
         self._kv_tokens = [kv + more for kv, more in zip(self._kv_tokens, grown.tolist(), strict=True)]
 
@@ -332,7 +271,7 @@ class Ledger:
             return
         change = bounded(prompt_tokens, TOKENS_MAX) - entry.prompt_tokens
         entry.prompt_tokens += change
-        self._cells[entry.row * _WIDTH + _KV_TOKENS] += change
+        self._cells[entry.row * WIDTH + KV_TOKENS] += change
         self._kv_tokens[entry.worker] += change
         self._uncached_changed(entry)
 
@@ -373,9 +312,9 @@ class Ledger:
     def _unbind(self, entry: Entry) -> None:
         """Return the entry's load and close its row with the last one."""
         worker, cells = entry.worker, self._cells
-        first = entry.row * _WIDTH
-        entry.output_tokens = cells[first + _OUTPUT_TOKENS]
-        self._kv_tokens[worker] -= cells[first + _KV_TOKENS]
+        first = entry.row * WIDTH
+        entry.output_tokens = cells[first + OUTPUT_TOKENS]
+        self._kv_tokens[worker] -= cells[first + KV_TOKENS]
         self._requests[worker] -= 1
         self._sequences[worker] -= entry.sequences
         self._slots_free[worker] += entry.sequences
@@ -384,17 +323,13 @@ class Ledger:
         if entry.sequences != 1:
             self._unusual_rows -= 1
         del self._entries[entry.id]
-        last, row = self._rows.pop(), cells[-_WIDTH:]
-        del cells[-_WIDTH:]
+        last, row = self._rows.pop(), cells[-WIDTH:]
+        del cells[-WIDTH:]
         if last is not entry:
             self._rows[entry.row] = last
             last.row = entry.row
-            cells[first : first + _WIDTH] = row
+            cells[first : first + WIDTH] = row
         entry.row = NO_ROW
-
-    def _table(self) -> IntArray:
-        """Return all rows, int64[N, 8]: not to be kept, as nothing can be bound while it is there."""
-        return np.frombuffer(self._cells, dtype=np.int64).reshape(-1, _WIDTH)
 
     def _member_changed(self, member: Member, change: Change) -> None:
         """Keep a column for each member that is there."""

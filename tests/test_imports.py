@@ -17,7 +17,17 @@ STEPS = {"step_costs", "step_fit", "step_slowness", "step_chunks", "step_windows
 CORE = (
     BASE
     | STATES
-    | {"routing", "prediction", "ledger", "happenings", "learning", "foresight", "sessions", "dispatcher"}
+    | {
+        "routing",
+        "prediction",
+        "bound_rows",
+        "ledger",
+        "happenings",
+        "learning",
+        "foresight",
+        "sessions",
+        "dispatcher",
+    }
     | {"batches", "growth", "turnover", "rounds", "fleet", "regression", "estimate", "prompt_counts"}
     | {"prefill_pace"}
     | STEPS
@@ -46,7 +56,8 @@ ALLOWED = {
     "prediction": BASE,
     "engines": BASE,
     "slow_start": {"roster", "health"},
-    "ledger": BASE | {"lifecycle", "roster", "routing", "prediction", "slow_start"},
+    "bound_rows": {"types", "lifecycle", "roster", "routing", "prediction"},
+    "ledger": BASE | {"bound_rows", "lifecycle", "roster", "routing", "prediction", "slow_start"},
     "offsets": set(),
     "silences": set(),
     "signals": {"types", "ledger", "roster", "offsets", "silences", "engines", "logs"},

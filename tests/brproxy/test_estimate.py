@@ -133,7 +133,9 @@ def test_only_so_many_models_and_users_are_remembered(monkeypatch):
         for user in ("u", "v"):
             for _ in range(20):
                 estimator.learn_prompt(model, user, letters(2000), 1000)
-    assert [estimator.prompt_tokens(model, "x", letters(100)) for model in "abc"] == [50, 25, 50]
+    # Reports within a hundredth of what was expected are mostly not learnt from.
+    estimates = [estimator.prompt_tokens(model, "x", letters(100)) for model in "abc"]
+    assert estimates == pytest.approx([50, 25, 50], abs=1)
     assert len(estimator._users._sums) == 3
     assert len(estimator._models) == 2
 
