@@ -260,7 +260,9 @@ class Dispatcher:
         if not self.policy.params.late_binding:
             return self.limits.requests_max
         slots_free = sum(state.slots_free)
-        return slots_free + self.policy.lookahead_requests(self.costs()) if slots_free else 0
+        if not slots_free:
+            return 0
+        return slots_free + self.policy.lookahead_requests(self.waiting.count, self.costs())
 
     def _place(
         self, waiting: Sequence[Entry], state: RoundState, now_s: float, growth: Growth | None = None

@@ -10,7 +10,8 @@ Source: the paper's algorithm (arXiv 2605.06113), with what our simulator taught
   one request of the window with the largest F. Stage 2, when slots are scarce: it admits the best *subset*,
   of up to ``subset_max`` of the oldest requests. In both, when no score is positive the best single request
   is admitted all the same.
-* The window is the *oldest* waiting requests, sliding as they are admitted. A very large request placed
+* The window is the *oldest* waiting requests, sliding as they are admitted, and a small part of all that
+  wait: whoever is in it and chosen overtakes the others. A very large request placed
   before a margin for it has opened costs all workers for as long as it runs, so it may be passed over, and a
   limit bounds how often: ``passed_over_max_per_worker`` times G younger requests. Before the pool's limit in
   time would send it away it is as overdue, if it has been passed over at all. From half of either on room
@@ -46,7 +47,7 @@ from brproxy.routing.fscore import FScore
 from brproxy.routing.overdue import MAKE_ROOM_FROM, OVERDUE_FROM, how_overdue
 from brproxy.routing.policy import TIE, PolicyParams, RoutingPolicy, tie_limit
 from brproxy.routing.prefill import PrefillTerms
-from brproxy.routing.subsets import SUBSET_SIZE_MAX, set_members, set_sums
+from brproxy.routing.subsets import SUBSET_SIZE_MAX, SUBSET_WINDOW_MAX, set_members, set_sums
 from brproxy.routing.view import NOT_ADMITTED, ClusterView, FloatArray, Home, IntArray, RoundState
 from brproxy.routing.waves import PrefillRound
 from brproxy.step_costs import StepCosts
@@ -56,6 +57,13 @@ WINDOW_MAX = 512
 
 PREFILL_WINDOW_MAX = 4096
 """Largest window for prompts that prefill in step (requests): it is sorted now and then."""
+
+_WAITING_PER_CANDIDATE = 8
+"""Requests that wait for each that a choice looks at, beyond those that subsets are chosen from.
+
+Who suits a worker overtakes all before him in the window. Where that is half of all that wait, those that
+are passed over wait for several times as long as in order; where it is a small part, hardly longer.
+"""
 
 _DRAWS = 64
 """Random numbers drawn at once."""
@@ -73,7 +81,8 @@ class BalanceParams(PolicyParams):
         default=64,
         ge=1,
         le=WINDOW_MAX,
-        description="Oldest waiting requests that a choice looks at (requests).",
+        description="Oldest waiting requests that a choice looks at, at most; beyond the oldest "
+        f"{SUBSET_WINDOW_MAX} no more than one in {_WAITING_PER_CANDIDATE} of those that wait (requests).",
     )
     subset_max: int = Field(
         default=4,
@@ -322,11 +331,12 @@ class BalancePolicy(RoutingPolicy[B]):
         super().__init__(params)
         self._draws: list[float] = []
 
-    def lookahead_requests(self, costs: StepCosts | None) -> int:
+    def lookahead_requests(self, waiting: int, costs: StepCosts | None) -> int:
         """See RoutingPolicy.lookahead_requests."""
         prefills = costs is not None and costs.s_per_prefill_token > 0
-        goes_in_step = prefills and self.params.prefill_wait_s_max > 0
-        return self.params.prefill_window if goes_in_step else self.params.window
+        if prefills and self.params.prefill_wait_s_max > 0:
+            return self.params.prefill_window
+        return min(self.params.window, max(SUBSET_WINDOW_MAX, waiting // _WAITING_PER_CANDIDATE))
 
     @abstractmethod
     def fscore(self, view: ClusterView) -> FScore:

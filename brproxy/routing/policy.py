@@ -66,8 +66,8 @@ class RoutingPolicy(ABC, Generic[P]):
         """
         return discounts_for(0, 1.0)
 
-    def lookahead_requests(self, costs: StepCosts | None) -> int:
-        """Return how many waiting requests to see beyond those that could be admitted (requests).
+    def lookahead_requests(self, waiting: int, costs: StepCosts | None) -> int:
+        """Return how many of ``waiting`` requests to see beyond those that could be admitted (requests).
 
         ``costs``: what a step costs, as in ClusterView.
         """

@@ -59,6 +59,20 @@ def test_late_binding_waits_for_a_slot():
     assert [a.worker for a in dispatcher.decide(2.0, routable(dispatcher))] == [first[0].worker]
 
 
+@settings(max_examples=50)
+@given(st.integers(34, 700), st.integers(0, 66))
+def test_who_fits_overtakes_few_of_those_that_wait(waiting, position):
+    dispatcher = dispatcher_of(slots=(1, 1), pool=PoolLimits(1000, 10.0))
+    # One worker has a large request, so that the other has a margin for one.
+    dispatcher.bind(dispatcher.arrive(PendingRequest(1000), 0.0), WorkerIndex(0), 0.0)
+    for i in range(waiting):
+        dispatcher.arrive(PendingRequest(300 if i == position else 10), 0.0)
+    (first,) = dispatcher.decide(0.0, routable(dispatcher))
+    # The free slot is for one more.
+    looked_at = min(64, 1 + min(64, max(32, waiting // 8)))
+    assert (first.prompt_tokens == 300) == (position < min(waiting, looked_at))
+
+
 def test_late_binding_waits_for_kv_room():
     dispatcher = dispatcher_of(slots=(8,), capacity=100)
     dispatcher.arrive(PendingRequest(80), 0.0)

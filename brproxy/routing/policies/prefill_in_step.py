@@ -54,7 +54,7 @@ class PrefillInStepPolicy(FewestPromptTokensPolicy[PrefillInStepParams]):
     Params = PrefillInStepParams
     WAITED_FROM: ClassVar[float] = 0.0
 
-    def lookahead_requests(self, costs: StepCosts | None) -> int:
+    def lookahead_requests(self, waiting: int, costs: StepCosts | None) -> int:
         """See RoutingPolicy.lookahead_requests."""
         return self.params.window
 

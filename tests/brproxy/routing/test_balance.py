@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from brproxy.routing.balance import BalanceParams, BalanceRound
 from brproxy.routing.fscore import FScore
-from brproxy.routing.policy import POLICIES
+from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED
 from tests.brproxy.routing.brute_force import UNLIMITED, BruteForce, aims, make_view, views
 
@@ -74,6 +74,16 @@ def test_only_the_window_is_looked_at():
     view = make_view([1000, 0], prompts=[10, 10, 1000], slots_free=[0, 1])
     assert decide(view, published(window=2)).tolist() == [1, NOT_ADMITTED, NOT_ADMITTED]
     assert decide(view, published(window=3)).tolist() == [NOT_ADMITTED, NOT_ADMITTED, 1]
+
+
+@given(st.integers(1, 512), st.integers(0, 10_000))
+def test_a_choice_looks_at_a_small_part_of_those_that_wait(window, waiting):
+    policy = make_policy("br-0", POLICIES.get("br-0").Params(window=window))
+    seen = policy.lookahead_requests(waiting, None)
+    assert min(window, 32) <= seen <= window
+    assert seen <= 32 or 8 * seen <= waiting
+    # And at no less of them than that.
+    assert seen in {32, window} or 8 * (seen + 1) > waiting
 
 
 def test_single_requests_come_from_the_whole_window_and_subsets_from_its_oldest():

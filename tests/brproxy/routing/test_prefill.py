@@ -132,9 +132,9 @@ def test_how_long_slots_are_held_is_configured(wait_s_max, admitted):
 def test_lookahead_is_wider_where_prefill_costs_something():
     policy = make_policy("br-0", POLICIES.get("br-0").Params(window=7, prefill_window=70))
     free = COSTS._replace(s_per_prefill_token=0.0)
-    assert [policy.lookahead_requests(costs) for costs in (None, free, COSTS)] == [7, 7, 70]
+    assert [policy.lookahead_requests(100, costs) for costs in (None, free, COSTS)] == [7, 7, 70]
     never = make_policy("br-0", POLICIES.get("br-0").Params(window=7, prefill_wait_s_max=0.0))
-    assert never.lookahead_requests(COSTS) == 7
+    assert never.lookahead_requests(100, COSTS) == 7
 
 
 @settings(max_examples=50)
