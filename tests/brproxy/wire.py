@@ -1,4 +1,4 @@
-"""HTTP responses read without any of the code under test: slow, strict, and all at once."""
+"""HTTP responses read without any of the code under test, and strictly."""
 
 import asyncio
 import re
@@ -41,31 +41,89 @@ class Answer(NamedTuple):
         return found[0] if found else None
 
 
-def read_answer(raw, method="GET", *, closed=False):
-    """Return the first response in ``raw`` and what follows it; None while it is not complete.
+class AnswerReader:
+    """Reads the response to a request of ``method`` as it comes, and nothing of it twice."""
 
-    ``closed``: the connection has ended behind ``raw``.
-    """
-    head, found, rest = raw.partition(b"\r\n\r\n")
-    if not found:
-        if closed and raw:
-            raise WireError(f"the connection ended in a head: {raw[:80]!r}")
-        return None, raw
+    def __init__(self, method="GET"):
+        self._method = method
+        self._answer = None
+        # Of a chunked body: its chunks so far, and where behind the head the next one begins.
+        self._body = bytearray()
+        self._at = 0
+
+    def read(self, raw, *, closed=False):
+        """Return the response that ``raw`` begins with and what follows it; None while it is not complete.
+
+        ``raw`` is all that has come, each time. ``closed``: the connection has ended behind it.
+        """
+        if self._answer is None:
+            head, found, _ = raw.partition(b"\r\n\r\n")
+            if not found:
+                if closed and raw:
+                    raise WireError(f"the connection ended in a head: {bytes(raw[:80])!r}")
+                return None, raw
+            self._answer = _read_head(bytes(head))
+            self._at = len(head) + 4
+        answer, rest_at = self._read_body(raw, closed)
+        return answer, (raw if answer is None else raw[rest_at:])
+
+    def _read_body(self, raw, closed):
+        """Return the response with its body and where it ends; None and anything while it is not complete."""
+        answer, begin = self._answer, self._at
+        length, coding = answer.one(b"content-length"), answer.one(b"transfer-encoding")
+        if self._method == "HEAD" or answer.status in {204, 304} or answer.status < 200:
+            return answer, begin
+        if coding is not None:
+            if coding != b"chunked" or length is not None:
+                raise WireError(f"unclear framing: {coding!r} and {length!r}")
+            return self._read_chunks(raw, closed)
+        if length is not None:
+            return _read_length(answer, raw, begin, length, closed)
+        return (answer._replace(body=bytes(raw[begin:]), framing="close") if closed else None), len(raw)
+
+    def _read_chunks(self, raw, closed):
+        answer, body = self._answer, self._body
+        while (line_end := raw.find(b"\r\n", self._at)) >= 0:
+            line, begin = raw[self._at : line_end], line_end + 2
+            digits = line.partition(b";")[0]
+            if not _CHUNK_SIZE.fullmatch(digits):
+                raise WireError(f"no chunk size: {bytes(line)!r}", answer._replace(body=bytes(body)))
+            size = int(digits, 16)
+            end = begin + size
+            if not size:
+                section_end = raw.find(b"\r\n\r\n", line_end)
+                if section_end < 0:
+                    break
+                lines = bytes(raw[begin:section_end]).split(b"\r\n") if section_end > line_end else []
+                trailers = [_field(line) for line in lines]
+                return answer._replace(
+                    body=bytes(body), framing="chunked", trailers=trailers
+                ), section_end + 4
+            if len(raw) < end + 2:
+                if closed:
+                    body += raw[begin:end]
+                break
+            body += raw[begin:end]
+            if raw[end : end + 2] != b"\r\n":
+                raise WireError("a chunk does not end where its size says", answer._replace(body=bytes(body)))
+            answer.chunks.append(size)
+            self._at = end + 2
+        if closed:
+            raise WireError("the connection ended in a chunked body", answer._replace(body=bytes(body)))
+        return None, 0
+
+
+def read_answer(raw, method="GET", *, closed=False):
+    """Return the first response in ``raw`` and what follows it, as AnswerReader.read does."""
+    return AnswerReader(method).read(raw, closed=closed)
+
+
+def _read_head(head):
     start, *lines = head.split(b"\r\n")
     if not _STATUS_LINE.fullmatch(start):
         raise WireError(f"no status line: {start!r}")
     version, status, reason = [*start.split(b" ", 2), b""][:3]
-    answer = Answer(version, int(status), reason, [_field(line) for line in lines], b"", "none", [], [])
-    length, coding = answer.one(b"content-length"), answer.one(b"transfer-encoding")
-    if method == "HEAD" or answer.status in {204, 304} or answer.status < 200:
-        return answer, rest
-    if coding is not None:
-        if coding != b"chunked" or length is not None:
-            raise WireError(f"unclear framing: {coding!r} and {length!r}")
-        return _read_chunks(answer, rest, raw, closed)
-    if length is not None:
-        return _read_length(answer, rest, raw, length, closed)
-    return (answer._replace(body=rest, framing="close"), b"") if closed else (None, raw)
+    return Answer(version, int(status), reason, [_field(line) for line in lines], b"", "none", [], [])
 
 
 def _field(line):
@@ -75,41 +133,17 @@ def _field(line):
     return name, value.strip(b" \t")
 
 
-def _read_length(answer, rest, raw, length, closed):
+def _read_length(answer, raw, begin, length, closed):
     if not length.isdigit():
         raise WireError(f"no length: {length!r}")
-    if len(rest) >= int(length):
-        return answer._replace(body=rest[: int(length)], framing="length"), rest[int(length) :]
+    end = begin + int(length)
+    if len(raw) >= end:
+        return answer._replace(body=bytes(raw[begin:end]), framing="length"), end
     if closed:
-        raise WireError("the connection ended before the body's length", answer._replace(body=rest))
-    return None, raw
-
-
-def _read_chunks(answer, rest, raw, closed):
-    body = b""
-    while True:
-        line, found, rest = rest.partition(b"\r\n")
-        digits = line.partition(b";")[0]
-        if found and not _CHUNK_SIZE.fullmatch(digits):
-            raise WireError(f"no chunk size: {line!r}", answer._replace(body=body))
-        size = int(digits, 16) if found else 0
-        if not found or (size and len(rest) < size + 2):
-            body += rest[:size]
-            break
-        if not size:
-            section, end, after = (b"\r\n" + rest).partition(b"\r\n\r\n")
-            if not end:
-                break
-            trailers = [_field(line) for line in section.split(b"\r\n")[1:]]
-            return answer._replace(body=body, framing="chunked", trailers=trailers), after
-        body += rest[:size]
-        if rest[size : size + 2] != b"\r\n":
-            raise WireError("a chunk does not end where its size says", answer._replace(body=body))
-        answer.chunks.append(size)
-        rest = rest[size + 2 :]
-    if closed:
-        raise WireError("the connection ended in a chunked body", answer._replace(body=body))
-    return None, raw
+        raise WireError(
+            "the connection ended before the body's length", answer._replace(body=bytes(raw[begin:]))
+        )
+    return None, end
 
 
 class RawClient:
@@ -147,14 +181,15 @@ class RawClient:
 
     async def answer(self, method="GET"):
         """Return the next response; raises WireError when the connection ends before it does."""
+        reader = AnswerReader(method)
         while True:
-            answer, rest = read_answer(self.received, method)
+            answer, rest = reader.read(self.received)
             if answer is not None:
                 self.received = rest
                 return answer
             data = await self.reader.read(1 << 16)
             if not data:
-                answer, self.received = read_answer(self.received, method, closed=True)
+                answer, self.received = reader.read(self.received, closed=True)
                 if answer is None:
                     raise WireError("the connection ended without a response")
                 return answer

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from brproxy.proxy.commented import COMMENT
 from tests.brproxy.wire import Answer as Received
-from tests.brproxy.wire import WireError, read_answer
+from tests.brproxy.wire import AnswerReader, WireError, read_answer
 from tests.simulation.actions import Ask, Visit
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.messages import NAME, request
@@ -22,7 +22,6 @@ OWN_STATUS = frozenset({400, 404, 408, 411, 413, 414, 417, 429, 431, 502, 503, 5
 
 _COMMENTED = b"text/event-stream; charset=utf-8"
 _ERROR_EVENT = b'data: {"error"'
-_LARGE_BYTES = 1 << 15
 _STALL_IS_NOTICED_S = 3.0
 
 
@@ -138,20 +137,16 @@ class Client:
 
     async def _answer(self, ask: Ask) -> Outcome:
         """Return the final response to ``ask``, or what there is of it at the connection's end."""
-        wire = self._wire
+        wire, reader = self._wire, AnswerReader(ask.method)
         while True:
-            if self._is_on_its_way(wire):
-                await wire.more()
-                continue
-            raw = bytes(wire.received)
             try:
-                answer, rest = read_answer(raw, ask.method, closed=wire.ended)
+                answer, rest = reader.read(wire.received, closed=wire.ended)
             except WireError as error:
                 if not wire.ended:
                     self._wrong("well-formed", f"request {ask.id}: {error}")
-                return Outcome(None, raw)
+                return Outcome(None, bytes(wire.received))
             if answer is None and wire.ended:
-                return Outcome(None, raw)
+                return Outcome(None, bytes(wire.received))
             if answer is not None:
                 if answer.status == 101:
                     await wire.gone()
@@ -160,14 +155,9 @@ class Client:
                 wire.received[:] = rest
                 if answer.status >= 200:
                     return Outcome(answer)
+                reader = AnswerReader(ask.method)
                 continue
             await wire.more()
-
-    def _is_on_its_way(self, wire: Wire) -> bool:
-        """Tell whether a large answer is not there yet: reading it again and again would take long."""
-        if wire.ended or self._visit.pipelined or len(wire.received) < _LARGE_BYTES:
-            return False
-        return b"chunked" in wire.received[:1000] and not wire.received.endswith(b"0\r\n\r\n")
 
     # What it thinks of it.
 
