@@ -9,7 +9,7 @@ from typing import Any
 from brproxy.app import RunningProxy
 from brproxy.happenings import Observer
 from brproxy.lifecycle import Entry, Event
-from brproxy.proxy.service import GroupService
+from brproxy.proxy.service import GroupService, Service
 from brproxy.relay.states import State
 from brproxy.roster import Change, Member, MemberState
 from tests.simulation.loop import VirtualLoop
@@ -99,13 +99,15 @@ class GroupChecks(Observer):
 
     def check(self, loop: VirtualLoop) -> None:
         """Raise Violation if the books are wrong, or somebody waits for nothing."""
-        driver, waiting = self._driver, len(self._dispatcher.waiting)
         if self._changed:
             self._changed = False
             self._check_books()
             self._check_ends()
-        if waiting and (driver._timer is None or driver._timer.cancelled()):
-            raise Violation("round-due", f"{waiting} wait, and no decision round is due")
+        timer = self._driver._timer
+        if (timer is None or timer.cancelled()) and len(self._dispatcher.waiting):
+            raise Violation(
+                "round-due", f"{len(self._dispatcher.waiting)} wait, and no decision round is due"
+            )
         for pool in self._pools:
             if pool._idle:
                 self._check_pool(pool, pool._idle)
@@ -217,14 +219,8 @@ class Checks:
     def _check_proxy(self, proxy: RunningProxy) -> None:
         for group in self._groups:
             group.check(self._loop)
-        most, service = BUFFERED_BYTES_MAX, proxy.service
-        if service.limits.recomputed_max and any(one.handover for one in service.groups.values()):
-            # A reply that its worker may give up is kept until it is whole, and then written at once.
-            most += service.relay_limits.response_parse_bytes_max
-        if self._loop.network.buffered_bytes_most > most:
-            raise Violation(
-                "bounded-buffers", f"{self._loop.network.buffered_bytes_most} bytes wait for a client"
-            )
+        if self._loop.network.buffered_bytes_most > BUFFERED_BYTES_MAX:
+            self._check_buffers(proxy.service)
         handlers: Any = proxy.handlers
         limit = proxy.service.limits.requests_max
         if not 0 <= handlers._requests <= limit:
@@ -232,6 +228,14 @@ class Checks:
         room: Any = proxy.service.body_room
         if not 0 <= room.taken_bytes <= room._bytes_max:
             raise Violation("limits", f"bodies have {room.taken_bytes} bytes of {room._bytes_max}")
+
+    def _check_buffers(self, service: Service) -> None:
+        buffered, most = self._loop.network.buffered_bytes_most, BUFFERED_BYTES_MAX
+        if service.limits.recomputed_max and any(one.handover for one in service.groups.values()):
+            # A reply that its worker may give up is kept until it is whole, and then written at once.
+            most += service.relay_limits.response_parse_bytes_max
+        if buffered > most:
+            raise Violation("bounded-buffers", f"{buffered} bytes wait for a client")
 
     def complain(self) -> None:
         """Raise what the loop or a log was told as an error."""
