@@ -1,5 +1,6 @@
 """A decision round with plain loops, every subset and every step, and the views that it is compared on."""
 
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -213,43 +214,64 @@ class BruteForce:
         self.decision[request] = worker
 
 
+@cache
+def each(elements, size):
+    """Return a strategy for ``size`` of ``elements``; once: to make one takes longer than to draw from it."""
+    return st.lists(elements, min_size=size, max_size=size)
+
+
+WORKERS = st.integers(1, 5)
+# Few distinct values: equal loads and equal prompts are the cases in which ties decide.
+LOADS = st.one_of(st.sampled_from([0, 100, 1000]), st.integers(0, 5000))
+PROMPTS = st.lists(st.one_of(st.sampled_from([0, 1, 100, 4000]), st.integers(0, 3000)), max_size=8)
+GROWTH = st.integers(0, 500)
+SLOTS_FREE = st.integers(0, 3)
+KV_FREE = st.one_of(st.just(UNLIMITED), st.integers(0, 6000))
+# Of the limit for one worker: not overdue, from when room is made, and must go.
+PASSED_OVER = st.sampled_from([0, 0, 0, 20, 96, 191, 192])
+SEQUENCES = st.integers(1, 4)
+DISCOUNTS = st.one_of(st.sampled_from([0, 100, 900]), st.integers(0, 4000))
+RUNNING = st.sampled_from([0, 1, 64])
+TURNOVER_STEPS = st.sampled_from([1.0, 2.5, 20.0])
+GROWTH_FORESEEN = st.sampled_from([0.0, 0.5, 1.0])
+SLOWNESS = st.sampled_from([0.75, 1.0, 1.25])
+WAITED = st.sampled_from([0.0, 0.44, 0.46, 0.89, 0.91])
+
+
+@cache
+def optional(elements, size):
+    return st.one_of(st.none(), each(elements, size))
+
+
+@cache
+def homes(workers):
+    return st.one_of(st.none(), st.builds(Home, st.integers(0, workers - 1), DISCOUNTS))
+
+
 @st.composite
 def views(draw, horizon_steps=0):
-    workers = draw(st.integers(1, 5))
-    # Few distinct values: equal loads and equal prompts are the cases in which ties decide.
-    load = st.one_of(st.sampled_from([0, 100, 1000]), st.integers(0, 5000))
-    prompts = draw(st.lists(st.one_of(st.sampled_from([0, 1, 100, 4000]), st.integers(0, 3000)), max_size=8))
-    per_worker = {"min_size": workers, "max_size": workers}
-    each = {"min_size": len(prompts), "max_size": len(prompts)}
-    kv_tokens = draw(st.lists(load, **per_worker))
-    steps = [draw(st.lists(st.integers(0, 500), **per_worker)) for _ in range(horizon_steps)]
+    workers, prompts = draw(WORKERS), draw(PROMPTS)
+    waiting = len(prompts)
+    kv_tokens = draw(each(LOADS, workers))
+    steps = [draw(each(GROWTH, workers)) for _ in range(horizon_steps)]
     forecast = np.array(
         [kv_tokens, *[[k + s for k, s in zip(kv_tokens, step, strict=True)] for step in steps]]
     )
     return make_view(
         kv_tokens,
         prompts,
-        draw(st.lists(st.integers(0, 3), **per_worker)),
-        kv_free=draw(st.lists(st.one_of(st.just(UNLIMITED), st.integers(0, 6000)), **per_worker)),
-        # Of the limit for one worker: not overdue, from when room is made, and must go.
-        passed_over=[
-            passed_over * workers
-            for passed_over in draw(st.lists(st.sampled_from([0, 0, 0, 20, 96, 191, 192]), **each))
-        ],
+        draw(each(SLOTS_FREE, workers)),
+        kv_free=draw(each(KV_FREE, workers)),
+        passed_over=[passed_over * workers for passed_over in draw(each(PASSED_OVER, waiting))],
         forecast=forecast.T.astype(float),
-        sequences=draw(st.one_of(st.none(), st.lists(st.integers(1, 4), **each))),
-        homes=draw(st.one_of(st.none(), st.lists(st.one_of(st.none(), homes(workers)), **each))),
-        running=draw(st.sampled_from([0, 1, 64])),
-        turnover_steps=draw(st.sampled_from([1.0, 2.5, 20.0])),
-        growth_foreseen=draw(st.sampled_from([0.0, 0.5, 1.0])),
-        slowness=draw(st.one_of(st.none(), st.lists(st.sampled_from([0.75, 1.0, 1.25]), **per_worker))),
-        waited=draw(st.one_of(st.none(), st.lists(st.sampled_from([0.0, 0.44, 0.46, 0.89, 0.91]), **each))),
+        sequences=draw(optional(SEQUENCES, waiting)),
+        homes=draw(optional(homes(workers), waiting)),
+        running=draw(RUNNING),
+        turnover_steps=draw(TURNOVER_STEPS),
+        growth_foreseen=draw(GROWTH_FORESEEN),
+        slowness=draw(optional(SLOWNESS, workers)),
+        waited=draw(optional(WAITED, waiting)),
     )
 
 
 aims = st.sampled_from([None, None, 0.0, 0.4, 1.0])
-
-
-def homes(workers):
-    discounts = st.one_of(st.sampled_from([0, 100, 900]), st.integers(0, 4000))
-    return st.builds(Home, st.integers(0, workers - 1), discounts)

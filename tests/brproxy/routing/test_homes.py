@@ -1,6 +1,8 @@
 """Affinity in a round: home within the discount of the best worker and never beyond."""
 
 from dataclasses import replace
+from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,18 +12,31 @@ from hypothesis import strategies as st
 from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED, Home, RoundState
 from brproxy.types import InvalidInputError
+from tests.brproxy.routing.brute_force import each
 from tests.brproxy.routing.test_policies import NAMES, lone_views, view_of, views
 
 OURS = ["br-0", "br-h", "least-kv"]
 BASELINES = [name for name in NAMES if name not in OURS]
 
 
+DISCOUNTS = (0, 1, 100, 5000, 10_000)
+
+
+@cache
+def homes(workers):
+    return st.sampled_from([Home(*home) for home in product(range(workers), DISCOUNTS)])
+
+
 @st.composite
-def at_home(draw, of=lone_views):
-    """A view whose requests are all at home somewhere."""
-    view = draw(of())
-    home = st.builds(Home, st.integers(0, view.workers - 1), st.sampled_from([0, 1, 100, 5000, 10_000]))
-    return replace(view, homes=draw(st.lists(home, min_size=view.waiting, max_size=view.waiting)))
+def at_home(draw, views):
+    """One of ``views`` whose requests are all at home somewhere."""
+    view = draw(views)
+    return replace(view, homes=draw(each(homes(view.workers), view.waiting)))
+
+
+LONE_AT_HOME = at_home(lone_views())
+AT_HOME = at_home(views())
+SEEDS = st.integers(0, 3)
 
 
 def levels(policy, view):
@@ -36,7 +51,7 @@ def test_those_that_take_affinity_are_known():
 
 @pytest.mark.parametrize("name", OURS)
 @settings(max_examples=150)
-@given(view=at_home(), seed=st.integers(0, 3))
+@given(view=LONE_AT_HOME, seed=SEEDS)
 def test_a_request_goes_home_within_the_discount_and_never_beyond(name, view, seed):
     policy = make_policy(name)
     load, _ = levels(policy, view)
@@ -56,7 +71,7 @@ def test_a_request_goes_home_within_the_discount_and_never_beyond(name, view, se
 
 @pytest.mark.parametrize("name", [*OURS, "join-shortest-queue"])
 @settings(max_examples=60)
-@given(view=at_home(), seed=st.integers(0, 3))
+@given(view=LONE_AT_HOME, seed=SEEDS)
 def test_who_waits_alone_is_placed_as_in_a_round(name, view, seed):
     policy = make_policy(name)
     load, discounts = levels(policy, view)
@@ -75,7 +90,7 @@ def test_who_waits_alone_is_placed_as_in_a_round(name, view, seed):
 
 @pytest.mark.parametrize("name", BASELINES)
 @settings(max_examples=20)
-@given(view=at_home(views), seed=st.integers(0, 3))
+@given(view=AT_HOME, seed=SEEDS)
 def test_baselines_do_not_look_at_homes(name, view, seed):
     without = replace(view, homes=None)
     routed = [make_policy(name).route(each, np.random.default_rng(seed)).tolist() for each in (view, without)]
@@ -84,7 +99,7 @@ def test_baselines_do_not_look_at_homes(name, view, seed):
 
 @pytest.mark.parametrize("name", OURS)
 @settings(max_examples=50)
-@given(view=at_home(views), seed=st.integers(0, 3))
+@given(view=AT_HOME, seed=SEEDS)
 def test_a_round_admits_as_many_and_within_what_is_free(name, view, seed):
     decision = make_policy(name).route(view, np.random.default_rng(seed))
     for worker in range(view.workers):

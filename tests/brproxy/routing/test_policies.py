@@ -1,6 +1,8 @@
 """One contract for every registered policy, and what each of them is known for."""
 
 from dataclasses import replace
+from functools import cache, partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,34 +12,41 @@ from hypothesis import strategies as st
 from brproxy.registry import UnknownNameError
 from brproxy.routing.policy import POLICIES, PolicyParams, make_policy
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, NOT_ADMITTED, SLOTS_UNLIMITED, ClusterView, RoundState
+from tests.brproxy.routing.brute_force import each
 
 NAMES = POLICIES.names()
 
 
+SEEDS = st.integers(0, 5)
+WORKERS = st.integers(1, 6)
+WAITING = st.integers(0, 12)
+
+
+@cache
+def column(low, high, size):
+    return each(st.integers(low, high), size).map(partial(np.array, dtype=np.int64))
+
+
 @st.composite
 def views(draw, horizon_steps=20, overdue_max=300):
-    workers = draw(st.integers(1, 6))
-    waiting = draw(st.integers(0, 12))
-    column = lambda low, high, n: np.array(  # noqa: E731
-        draw(st.lists(st.integers(low, high), min_size=n, max_size=n)), dtype=np.int64
-    )
-    kv_tokens = column(0, 10_000, workers)
-    growth = column(0, 300, workers)
+    workers, waiting = draw(WORKERS), draw(WAITING)
+    kv_tokens = draw(column(0, 10_000, workers))
+    growth = draw(column(0, 300, workers))
     return ClusterView(
         kv_tokens=kv_tokens,
-        requests=column(0, 8, workers),
-        slots=column(1, 8, workers),
-        slots_free=column(0, 4, workers),
+        requests=draw(column(0, 8, workers)),
+        slots=draw(column(1, 8, workers)),
+        slots_free=draw(column(0, 4, workers)),
         kv_capacity=np.full(workers, 20_000, dtype=np.int64),
-        kv_free=column(0, 20_000, workers),
-        prompt_tokens=column(0, 5_000, waiting),
-        passed_over=column(0, overdue_max, waiting),
+        kv_free=draw(column(0, 20_000, workers)),
+        prompt_tokens=draw(column(0, 5_000, waiting)),
+        passed_over=draw(column(0, overdue_max, waiting)),
         forecast=kv_tokens[:, None] + growth[:, None] * np.arange(horizon_steps + 1.0),
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(view=views(), seed=st.integers(0, 5))
+@given(view=views(), seed=SEEDS)
 def test_contract(name, view, seed):
     policy = make_policy(name)
     before = [
@@ -60,8 +69,8 @@ def test_contract(name, view, seed):
 @pytest.mark.parametrize("name", NAMES)
 @given(view=views(), data=st.data())
 def test_a_request_needs_one_slot_and_takes_one_for_each_sequence(name, view, data):
-    sequences = data.draw(st.lists(st.integers(1, 5), min_size=view.waiting, max_size=view.waiting))
-    view = replace(view, sequences=np.array(sequences, dtype=np.int64))
+    sequences = data.draw(column(1, 5, view.waiting))
+    view = replace(view, sequences=sequences)
     decision = make_policy(name).route(view, np.random.default_rng(0))
     for worker in range(view.workers):
         mine = sorted(n for n, chosen in zip(sequences, decision, strict=True) if chosen == worker)
@@ -85,25 +94,46 @@ def test_a_request_that_fits_is_not_left_while_slots_are_free(name, view):
     assert not fits or (decision != NOT_ADMITTED).any()
 
 
+# Of each worker KV tokens, requests, slots, free slots, KV capacity, free KV and tokens a step. Few distinct
+# numbers, so that loads, slots and whole forecasts tie, and one draw for all of a worker's.
+LONE_WORKERS = st.lists(
+    st.sampled_from(
+        [
+            *product(
+                (0, 100, 101, 5000),
+                (0, 1, 5),
+                (1, 4),
+                (0, 1, 3),
+                (6000, KV_UNLIMITED_TOKENS),
+                (0, 50, 400, KV_UNLIMITED_TOKENS),
+                (-1, 0, 7),
+            )
+        ]
+    ),
+    min_size=1,
+    max_size=6,
+)
+LONE_REQUESTS = st.sampled_from([*product((0, 50, 51, 1000), (0, 5000), (1.0, 4.0))])
+
+
 @st.composite
 def lone_views(draw):
-    """One waiting request; few distinct numbers, so that loads, slots and whole forecasts tie."""
-    workers = draw(st.integers(1, 6))
-    per_worker = lambda *values: np.array(  # noqa: E731
-        draw(st.lists(st.sampled_from(values), min_size=workers, max_size=workers)), dtype=np.int64
-    )
-    kv_tokens = per_worker(0, 100, 101, 5000)
+    """One waiting request."""
+    kv_tokens, requests, slots, slots_free, kv_capacity, kv_free, growth = np.array(
+        draw(LONE_WORKERS), dtype=np.int64
+    ).T
+    prompt_tokens, passed_over, turnover_steps = draw(LONE_REQUESTS)
     return ClusterView(
         kv_tokens=kv_tokens,
-        requests=per_worker(0, 1, 5),
-        slots=per_worker(1, 4),
-        slots_free=per_worker(0, 1, 3),
-        kv_capacity=per_worker(6000, KV_UNLIMITED_TOKENS),
-        kv_free=per_worker(0, 50, 400, KV_UNLIMITED_TOKENS),
-        prompt_tokens=np.array([draw(st.sampled_from([0, 50, 51, 1000]))]),
-        passed_over=np.array([draw(st.sampled_from([0, 5000]))]),
-        forecast=kv_tokens[:, None] + per_worker(-1, 0, 7)[:, None] * np.arange(65.0),
-        turnover_steps=draw(st.sampled_from([1.0, 4.0])),
+        requests=requests,
+        slots=slots,
+        slots_free=slots_free,
+        kv_capacity=kv_capacity,
+        kv_free=kv_free,
+        prompt_tokens=np.array([prompt_tokens]),
+        passed_over=np.array([passed_over]),
+        forecast=kv_tokens[:, None] + growth[:, None] * np.arange(65.0),
+        turnover_steps=turnover_steps,
         lookahead_turnovers=3.0,
     )
 
