@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.balancer import Assigned, Balancer, PendingRequest, PoolLimits, WorkerLimits
@@ -17,6 +17,7 @@ from brproxy.prediction.predictor import make_predictor
 from brproxy.registry import UnknownNameError
 from brproxy.roster import Roster, RosterError
 from brproxy.routing.policy import make_policy
+from tests.draws import draws
 
 GUIDE = Path(__file__).parents[2] / "brproxy" / "LIBRARY.md"
 
@@ -36,7 +37,7 @@ def test_the_guide_s_example_runs(capsys):
     assert capsys.readouterr().out.endswith("{'rank-0': 0, 'rank-1': 0}\n")
 
 
-@settings(max_examples=50, deadline=None)
+@draws(50)
 @given(
     st.lists(st.tuples(st.integers(1, 2000), st.integers(0, 5), st.sampled_from(["", "x"])), max_size=30),
     st.sampled_from(["br-0", "br-h", "least-kv"]),

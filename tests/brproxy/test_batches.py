@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.batches import _BEYOND, Batches, BatchLimits, take_batches
@@ -17,6 +17,7 @@ from brproxy.routing.policy import make_policy
 from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, WorkerIndex
 from brproxy.waiting import WaitingRoom
+from tests.draws import draws
 
 MANY = 1 << 20
 
@@ -80,7 +81,7 @@ def happens(dispatcher, bound, entry, kind, more):
         dispatcher.retry(entry.id, 100.0)
 
 
-@settings(max_examples=300, deadline=None)
+@draws(300)
 @given(STEPS)
 def test_nobody_outside_of_a_batch_has_another_place(steps):
     """A group with batches, and a list of which the same places go: others are at the same ones."""
@@ -124,7 +125,7 @@ def expected_plainly(prompt, entries, mean_before):
     return total / (sum(ended for _, ended in own) + 1)
 
 
-@settings(max_examples=200, deadline=None)
+@draws(200)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3000), st.booleans()), max_size=20),
     st.lists(st.integers(0, 7), max_size=20),
@@ -191,7 +192,7 @@ def test_a_length_that_is_known_is_that_request_s_alone():
     assert in_turn(told) == [1, 0, 2]
 
 
-@settings(max_examples=100, deadline=None)
+@draws(100)
 @given(
     st.lists(st.tuples(st.integers(1, 900), st.integers(1, 3000)), min_size=1, max_size=30),
     st.sampled_from(["br-0", "br-h"]),
@@ -243,7 +244,7 @@ def test_where_prompts_go_in_step_they_are_not_dealt():
     assert batches.growth([dispatcher.enter(rollout(), 0.0)]) is None
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(
     st.lists(st.tuples(st.sampled_from(["", "a"]), st.integers(0, 3), st.integers(1, 30)), max_size=40),
     st.sampled_from(["br-0", "br-h", "least-kv", "join-shortest-queue"]),

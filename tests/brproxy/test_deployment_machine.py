@@ -1,7 +1,6 @@
 """Reloads of one group and what an operator does between them, drawn, beside a plain model."""
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -13,6 +12,7 @@ from brproxy.roster import Change, MemberState
 from brproxy.types import PendingRequest, WorkerIndex
 from brproxy.validation import ConfigError
 from tests.brproxy.deployments import config_of, deployment_of, worker
+from tests.draws import draws
 
 NAMES = ("a", "b", "c", "d")
 tables = st.dictionaries(st.sampled_from(NAMES), st.tuples(st.integers(1, 2), st.integers(1, 3)), min_size=1)
@@ -149,5 +149,5 @@ class DeploymentMachine(RuleBasedStateMachine):
         assert {m.key for m in self.group.roster.members} == self.model.keys()
 
 
-DeploymentMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+DeploymentMachine.TestCase.settings = draws(60, stateful_step_count=40, deadline=None)
 TestDeploymentMachine = DeploymentMachine.TestCase

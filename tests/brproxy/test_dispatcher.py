@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
@@ -17,6 +17,7 @@ from brproxy.routing.view import NOT_ADMITTED, ClusterView, Outlook
 from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, WorkerIndex
 from brproxy.waiting import PoolFullError, PromptTooLongError
+from tests.draws import draws
 
 POOL = PoolLimits(100, 10.0)
 
@@ -232,7 +233,7 @@ def decided_by_a_round(dispatcher, entry, mask, seed, costs):
     )
 
 
-@settings(max_examples=250)
+@draws(250)
 @given(
     policy=st.sampled_from(["br-0", "br-h", "br-h", "least-kv"]),
     predictor=st.sampled_from(["survival", "exact-match"]),
@@ -338,7 +339,7 @@ def test_sequences_take_slots():
     assert sorted(decided) == [first, second, third]
 
 
-@settings(max_examples=100, deadline=None)
+@draws(100)
 @given(
     bound=bound_requests,
     gone=st.sets(st.integers(0, 3), max_size=3),

@@ -3,7 +3,7 @@
 from itertools import accumulate
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
@@ -17,6 +17,7 @@ from brproxy.routing.view import NOT_ADMITTED
 from brproxy.step_costs import StepCosts
 from brproxy.types import PendingRequest, RequestId
 from tests.brproxy.test_dispatcher import dispatcher_of, routable
+from tests.draws import draws
 
 
 class Holding(Br0Policy):
@@ -89,7 +90,7 @@ class WholeSteps:
             self.ends_s = now_s + 0.03 + 1e-4 * max(sums)
 
 
-@settings(max_examples=40)
+@draws(40)
 @given(
     gaps_ms=st.lists(st.integers(0, 400), min_size=1, max_size=40),
     prompts=st.lists(st.sampled_from([10, 300, 2000, 12_000]), min_size=40, max_size=40),

@@ -1,7 +1,7 @@
 """The recovery of a group: who is told to retry, when, and how often at most."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.engines.fault_pages import Report, Standing
@@ -15,6 +15,7 @@ from brproxy.fault_tolerance import (
     RecoverySettings,
     State,
 )
+from tests.draws import draws
 
 RECOVERY_S = 60.0
 RETRIES_MAX = 2
@@ -197,7 +198,7 @@ def happen(rank, what):
             rank.end(well=what == "succeed")
 
 
-@settings(max_examples=100, deadline=None)
+@draws(100)
 @given(TICKS)
 def test_whatever_happens_there_is_one_retry_at_a_time_a_bound_and_an_end(ticks):
     machine, ranks, now_s = recovery(), [Rank() for _ in range(3)], 0.0

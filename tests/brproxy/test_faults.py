@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
@@ -15,6 +15,7 @@ from brproxy.prediction.predictor import make_predictor
 from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.types import PendingRequest, RequestId, WorkerIndex
+from tests.draws import draws
 
 WORKERS = 3
 ALL = (True,) * WORKERS
@@ -70,7 +71,7 @@ def dispatcher_of(policy="br-h", predictor="survival", slots=2):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(
     policy=st.sampled_from(["br-h", "br-0", "least-kv", "round-robin"]),
     predictor=st.sampled_from(["survival", "hierarchical", "oracle"]),

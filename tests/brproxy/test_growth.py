@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
@@ -19,6 +19,7 @@ from loadgen.capacity import perfect_capacity
 from loadgen.cluster import ClusterSettings
 from loadgen.simulator import SimulatedPolicy, simulate
 from loadgen.traces.synthetic import synthetic_workload
+from tests.draws import draws
 
 SHARE = 0.02
 
@@ -52,7 +53,7 @@ bound_requests = st.lists(
 lengths = st.lists(st.integers(1, 900), min_size=1, max_size=30)
 
 
-@settings(max_examples=150, deadline=None)
+@draws(150)
 @given(
     policy=st.sampled_from(["br-0", "br-h", "least-kv", "join-shortest-queue"]),
     predictor=st.sampled_from(["survival", "exact-match"]),

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
@@ -14,6 +13,7 @@ from brproxy.roster import MemberState, Roster, RosterError, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.routing.view import KV_UNLIMITED_TOKENS
 from brproxy.types import SEQUENCES_MAX, TOKENS_MAX, InvalidInputError, PendingRequest, WorkerIndex
+from tests.draws import draws
 
 HUGE = 1 << 70
 
@@ -287,5 +287,5 @@ class LedgerMachine(RuleBasedStateMachine):
         assert {m for m in self.leaving if m.state is not MemberState.GONE} == set()
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = draws(60, stateful_step_count=40, deadline=None)
 TestLedgerMachine = LedgerMachine.TestCase

@@ -3,10 +3,11 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brproxy.offsets import Offset, OffsetSettings
+from tests.draws import draws
 
 SETTINGS = OffsetSettings(lag_s=6.0, stale_s=5.0, half_life_s=10.0)
 CAPACITY = 1_000_000
@@ -128,7 +129,7 @@ def test_an_engine_that_started_anew_owes_nothing():
     assert offset.value(2, CAPACITY) == 0
 
 
-@settings(max_examples=20)
+@draws(20)
 @given(st.floats(0.01, 100))
 def test_what_it_remembers_is_bounded(interval_s):
     offset = Offset(SETTINGS)

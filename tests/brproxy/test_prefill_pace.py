@@ -1,7 +1,7 @@
 """What a step of workers that only prefill costs, from the waves that went there."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.lifecycle import Event
@@ -10,6 +10,7 @@ from brproxy.step_costs import BASE_TOKENS
 from brproxy.step_model import GivenCosts
 from brproxy.types import PendingRequest, WorkerIndex
 from tests.brproxy.test_dispatcher import dispatcher_of
+from tests.draws import draws
 
 NOTHING = GivenCosts()
 
@@ -59,7 +60,7 @@ waves = st.lists(
 )
 
 
-@settings(max_examples=50)
+@draws(50)
 @given(waves=waves, s_per_token=st.sampled_from([10e-6, 200e-6]), torn=st.sampled_from([99, 2, 4]))
 def test_the_cost_of_a_token_is_learnt_also_where_all_waves_are_torn(waves, s_per_token, torn):
     costs = Group().learnt(waves, lambda prompts: (BASE_TOKENS + most(prompts)) * s_per_token, torn)

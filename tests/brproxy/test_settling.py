@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.build import GroupBuilder, build_service
@@ -17,6 +17,7 @@ from brproxy.proxy.legs.metaserver import PATH
 from brproxy.routing.policy import POLICIES
 from brproxy.validation import ConfigError
 from tests.brproxy.test_plans import leaf_keys
+from tests.draws import draws
 
 WORKERS = [
     {"url": "http://h:1", "group": "whole"},
@@ -122,7 +123,7 @@ def test_keys_that_what_runs_takes_up_are_there_and_are_not_all():
     )
 
 
-@settings(max_examples=30, deadline=None)
+@draws(30)
 @given(st.lists(st.dictionaries(st.sampled_from(KEYS), st.sampled_from(OTHERS), max_size=4), max_size=4))
 def test_whatever_is_read_runs_what_is_in_force(files):
     configs = []

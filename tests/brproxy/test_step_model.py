@@ -12,9 +12,10 @@ from brproxy.roster import WorkerLimits
 from brproxy.step_costs import StepCosts
 from brproxy.step_model import LOOK_S, WINDOWS_A_FIT, WINDOWS_MAX, GivenCosts
 from tests.brproxy.stepping import Stepping, Traffic, Truth
+from tests.draws import draws
 
 # Each example is a deployment that runs for seconds: to shrink one would take many more.
-DEPLOYMENTS = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+DEPLOYMENTS = draws(4, phases=[Phase.explicit, Phase.generate])
 FEW = settings(DEPLOYMENTS, max_examples=2)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.dispatcher import Dispatcher, PoolLimits
@@ -13,6 +13,7 @@ from brproxy.roster import Roster, WorkerLimits
 from brproxy.routing.policy import make_policy
 from brproxy.turnover import Turnover
 from brproxy.types import PendingRequest, WorkerIndex
+from tests.draws import draws
 
 
 class Group:
@@ -55,7 +56,7 @@ def test_sequences_count():
     assert turnover.steps(1000.0) == pytest.approx(10), "a hundred on each"
 
 
-@settings(max_examples=20, deadline=None)
+@draws(20)
 @given(st.lists(st.integers(360, 440), min_size=1, max_size=20), st.integers(600, 900))
 def test_it_does_not_jump_with_every_arrival_and_follows_what_lasts(counts, lasting):
     group = Group(4, 512)

@@ -1,12 +1,13 @@
 """Who waits, in which order, and who has waited too long: beside a list that is sorted anew each time."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.lifecycle import Entry
 from brproxy.types import PendingRequest, RequestId
 from brproxy.waiting import WaitingRoom
+from tests.draws import draws
 
 
 def entry(number, since_s=0.0, sequences=1, avoid=()):
@@ -19,7 +20,7 @@ def ids(entries):
     return [each.id for each in entries]
 
 
-@settings(max_examples=100, deadline=None)
+@draws(100)
 @given(st.lists(st.tuples(st.sampled_from(["new", "new", "retry", "free", "leave"]), st.integers(0, 99))))
 def test_it_agrees_with_a_list(steps):
     room, model = WaitingRoom(), []
@@ -58,7 +59,7 @@ def test_a_discipline_orders_turns_and_nothing_else():
     assert repr(room) == "<WaitingRoom first=[2] in_turn=[3, 1, 0]>"
 
 
-@settings(max_examples=100, deadline=None)
+@draws(100)
 @given(st.permutations(range(6)), st.integers(0, 7), st.sets(st.integers(0, 5)))
 def test_who_changes_places_leaves_what_is_due_to_them(order, seen, hidden):
     """Whatever a discipline says, a round gets it, and places keep what they have been passed over by."""

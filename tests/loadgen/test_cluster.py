@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.types import InvalidInputError
 from loadgen.cluster import Cluster
 from loadgen.cluster_settings import ClusterSettings
+from tests.draws import draws
 
 
 class PlainCluster:
@@ -110,7 +111,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=200)
+@draws(200)
 @given(
     operations, st.sampled_from([None, 50, 90]), st.integers(1, 4), st.none() | st.sampled_from([4, 7, 25])
 )
@@ -264,7 +265,7 @@ def test_requests_cost_what_the_fullest_workers_bucket_costs():
     assert durations_ms == [31, 34, 34, 34, 38, 38, 38, 38, 39]
 
 
-@settings(max_examples=50, deadline=None)
+@draws(50)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=30),
     st.floats(1, 3),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loadgen.cluster_settings import ClusterSettings
@@ -10,6 +10,7 @@ from loadgen.packing import packed_makespan_s
 from loadgen.simulator import SimulatedPolicy, simulate
 from loadgen.traces.synthetic import synthetic_workload
 from loadgen.workload import TraceRequest, Workload
+from tests.draws import draws
 
 
 def plainly(sizes, cluster):
@@ -34,7 +35,7 @@ def plainly(sizes, cluster):
     return time_s
 
 
-@settings(max_examples=60)
+@draws(60)
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=30),
     st.integers(1, 3),

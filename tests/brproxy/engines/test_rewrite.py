@@ -24,16 +24,20 @@ values = st.recursive(
     max_leaves=12,
 )
 spaces = st.text(" \t\r\n", max_size=3)
+# Made once: to make a strategy takes longer than to draw from it.
+members_drawn = st.lists(st.tuples(texts, values), max_size=6)
+indents = st.sampled_from([None, 1])
+marks = st.sampled_from([b"", b"\xef\xbb\xbf"])
 
 
 @st.composite
 def documents(draw):
     """Return an object's bytes and its members in order, as json reads them."""
     ascii_only = draw(st.booleans())
-    pairs = draw(st.lists(st.tuples(texts, values), max_size=6))
+    pairs = draw(members_drawn)
 
     def dump(value):
-        indent = draw(st.sampled_from([None, 1]))
+        indent = draw(indents)
         return json.dumps(value, ensure_ascii=ascii_only, indent=indent)
 
     def around(text):
@@ -41,8 +45,7 @@ def documents(draw):
 
     inside = ",".join(around(dump(key)) + ":" + around(dump(value)) for key, value in pairs)
     text = draw(spaces) + "{" + (inside or draw(spaces)) + "}" + draw(spaces)
-    mark = draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
-    return mark + text.encode("utf-8", "surrogatepass"), pairs
+    return draw(marks) + text.encode("utf-8", "surrogatepass"), pairs
 
 
 @pytest.mark.parametrize("block_bytes", [None, 1, 2, 3, 7, 1 << 16])

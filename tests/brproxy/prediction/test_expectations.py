@@ -1,11 +1,12 @@
 """What is expected of a request before it begins."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.prediction.predictor import CERTAIN_OUTPUTS, PREDICTORS, make_predictor
 from brproxy.types import PendingRequest
+from tests.draws import draws
 
 
 def prompt(number, **more):
@@ -22,7 +23,7 @@ def test_of_what_nobody_knows_as_much_is_expected_as_of_all(name):
     assert predictor.expectation(PendingRequest(10, output_tokens_max=50)) == (50.0, 0.0)
 
 
-@settings(max_examples=50, deadline=None)
+@draws(50)
 @given(
     st.sampled_from(["exact-match", "hierarchical"]),
     st.integers(40, 4000),

@@ -1,10 +1,11 @@
 """Every predictor against its formula and one contract, request by request and step by step."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.prediction.predictor import (
@@ -19,6 +20,7 @@ from brproxy.prediction.predictors.exact_match import ExactMatchPredictor
 from brproxy.prediction.predictors.survival import SurvivalParams
 from brproxy.prediction.projection import project_certain
 from brproxy.types import PendingRequest
+from tests.draws import draws
 
 WORKERS = 3
 REQUEST = PendingRequest(1)
@@ -44,6 +46,21 @@ def active_of(rows, curves=None):
 
 def plain(worker, kv_tokens, output_tokens):
     return (worker, kv_tokens, output_tokens, LENGTH_UNLIMITED, False)
+
+
+@cache
+def one_that_knows(name):
+    """Return a predictor, once, that has observed some outputs: to forecast changes nothing about it."""
+    predictor = make_predictor(name)
+    for length in (5, 30, 0, 12, 45):
+        predictor.observe(PendingRequest(1, prompt_hash=length % 3, prefix_hash=1), length)
+    return predictor
+
+
+@cache
+def curves_of(name, size):
+    known = [one_that_knows(name).prospect(PendingRequest(1, prompt_hash=i)).curve for i in range(3)]
+    return st.lists(st.sampled_from(known), min_size=size, max_size=size)
 
 
 class Reference:
@@ -114,9 +131,7 @@ def test_contract(name, rows):
     horizon_steps=st.sampled_from([0, 1, 7, 30]),
 )
 def test_a_request_of_n_sequences_grows_by_n_tokens_a_step(name, rows, sequences, horizon_steps):
-    predictor = make_predictor(name)
-    for length in (5, 30, 0, 12, 45):
-        predictor.observe(PendingRequest(1, prompt_hash=length % 3, prefix_hash=1), length)
+    predictor = one_that_knows(name)
     sequences = sequences[: len(rows)]
     together = replace(active_of(rows), sequences=np.array(sequences, dtype=np.int64))
     # The tokens on one row, and n rows without any, that end with it; who grows by nothing takes one back.
@@ -134,11 +149,8 @@ def test_a_request_of_n_sequences_grows_by_n_tokens_a_step(name, rows, sequences
 @pytest.mark.parametrize("name", PREDICTORS.names())
 @given(rows=rows_of_any_kind, horizon_steps=st.sampled_from([0, 1, 7, 30]), data=st.data())
 def test_the_discounted_load_is_the_forecast_weighed(name, rows, horizon_steps, data):
-    predictor = make_predictor(name)
-    for length in (5, 30, 0, 12, 45):
-        predictor.observe(PendingRequest(1, prompt_hash=length % 3, prefix_hash=1), length)
-    known = [predictor.prospect(PendingRequest(1, prompt_hash=i)).curve for i in range(3)]
-    curves = data.draw(st.lists(st.sampled_from(known), min_size=len(rows), max_size=len(rows)))
+    predictor = one_that_knows(name)
+    curves = data.draw(curves_of(name, len(rows)))
     active, discounts = active_of(rows, curves), 0.9 ** np.arange(horizon_steps + 1)
     load = predictor.discounted_load(active, WORKERS, discounts)
     expected = predictor.forecast(active, WORKERS, horizon_steps) @ discounts
@@ -153,11 +165,8 @@ def test_the_discounted_load_is_the_forecast_weighed(name, rows, horizon_steps, 
     data=st.data(),
 )
 def test_the_load_at_some_steps_is_the_forecast_of_those(name, rows, steps, sequences, data):
-    predictor = make_predictor(name)
-    for length in (5, 30, 0, 12, 45):
-        predictor.observe(PendingRequest(1, prompt_hash=length % 3, prefix_hash=1), length)
-    known = [predictor.prospect(PendingRequest(1, prompt_hash=i)).curve for i in range(3)]
-    curves = data.draw(st.lists(st.sampled_from(known), min_size=len(rows), max_size=len(rows)))
+    predictor = one_that_knows(name)
+    curves = data.draw(curves_of(name, len(rows)))
     active = replace(active_of(rows, curves), sequences=np.array(sequences[: len(rows)], dtype=np.int64))
     load = predictor.load_at(active, WORKERS, np.array(steps, dtype=np.int64))
     assert load == pytest.approx(predictor.forecast(active, WORKERS, 30)[:, steps], rel=1e-5, abs=1e-3)
@@ -346,7 +355,7 @@ def test_parameters_of_another_predictor_are_refused():
         make_predictor("survival", PredictorParams())
 
 
-@settings(max_examples=60)
+@draws(60)
 @given(rows_of_any_kind, st.lists(st.integers(1, 60), max_size=12), st.integers(1, 12))
 def test_a_cut_projection_has_a_request_whole_until_it_is_expected_to_end(rows, lengths, horizon_steps):
     predictor = make_predictor("survival", SurvivalParams(projection="cut"))

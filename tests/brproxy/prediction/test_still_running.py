@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.prediction.predictor import LENGTH_UNLIMITED, ActiveRequests, make_predictor
 from brproxy.prediction.predictors.survival import SurvivalParams
 from brproxy.types import PendingRequest
+from tests.draws import draws
 
 REQUEST = PendingRequest(1)
 
@@ -19,7 +20,7 @@ def of_ages(ages):
 
 
 @given(seed=st.integers(0, 99), ended=st.integers(30, 400), window=st.sampled_from([200, 2000]))
-@settings(max_examples=20, deadline=None)
+@draws(20)
 def test_at_the_start_of_traffic_curves_are_not_short(seed, ended, window):
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.geometric(1 / 100, 600), 3000)
@@ -41,7 +42,7 @@ def test_at_the_start_of_traffic_curves_are_not_short(seed, ended, window):
 
 
 @given(seed=st.integers(0, 99), law=st.sampled_from(["alike", "geometric"]), workers=st.sampled_from([1, 20]))
-@settings(max_examples=20, deadline=None)
+@draws(20)
 def test_soon_after_the_first_have_ended_the_mean_is_about_right(seed, law, workers):
     rng, count = np.random.default_rng(seed), 100 * workers
     # Full slots that have filled evenly in the time that the first ran.
@@ -73,7 +74,7 @@ def test_what_runs_counts_less_and_less_once_the_first_are_forgotten():
 
 
 @given(seed=st.integers(0, 99), slots=st.sampled_from([800, 1600]))
-@settings(max_examples=8, deadline=None)
+@draws(8)
 def test_in_steady_traffic_outputs_look_no_longer_than_they_are(seed, slots):
     rng, mean = np.random.default_rng(seed), 50
     predictor = make_predictor("survival", SurvivalParams(window=2 * slots))

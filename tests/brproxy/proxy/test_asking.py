@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import AsyncExitStack
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brproxy.build import build_service
@@ -21,6 +21,7 @@ from brproxy.proxy.asking import Prober, ProbeResult, ProbeSettings, Question, V
 from brproxy.relay.endpoint import OUR_OWN, Endpoint, EndpointSettings
 from brproxy.relay.errors import ShortageError, WorkerFailedError
 from brproxy.roster import WorkerLimits
+from tests.draws import draws
 
 BOTH_LOOPS = True
 KIB = 1 << 10
@@ -244,7 +245,7 @@ async def ask_hostile(script, wants_body):
         return result
 
 
-@settings(max_examples=150, deadline=None)
+@draws(150)
 @given(SCRIPTS, st.booleans())
 @example([("send", b"HTTP/1.1 200 OK\r\n\r\n"), ("flood", b"hello")], False)
 @example([("flood", b"HTTP/1.1 100 Go on\r\n\r\n")], True)

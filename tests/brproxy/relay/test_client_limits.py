@@ -9,13 +9,14 @@ from pathlib import Path
 import orjson
 import pytest
 from aiohttp import web
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from brproxy.relay.client import Client
 from brproxy.relay.errors import BadBodyError
 from brproxy.relay.server import ClientLimits, RelayServer
 from tests.brproxy.wire import RawClient, get, post, read_answer
+from tests.draws import draws
 
 BOTH_LOOPS = True
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -386,7 +387,7 @@ async def say(pieces):
     return received, complaints
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@draws(200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(NONSENSE)
 @example([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x00\x00\x00\x04\x00"])
 @example([b"POST / HTTP/1.1\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n", b"5\r\nhello\r\n", b"ZZ\r\n"])

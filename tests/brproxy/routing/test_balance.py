@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.routing.balance import BalanceParams, BalanceRound
@@ -10,6 +10,7 @@ from brproxy.routing.fscore import FScore
 from brproxy.routing.policy import POLICIES, make_policy
 from brproxy.routing.view import NOT_ADMITTED
 from tests.brproxy.routing.brute_force import UNLIMITED, BruteForce, aims, make_view, views
+from tests.draws import draws
 
 
 def published(**params):
@@ -23,7 +24,7 @@ def decide(view, params=None, fscore=None, seed=0):
     return BalanceRound(view, params, fscore, np.random.default_rng(seed)).run()
 
 
-@settings(max_examples=300)
+@draws(300)
 @given(
     views(),
     st.integers(1, 8),
@@ -38,7 +39,7 @@ def test_br_0_is_the_brute_force(view, window, subset_max, aim, order, seed):
     assert decide(view, params, seed=seed).tolist() == expected
 
 
-@settings(max_examples=200)
+@draws(200)
 @given(
     views(horizon_steps=3), st.integers(1, 8), st.sampled_from([0.5, 1.0]), st.sampled_from([1.0, 8.0]), aims
 )
@@ -119,7 +120,7 @@ def test_an_overdue_request_that_fits_nowhere_keeps_the_roomiest_worker_free():
     assert decide(view).tolist() == [NOT_ADMITTED, 0, 0]
 
 
-@settings(max_examples=150)
+@draws(150)
 @given(views(horizon_steps=2), st.integers(1, 8), st.integers(0, 3))
 def test_br_h_without_a_horizon_is_br_0_decision_by_decision(view, window, seed):
     shared = {"window": window, "beta_per_worker": 1.0}

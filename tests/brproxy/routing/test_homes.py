@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.routing.policy import POLICIES, make_policy
@@ -14,6 +14,7 @@ from brproxy.routing.view import NOT_ADMITTED, Home, RoundState
 from brproxy.types import InvalidInputError
 from tests.brproxy.routing.brute_force import each
 from tests.brproxy.routing.test_policies import NAMES, lone_views, view_of, views
+from tests.draws import draws
 
 OURS = ["br-0", "br-h", "least-kv"]
 BASELINES = [name for name in NAMES if name not in OURS]
@@ -50,7 +51,7 @@ def test_those_that_take_affinity_are_known():
 
 
 @pytest.mark.parametrize("name", OURS)
-@settings(max_examples=150)
+@draws(150)
 @given(view=LONE_AT_HOME, seed=SEEDS)
 def test_a_request_goes_home_within_the_discount_and_never_beyond(name, view, seed):
     policy = make_policy(name)
@@ -70,7 +71,7 @@ def test_a_request_goes_home_within_the_discount_and_never_beyond(name, view, se
 
 
 @pytest.mark.parametrize("name", [*OURS, "join-shortest-queue"])
-@settings(max_examples=60)
+@draws(60)
 @given(view=LONE_AT_HOME, seed=SEEDS)
 def test_who_waits_alone_is_placed_as_in_a_round(name, view, seed):
     policy = make_policy(name)
@@ -89,7 +90,7 @@ def test_who_waits_alone_is_placed_as_in_a_round(name, view, seed):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@settings(max_examples=20)
+@draws(20)
 @given(view=AT_HOME, seed=SEEDS)
 def test_baselines_do_not_look_at_homes(name, view, seed):
     without = replace(view, homes=None)
@@ -98,7 +99,7 @@ def test_baselines_do_not_look_at_homes(name, view, seed):
 
 
 @pytest.mark.parametrize("name", OURS)
-@settings(max_examples=50)
+@draws(50)
 @given(view=AT_HOME, seed=SEEDS)
 def test_a_round_admits_as_many_and_within_what_is_free(name, view, seed):
     decision = make_policy(name).route(view, np.random.default_rng(seed))

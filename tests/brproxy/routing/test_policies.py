@@ -6,13 +6,14 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.registry import UnknownNameError
 from brproxy.routing.policy import POLICIES, PolicyParams, make_policy
 from brproxy.routing.view import KV_UNLIMITED_TOKENS, NOT_ADMITTED, SLOTS_UNLIMITED, ClusterView, RoundState
 from tests.brproxy.routing.brute_force import each
+from tests.draws import draws
 
 NAMES = POLICIES.names()
 
@@ -139,7 +140,7 @@ def lone_views(draw):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=300)
+@draws(300)
 @given(view=lone_views(), seed=st.integers(0, 3))
 def test_a_request_that_waits_alone_goes_where_a_round_would_put_it(name, view, seed):
     by_round, alone = make_policy(name), make_policy(name)

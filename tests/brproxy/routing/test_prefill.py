@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.routing.policies.br_h import HORIZON_STEPS_MAX
@@ -14,6 +14,7 @@ from brproxy.routing.view import NOT_ADMITTED
 from brproxy.step_costs import StepCosts
 from tests.brproxy.routing.brute_force import make_view
 from tests.brproxy.routing.test_policies import views
+from tests.draws import draws
 
 OURS = ["br-0", "br-h"]
 COSTS = StepCosts(0.03, 100e-9, 20e-6)
@@ -57,7 +58,7 @@ def scarce(draw):
     return replace(view, costs=costs, held_s=held_s, turnover_steps=turnover_steps, requests=requests)
 
 
-@settings(max_examples=50)
+@draws(50)
 @given(view=scarce())
 def test_terms_are_the_least_of_what_holding_and_empty_margins_cost(view):
     theta, kv_token, slot = prices(view)
@@ -84,7 +85,7 @@ def test_without_a_price_of_prefill_there_are_no_terms(costs, view):
 
 
 @pytest.mark.parametrize("name", OURS)
-@settings(max_examples=100)
+@draws(100)
 @given(view=views(), held_s=st.floats(0, 20), seed=st.integers(0, 3))
 def test_nothing_changes_where_prefill_costs_nothing_or_slots_suffice(name, view, held_s, seed):
     dear = replace(view, costs=COSTS, held_s=held_s)
@@ -99,7 +100,7 @@ def test_nothing_changes_where_prefill_costs_nothing_or_slots_suffice(name, view
 
 
 @pytest.mark.parametrize("name", OURS)
-@settings(max_examples=100)
+@draws(100)
 @given(view=scarce(), seed=st.integers(0, 3))
 def test_an_envelope_is_opened_with_enough_slots_or_after_a_while_and_at_no_other_time(name, view, seed):
     terms = PrefillTerms.of(view)
@@ -137,7 +138,7 @@ def test_lookahead_is_wider_where_prefill_costs_something():
     assert never.lookahead_requests(100, COSTS) == 7
 
 
-@settings(max_examples=50)
+@draws(50)
 @given(view=scarce(), tokens=st.sampled_from([1.0, 1.5, 2.0, 3.0]))
 def test_it_is_the_same_in_steps_of_an_engine_as_in_tokens(view, tokens):
     """Of an engine whose steps yield several tokens each, slots turn over in so many fewer steps."""

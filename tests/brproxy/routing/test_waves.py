@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brproxy.routing.prefill import PrefillTerms
@@ -12,6 +12,7 @@ from brproxy.routing.view import NOT_ADMITTED, Home
 from brproxy.routing.waves import PrefillRound, Stock
 from tests.brproxy.routing.brute_force import make_view
 from tests.brproxy.routing.test_prefill import scarce
+from tests.draws import draws
 
 LIMIT = 200
 
@@ -50,7 +51,7 @@ def cost(view, admitted, terms):
     return max(added) - 1.05 * mean + terms.kv_token * (rise - 0.5 * mean) - terms.slot * len(admitted)
 
 
-@settings(max_examples=100)
+@draws(100)
 @given(view=scarce())
 def test_waves_cost_what_is_said_and_the_cheapest_goes(view):
     terms = PrefillTerms(2.0, 0.4, 150.0)
@@ -65,7 +66,7 @@ def test_waves_cost_what_is_said_and_the_cheapest_goes(view):
         assert round_of(view, terms).run().tolist() == decision.tolist()
 
 
-@settings(max_examples=100)
+@draws(100)
 @given(view=scarce(), data=st.data())
 def test_a_wave_leaves_no_margin_that_a_request_would_fit(view, data):
     sequences = data.draw(st.lists(st.integers(1, 3), min_size=view.waiting, max_size=view.waiting))
@@ -95,7 +96,7 @@ def held(view, worker):
     return len(late) and late.max() > view.kv_free[worker]
 
 
-@settings(max_examples=100)
+@draws(100)
 @given(view=scarce())
 def test_overdue_requests_go_with_the_next_wave(view):
     # Each has room somewhere, and there are as many workers as can take one each.
