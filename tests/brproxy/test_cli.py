@@ -1,13 +1,18 @@
-"""The command as its users run it: as a process, with its words and exit codes."""
+"""The command as its users run it, with its words and exit codes."""
 
 import asyncio
+import io
 import resource
 import signal
 import socket
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import patch
 
 import aiohttp
 import pytest
+
+from brproxy.cli import main
 
 WORKER = '[[worker]]\nurl = "{}"\n'
 UNASKED = "[health]\nenabled = false\n[discovery]\nenabled = false\n"
@@ -25,10 +30,23 @@ async def start(*arguments):
     )
 
 
-async def run(*arguments):
+async def run_process(*arguments):
     process = await start(*arguments)
     out, err = await process.communicate()
     return process.returncode, out.decode(), err.decode()
+
+
+def _ended(arguments):
+    out, err = io.StringIO(), io.StringIO()
+    command = patch.object(sys, "argv", ["brproxy", *arguments])
+    with command, redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+async def run(*arguments):
+    """Run a command that serves nobody, without a process: most of what one takes is to start."""
+    return await asyncio.to_thread(_ended, arguments)
 
 
 @pytest.fixture
@@ -53,14 +71,14 @@ async def serving(*arguments):
 
 
 async def test_version():
-    code, out, _ = await run("--version")
+    code, out, _ = await run_process("--version")
     assert (code, out.split()[0]) == (0, "brproxy")
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
 async def test_a_bad_file_is_one_line_and_exit_code_2(command, config):
     path = config("http://127.0.0.1:1", text='[routing]\npolicy = "br0"\n')
-    code, out, err = await run(command, "--config", path)
+    code, out, err = await run_process(command, "--config", path)
     assert (code, out) == (2, "")
     assert err.startswith(f"brproxy: {path}: routing.policy: unknown policy 'br0'; allowed: br-0, br-h, ")
     assert err.count("\n") == 1
@@ -83,7 +101,7 @@ async def test_a_port_that_is_taken(config):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         path = config("http://127.0.0.1:1", text=f"[listen]\nport = {port}\n" + UNASKED)
-        code, _, err = await run("serve", "--config", path)
+        code, _, err = await run_process("serve", "--config", path)
     assert code == 2
     assert err == (
         f"brproxy: listen: cannot listen on 127.0.0.1:{port}: Address already in use; choose a free port\n"

@@ -8,7 +8,7 @@ import pytest
 
 from brproxy.config import load_config
 from tests.brproxy.engine_pages import MODEL, SGLANG, VLLM, cache_config, server_info, serving
-from tests.brproxy.test_cli import run, start
+from tests.brproxy.test_cli import run, run_process, start
 from tests.brproxy.test_cli import serving as serving_proxy
 
 
@@ -39,7 +39,7 @@ async def stop(process):
 async def test_init_and_serve_before_two_emulated_engines(start_emulator, tmp_path, sglang):
     emulator = await start_emulator(2, slots=5, sglang=sglang)
     out = tmp_path / "brproxy.toml"
-    code, said, err = await run("init", *emulator.urls, "--out", str(out))
+    code, said, err = await run_process("init", *emulator.urls, "--out", str(out))
     assert (code, err) == (0, "")
     lines = said.splitlines()
     assert len(lines) == 3
@@ -49,7 +49,7 @@ async def test_init_and_serve_before_two_emulated_engines(start_emulator, tmp_pa
         assert f"; slots: {slots}; " in line
         assert line.endswith("; models: emulated")
     assert lines[2] == f"{out}: written; next: brproxy check --config {out}, brproxy serve --config {out}"
-    code, said, err = await run("check", "--config", str(out))
+    code, said, err = await run_process("check", "--config", str(out))
     assert (code, err) == (0, "")
     assert "policy br-0; workers by group: default (2)" in said
     assert "!" not in said
@@ -124,7 +124,7 @@ async def test_where_no_engine_answers_nothing_is_written_and_nothing_started(tm
     out = tmp_path / "x.toml"
     assert await run("init", dead, "--out", str(out)) == (2, refused, message)
     assert not out.exists()
-    code, said, err = await run("serve", dead, "--port", "0")
+    code, said, err = await run_process("serve", dead, "--port", "0")
     assert (code, said) == (2, "")
     assert err.endswith(f"WARNING left out: {refused}{message}")
 

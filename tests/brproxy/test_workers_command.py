@@ -6,7 +6,7 @@ import signal
 import aiohttp
 import pytest
 
-from tests.brproxy.test_cli import run, serving, start
+from tests.brproxy.test_cli import run, run_process, serving, start
 
 TOKEN = "s3cret"
 DEAD = [f"http://127.0.0.1:{port}" for port in range(1, 5)]
@@ -66,7 +66,7 @@ async def test_every_command(config, serve):
     async def ask(*words):
         return await run("workers", *words, "--config", path)
 
-    code, out, _ = await ask("list")
+    code, out, _ = await run_process("workers", "list", "--config", path)
     header, *rows = [line.split() for line in out.splitlines() if line.strip()]
     assert (code, header[:5]) == (0, ["group", "name", "url", "state", "health"])
     *workers, names, group = rows
