@@ -62,7 +62,8 @@ class _Queued:
         return self.prompt_tokens + self.decoded_tokens + 1
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: one of each is made every step, and to set what is takes three times as long.
+@dataclass(slots=True)
 class Step:
     """A step that has begun: how long it takes, and what makes it so.
 
@@ -77,7 +78,7 @@ class Step:
     admitted: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepResult:
     """What a step did: the requests that decoded (int64[K]) and which of them are done (bool[K]).
 
