@@ -43,12 +43,15 @@ async def until(is_so):
 COMPARE = ("compare", "--policies", "br-0", *SMALL, "--requests", "100000")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("started", [1, 2])
+# The emulator alone, or the proxy as well: it may be anywhere in its start. Which signal it is makes no
+# difference to how far that is.
+@pytest.mark.parametrize(
+    ("number", "started"),
+    [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGHUP, 2)],
+)
 async def test_a_signal_ends_what_a_command_has_started(number, started):
     process = await start(*COMPARE)
     try:
-        # The emulator alone, or the proxy as well: it may be anywhere in its start.
         await until(lambda: len(children(process.pid)) >= started)
         left = children(process.pid)
         process.send_signal(number)

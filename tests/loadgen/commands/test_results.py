@@ -23,7 +23,7 @@ policies = ["least-kv", "br-0"]
 seeds = 2
 [workload]
 name = "short"
-requests_per_worker = 40
+requests_per_worker = 12
 [cluster]
 workers = 2
 slots = 4
@@ -42,7 +42,7 @@ scenario = "small.toml"
 policies = "three"
 workers = [1, 3]
 rates = [0.5, 1.1]
-requests_per_worker = 30
+requests_per_worker = 10
 [[run]]
 name = "traced"
 scenario = "small.toml"
@@ -108,7 +108,7 @@ def test_runs_and_tables(folder):
     assert names == {"small", "load-g1-0.5", "load-g1-1.1", "load-g3-0.5", "load-g3-1.1", "traced"}
     report = kept(folder, "load-g3-0.5")
     scenario = report["scenario"]
-    assert (scenario["workers"], scenario["rate"], scenario["requests"]) == (3, 0.5, 90)
+    assert (scenario["workers"], scenario["rate"], scenario["requests"]) == (3, 0.5, 30)
     assert [policy["policy"] for policy in report["policies"]] == ["join-shortest-queue", "least-kv", "br-0"]
     assert (
         kept(folder, "traced")["scenario"] | {"workload": "trace", "requests": 40, "workers": 2}
@@ -124,7 +124,7 @@ def test_runs_and_tables(folder):
     mean, half_width = 100 * idle["idle_fraction"], 100 * idle["intervals"]["idle_fraction"]
     assert any(line.startswith(f"| ours | {mean:.1f} ± {half_width:.1f} | ") for line in lines)
     assert (
-        "`loadgen results --only load`: small.toml; 90 requests a seed, seeds: 2. "
+        "`loadgen results --only load`: small.toml; 30 requests a seed, seeds: 2. "
         "In each cell: idle, % / of perfect, %."
     ) in lines
 
@@ -190,7 +190,7 @@ def test_only_what_is_kept(folder, simulated):
     assert len(simulated) == 3
     assert "| 3 | 1.1 | " in result.output
     assert "Not there: load-g3-0.5." in result.output
-    assert "small.toml; 80 requests" not in result.output
+    assert "small.toml; 24 requests" not in result.output
 
 
 def test_many_runs_are_counted(folder):
@@ -199,7 +199,7 @@ def test_many_runs_are_counted(folder):
     for name in ("load-g1-1.1", "load-g3-1.1"):
         invoke(folder, "--only", name, "--seeds", 1)
     result = invoke(folder, "--kept", "--only", "against")
-    assert "small.toml; 30 / 90 requests a seed, seeds: 1. Not there: 11 of 13 runs." in result.output
+    assert "small.toml; 10 / 30 requests a seed, seeds: 1. Not there: 11 of 13 runs." in result.output
 
 
 def test_a_trace_that_is_not_there_is_left_out_and_said_so(folder):
