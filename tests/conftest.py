@@ -32,6 +32,11 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with what takes longest in one piece, so that nobody waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_quality.py")
+
+
 def pytest_ignore_collect(collection_path, config):
     """Leave the tests of real engines out where there is none."""
     here = collection_path.name == "real_engines"

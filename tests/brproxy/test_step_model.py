@@ -14,6 +14,8 @@ from brproxy.step_model import LOOK_S, WINDOWS_A_FIT, WINDOWS_MAX, GivenCosts
 from tests.brproxy.stepping import Stepping, Traffic, Truth
 from tests.draws import draws
 
+pytestmark = pytest.mark.long_simulation
+
 # Each example is a deployment that runs for seconds: to shrink one would take many more.
 DEPLOYMENTS = draws(4, phases=[Phase.explicit, Phase.generate])
 FEW = settings(DEPLOYMENTS, max_examples=2)

@@ -29,6 +29,7 @@ def overload(name="short", requests=400, seed=1, settings=SMALL, rate=1.1):
     return with_gamma_arrivals(workload, rate * capacity.requests_per_s, 1.0, rng)
 
 
+@pytest.mark.long_simulation
 @pytest.mark.parametrize(
     "more",
     [
@@ -50,19 +51,22 @@ def test_costs_may_be_learnt(more):
     assert costs.s_per_kv_token == pytest.approx(true.s_per_kv_token, rel=0.1)
     assert costs.s_per_prefill_token == pytest.approx(true.s_per_prefill_token, rel=0.15, abs=0.5e-6)
     assert costs.slowness is None
-    assert simulate(workload, settings, SimulatedPolicy("br-0"), seed=0).steps is None
 
 
 @pytest.mark.parametrize("policy", POLICIES.names())
 @pytest.mark.parametrize("predictor", ["survival", "oracle"])
 def test_every_policy_finishes_everything(policy, predictor):
-    workload = overload()
+    workload = overload(requests=150)
     run = simulate(workload, SMALL, SimulatedPolicy(policy, predictor), seed=0)
     assert run.finished.all()
     assert (run.wait_s >= 0).all()
     assert (run.ttft_s > run.wait_s).all()
     tokens = sum(request.output_tokens for request in workload.requests)
     assert run.record.stats(0.0, np.inf).output_tokens == tokens
+
+
+def test_costs_that_are_known_are_not_learnt():
+    assert simulate(overload(requests=20), SMALL, SimulatedPolicy("br-0"), seed=0).steps is None
 
 
 def test_the_same_seed_gives_the_same_run():
@@ -187,6 +191,7 @@ def test_a_policy_may_have_requests_wait_while_nothing_runs(dispatch_steps, monk
     assert not simulate(workload, settings, SimulatedPolicy("least-kv"), seed=0).finished.any()
 
 
+@pytest.mark.long_simulation
 @pytest.mark.parametrize("policy", ["br-0", "br-h"])
 def test_balancing_balances(policy):
     settings = ClusterSettings(workers=8, slots=32, step_s_per_kv_token=5e-7)
@@ -213,6 +218,7 @@ def test_a_request_that_can_never_fit_is_an_error():
         simulate(workload, settings, SimulatedPolicy("br-0"), seed=0)
 
 
+@pytest.mark.long_simulation
 def test_exact_match_is_nearer_to_the_oracle_than_survival_where_prompts_repeat():
     settings = ClusterSettings(workers=4, slots=32)
     rng = np.random.default_rng(2)

@@ -109,6 +109,7 @@ def test_it_is_a_scenario_that_can_be_compared_by_other_policies():
     assert file.scenario(SCENARIOS, demo.SCENARIO.seed, None, None) == demo.SCENARIO
 
 
+@pytest.mark.long_simulation
 def test_as_simulated_it_shows_what_it_should_within_three_minutes():
     workload, capacity = demo.SCENARIO.draw()
     speed = demo.SETTINGS.speed

@@ -13,11 +13,11 @@ from loadgen.commands.scenario import Arrivals, Scenario, WorkloadChoice
 from loadgen.commands.simulate import _Job, _one
 
 
-def a_closed_batch(epochs=1, **cluster):
+def a_closed_batch(epochs=1, requests=512):
     return Scenario(
-        WorkloadChoice("rollouts", requests=512, epochs=epochs),
+        WorkloadChoice("rollouts", requests=requests, epochs=epochs),
         Arrivals(at_once=True),
-        ClusterSettings(workers=4, slots=16, **cluster),
+        ClusterSettings(workers=4, slots=16),
         seed=3,
     )
 
@@ -34,17 +34,21 @@ def test_an_epoch_before_has_the_same_prompts_and_other_samples():
     assert [r.output_tokens for r in before.requests] != [r.output_tokens for r in run.requests]
 
 
-def makespan_s(policy, epochs=1):
-    scenario = a_closed_batch(epochs)
+def makespan_s(policy, *closed_batch):
+    scenario = a_closed_batch(*closed_batch)
     return _one(_Job(policy, parse_policy(policy, "exact-match"), scenario)).makespan_s
 
 
+@pytest.mark.long_simulation
 def test_a_closed_batch_is_done_sooner_the_longest_first_and_sooner_still_if_seen_before():
     as_it_comes, first, again = makespan_s("br-0+fifo"), makespan_s("br-0"), makespan_s("br-0", 2)
     assert first < 0.97 * as_it_comes
     assert again < 0.97 * first
-    # Who binds on arrival has nobody wait.
-    assert makespan_s("join-shortest-queue") == makespan_s("join-shortest-queue+fifo")
+
+
+def test_where_who_arrives_is_bound_nobody_waits_in_any_order():
+    assert makespan_s("join-shortest-queue", 1, 96) == makespan_s("join-shortest-queue+fifo", 1, 96)
+    assert makespan_s("br-0", 1, 96) != makespan_s("br-0+fifo", 1, 96)
 
 
 @pytest.mark.parametrize(
