@@ -255,6 +255,9 @@ class Checks:
             raise Violation(
                 "returns-to-zero", f"{handlers._requests} requests, {len(watch._watched)} exchanges"
             )
+        room = self._proxy.service.body_room
+        if room.taken_bytes:
+            raise Violation("returns-to-zero", f"bodies have {room.taken_bytes} bytes without a request")
         counting: Any = self._proxy.service.counting
         if counting is not None and (len(counting.counts) or counting._gate.in_flight or counting._tasks):
             raise Violation("returns-to-zero", f"{len(counting.counts)} prompts, {counting._tasks}")
