@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, note
 from hypothesis import strategies as st
 
 from brproxy.registry import UnknownNameError
@@ -46,9 +46,17 @@ def views(draw, horizon_steps=20, overdue_max=300):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+# For each view all policies, as it takes longer to draw one than to decide about it ten times.
+
+
 @given(view=views(), seed=SEEDS)
-def test_contract(name, view, seed):
+def test_contract(view, seed):
+    for name in NAMES:
+        note(name)
+        keeps_the_contract(name, view, seed)
+
+
+def keeps_the_contract(name, view, seed):
     policy = make_policy(name)
     before = [
         getattr(view, field).copy() for field in ("kv_tokens", "slots_free", "kv_free", "prompt_tokens")
@@ -67,32 +75,31 @@ def test_contract(name, view, seed):
     assert (decision == again).all(), "the same view and seed give the same answer"
 
 
-@pytest.mark.parametrize("name", NAMES)
 @given(view=views(), data=st.data())
-def test_a_request_needs_one_slot_and_takes_one_for_each_sequence(name, view, data):
+def test_a_request_needs_one_slot_and_takes_one_for_each_sequence(view, data):
     sequences = data.draw(column(1, 5, view.waiting))
     view = replace(view, sequences=sequences)
-    decision = make_policy(name).route(view, np.random.default_rng(0))
-    for worker in range(view.workers):
-        mine = sorted(n for n, chosen in zip(sequences, decision, strict=True) if chosen == worker)
-        # Whatever came last found a slot: it may have been the largest.
-        assert sum(mine[:-1]) < view.slots_free[worker] or not mine
     ones = replace(view, sequences=np.ones(view.waiting, dtype=np.int64))
     none = replace(view, sequences=None)
-    decided = [make_policy(name).route(each, np.random.default_rng(1)).tolist() for each in (ones, none)]
-    assert decided[0] == decided[1]
+    for name in NAMES:
+        note(name)
+        decision = make_policy(name).route(view, np.random.default_rng(0))
+        for worker in range(view.workers):
+            mine = sorted(n for n, chosen in zip(sequences, decision, strict=True) if chosen == worker)
+            # Whatever came last found a slot: it may have been the largest.
+            assert sum(mine[:-1]) < view.slots_free[worker] or not mine
+        decided = [make_policy(name).route(each, np.random.default_rng(1)).tolist() for each in (ones, none)]
+        assert decided[0] == decided[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
 @given(view=views(overdue_max=0))
-def test_a_request_that_fits_is_not_left_while_slots_are_free(name, view):
+def test_a_request_that_fits_is_not_left_while_slots_are_free(view):
     roomy = view.slots_free > 0
-    if not roomy.any() or not view.waiting:
+    if not roomy.any() or not view.waiting or not (view.prompt_tokens[0] <= view.kv_free[roomy]).any():
         return
-    policy = make_policy(name)
-    decision = policy.route(view, np.random.default_rng(0))
-    fits = (view.prompt_tokens[0] <= view.kv_free[roomy]).any()
-    assert not fits or (decision != NOT_ADMITTED).any()
+    for name in NAMES:
+        decision = make_policy(name).route(view, np.random.default_rng(0))
+        assert (decision != NOT_ADMITTED).any(), name
 
 
 # Of each worker KV tokens, requests, slots, free slots, KV capacity, free KV and tokens a step. Few distinct
@@ -139,10 +146,15 @@ def lone_views(draw):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
 @draws(300)
 @given(view=lone_views(), seed=st.integers(0, 3))
-def test_a_request_that_waits_alone_goes_where_a_round_would_put_it(name, view, seed):
+def test_a_request_that_waits_alone_goes_where_a_round_would_put_it(view, seed):
+    for name in NAMES:
+        note(name)
+        goes_where_a_round_would_put_it(name, view, seed)
+
+
+def goes_where_a_round_would_put_it(name, view, seed):
     by_round, alone = make_policy(name), make_policy(name)
     discounts = alone.discounts(view.turnover_steps, view.lookahead_turnovers)
     load = (view.forecast[:, : len(discounts)] @ discounts).tolist()
