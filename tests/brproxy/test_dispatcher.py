@@ -60,7 +60,7 @@ def test_late_binding_waits_for_a_slot():
     assert [a.worker for a in dispatcher.decide(2.0, routable(dispatcher))] == [first[0].worker]
 
 
-@settings(max_examples=50)
+@draws(50)
 @given(st.integers(34, 700), st.integers(0, 66))
 def test_who_fits_overtakes_few_of_those_that_wait(waiting, position):
     dispatcher = dispatcher_of(slots=(1, 1), pool=PoolLimits(1000, 10.0))

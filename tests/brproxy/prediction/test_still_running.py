@@ -97,7 +97,7 @@ def test_in_steady_traffic_outputs_look_no_longer_than_they_are(seed, slots):
     running=st.sampled_from([0, 40, 400]),
     name=st.sampled_from(["survival", "hierarchical"]),
 )
-@settings(max_examples=25, deadline=None)
+@draws(25)
 def test_the_mean_is_of_how_long_requests_stay_also_where_limits_cut_them(seed, limit, running, name):
     rng = np.random.default_rng(seed)
     stays = np.minimum(rng.geometric(1 / 100, 3000), limit)
