@@ -64,7 +64,7 @@ def test_requests_are_seen_as_far_as_the_policy_looks_at_these_costs():
         for _ in range(400):
             dispatcher.arrive(PendingRequest(100), 0.0)
         dispatcher.decide(0.0, routable(dispatcher))
-    assert seen == [2 + 64, 2 + 256]
+    assert seen == [2 + 400 // 8, 2 + 256]
 
 
 class WholeSteps:
