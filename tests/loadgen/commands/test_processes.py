@@ -10,7 +10,8 @@ import pytest
 from loadgen.commands.processes import running_process
 from tests.loadgen.commands.test_commands import SMALL, start
 
-HANG_S = 60.0
+HANG_S = 300.0
+"""Only ends what hangs: on a machine that has much to do a process takes its time to start."""
 
 
 def children(pid):
@@ -40,7 +41,7 @@ async def until(is_so):
             await asyncio.sleep(0.01)
 
 
-COMPARE = ("compare", "--policies", "br-0", *SMALL, "--requests", "100000")
+COMPARE = ("compare", "--policies", "br-0", *SMALL, "--requests", "10000")
 
 
 # The emulator alone, or the proxy as well: it may be anywhere in its start. Which signal it is makes no
