@@ -35,13 +35,8 @@ _FREQUENT = bytes(byte for byte in range(256) if 0x80 <= byte < 0xC0 or (byte < 
 def text_counts(text: str, messages: int) -> TextCounts:
     """Return what ``text`` of so many messages is made of, by its bytes in UTF-8."""
     if text.isascii():
-        text_bytes = len(text)
-        if text_bytes > COUNTED_BYTES_MAX:
-            return _ascii_counts(spread(text).encode(), text_bytes, messages)
-        kinds = text.encode().translate(_KINDS, _FREQUENT)
-        blanks, digits, others = kinds.count(_BLANK), kinds.count(_DIGIT), len(kinds)
-        counts = text_bytes - others, blanks, digits, others - blanks - digits
-        return *counts, 0, 0, messages, 1 if messages else 0
+        seen = (text if len(text) <= COUNTED_BYTES_MAX else spread(text)).encode()
+        return _ascii_counts(seen, len(text), messages)
     encoded = text.encode("utf-8", "surrogatepass")
     return counts_like(encoded, len(encoded), messages)
 
